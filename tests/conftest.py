@@ -1,0 +1,39 @@
+"""Settings of the whole test process: eight CPU devices, unless GPU tests are asked for."""
+
+import os
+import sys
+
+import pytest
+
+CPU_DEVICES = 8
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose JAX's platform and devices; both are read when a backend starts, never after."""
+    if "jax" in sys.modules:
+        raise pytest.UsageError("jax was imported before tests/conftest.py could configure it")
+    flag = "--xla_force_host_platform_device_count"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}={CPU_DEVICES}".strip()
+    if not _asks_for_gpu(config.option.markexpr):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip GPU tests where JAX sees no GPU."""
+    if item.get_closest_marker("gpu") and not _has_gpu():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+def _asks_for_gpu(markexpr: str) -> bool:
+    return "gpu" in markexpr.replace("not gpu", "")
+
+
+def _has_gpu() -> bool:
+    import jax
+
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False

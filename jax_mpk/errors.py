@@ -1,0 +1,146 @@
+"""Every error that jax_mpk raises on purpose, and their long texts.
+
+A user sees three kinds: something in the function cannot be compiled (:class:`UnsupportedPrimitiveError` and its
+neighbours; the text names the user's line and the way out), something is wrong with how the function is used
+(:class:`DifferentiationError`, :class:`ShardedInputError`), or something failed at run time (:class:`LaunchError`,
+:class:`DeadlockError`). The ``…VerificationError`` classes mean that a stage of jax_mpk produced something that its own
+checker refuses: a bug here, not in the user's program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+_SPLIT_HINT = (
+    'To run this part in XLA and keep the rest in megakernels, pass on_unsupported="split" to '
+    "jax_mpk.megakernelize; explain() then says where the function was split."
+)
+
+
+class JaxMpkError(Exception):
+    """Base of all errors raised by jax_mpk."""
+
+
+class ConfigError(JaxMpkError, ValueError):
+    """An option or an environment variable has a value that jax_mpk cannot use."""
+
+
+class UnsupportedError(JaxMpkError, NotImplementedError):
+    """Part of the function cannot be put into a megakernel."""
+
+
+class UnsupportedPrimitiveError(UnsupportedError):
+    """A JAX primitive, or a use of it, that no rule lowers.
+
+    Attributes:
+      primitive: its name.
+      line: ``file:line`` in the user's code, or "".
+    """
+
+    def __init__(self, message: str, *, primitive: str = "", line: str = ""):
+        super().__init__(message)
+        self.primitive = primitive
+        self.line = line
+
+
+class UnsupportedDtypeError(UnsupportedPrimitiveError):
+    """An array has an element type that megakernels do not hold (complex, 4-bit, 8-bit floats, …)."""
+
+
+class GraphVerificationError(JaxMpkError, AssertionError):
+    """A Graph that breaks its own rules; a bug in jax_mpk."""
+
+
+class PlanVerificationError(JaxMpkError, AssertionError):
+    """A Plan that could race, deadlock or leave something unwritten; a bug in jax_mpk. It is never run."""
+
+
+class ProgramVerificationError(JaxMpkError, AssertionError):
+    """A Program that does not say what its Plan says; a bug in jax_mpk."""
+
+
+class ShardedInputError(JaxMpkError, ValueError):
+    """Arguments are sharded in a way that the function was not compiled for."""
+
+
+class DifferentiationError(JaxMpkError, TypeError):
+    """A megakernel was differentiated."""
+
+
+class BatchingError(JaxMpkError, TypeError):
+    """A megakernel was vmapped in a way that it does not support."""
+
+
+class DonationError(JaxMpkError, ValueError):
+    """A donated argument cannot be used as asked."""
+
+
+class TargetError(JaxMpkError, RuntimeError):
+    """The device is not one that the program was made for."""
+
+
+class CompileError(JaxMpkError, RuntimeError):
+    """The device compiler refused the generated program."""
+
+
+class LaunchError(JaxMpkError, RuntimeError):
+    """A megakernel could not be launched, or failed while it ran."""
+
+
+class DeadlockError(LaunchError):
+    """A megakernel waited for something that cannot happen, or past its deadline."""
+
+
+class NativeModuleError(JaxMpkError, ImportError):
+    """The compiled part of jax_mpk is missing or does not fit this installation."""
+
+
+def unsupported_primitive(
+    primitive: str,
+    avals: Sequence[object],
+    params: Mapping[str, object],
+    line: str,
+    reason: str = "",
+) -> UnsupportedPrimitiveError:
+    """The error for an equation that no rule lowers."""
+    what = f"jax_mpk cannot put the primitive `{primitive}` into a megakernel"
+    return UnsupportedPrimitiveError(
+        _equation_text(what, avals, params, line, reason or "there is no rule for it"),
+        primitive=primitive,
+        line=line,
+    )
+
+
+def unsupported_dtype(
+    dtype: object, primitive: str, avals: Sequence[object], params: Mapping[str, object], line: str
+) -> UnsupportedDtypeError:
+    """The error for an equation that reads or makes arrays of an element type the graph does not have."""
+    where = f"used by the primitive `{primitive}`" if primitive else "of an argument"
+    what = f"jax_mpk cannot put the element type {dtype} ({where}) into a megakernel"
+    reason = "supported are bool, 8- to 64-bit integers, float16, bfloat16, float32, float64 and PRNG keys"
+    return UnsupportedDtypeError(
+        _equation_text(what, avals, params, line, reason), primitive=primitive, line=line
+    )
+
+
+def _equation_text(
+    what: str, avals: Sequence[object], params: Mapping[str, object], line: str, reason: str
+) -> str:
+    lines = [f"{what}: {reason}."]
+    if line:
+        lines.append(f"  in your code: {line}")
+    if avals:
+        lines.append("  operands: " + ", ".join(map(str, avals)))
+    shown = {name: text for name, value in sorted(params.items()) if (text := _short(value))}
+    if shown:
+        lines.append("  parameters: " + ", ".join(f"{name}={text}" for name, text in shown.items()))
+    lines.append(_SPLIT_HINT)
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    """A parameter as text, or "" where it says nothing to a reader (functions, jaxprs, defaults)."""
+    if value is None or callable(value):
+        return ""
+    text = str(value)
+    return text if len(text) <= 80 and "\n" not in text and " object at 0x" not in text else ""

@@ -75,4 +75,4 @@ $(VENV)/.installed: pyproject.toml
 	@touch $(VENV)/.installed $(VENV)/.built
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
-	$(MAKE) build
+	@test -e $@ && test -z "$$(find $(NATIVE_SOURCES) -newer $@)" || $(MAKE) --no-print-directory build

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax._src import core, dtypes, source_info_util
 from jax._src.interpreters import partial_eval
+from jax._src.lax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 Atom = Var | Literal
@@ -32,9 +33,7 @@ def close_jaxpr(jaxpr: Jaxpr) -> Any:
     return core.ClosedJaxpr(jaxpr, ())
 
 
-def make_jaxpr(
-    invars: Sequence[Var], outvars: Sequence[Atom], eqns: Sequence[JaxprEqn], like: Jaxpr
-) -> Jaxpr:
+def make_jaxpr(invars: Sequence[Var], outvars: Sequence[Atom], eqns: Sequence[JaxprEqn], like: Jaxpr) -> Jaxpr:
     """A jaxpr without constants; effects are those of its equations."""
     effects: set[Any] = set().union(*(eqn.effects for eqn in eqns))
     # Effects on references name argument positions, which changed; such equations are refused later anyway.
@@ -78,6 +77,11 @@ def join_source(outer: JaxprEqn | None, eqn: JaxprEqn, jaxpr: Jaxpr) -> Any:
     library = bool(where) and not source_info_util.is_user_filename(where.rpartition(":")[0])
     traceback = around.traceback if library else info.traceback
     return info.replace(traceback=traceback, name_stack=around.name_stack + info.name_stack)
+
+
+def ragged_dot_general(*args: Any, **params: Any) -> Any:
+    """JAX's own decomposition of ``ragged_dot_general`` into masked contractions."""
+    return lax._ragged_dot_general_impl(*args, **params)
 
 
 def user_line(eqn: JaxprEqn) -> str:

@@ -61,12 +61,10 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
     """Registers the decorated function as the rule of the named primitives."""
 
     def register(fn: Rule) -> Rule:
-        for name in primitives:
-            if name in RULES:
-                raise ValueError(
-                    f"primitive {name} has two rules: {RULES[name].__module__} and {fn.__module__}"
-                )
-            RULES[name] = fn
+        taken = [name for name in primitives if name in RULES]
+        if taken:
+            raise ValueError(f"{fn.__module__}: {', '.join(taken)} already have rules")
+        RULES.update(dict.fromkeys(primitives, fn))
         return fn
 
     return register
@@ -96,9 +94,7 @@ def build_graph(jaxpr: Jaxpr, *, donated: frozenset[int] = frozenset()) -> Graph
     for var in jaxpr.invars:
         name = element_type(var.aval)
         if name is None:
-            raise errors.unsupported_dtype(
-                getattr(var.aval, "dtype", var.aval), "", [var.aval], {}, ""
-            )
+            raise errors.unsupported_dtype(getattr(var.aval, "dtype", var.aval), "", [var.aval], {}, "")
         inputs.append(bb.value(jaxprs.physical(var.aval)[0], name))
     results = run(bb, jaxpr, inputs)
     return prune(
@@ -138,9 +134,7 @@ def run(bb: BlockBuilder, jaxpr: Jaxpr, args: Sequence[Value]) -> list[Value]:
 def unsupported(eqn: JaxprEqn, reason: str = "") -> errors.UnsupportedPrimitiveError:
     """The error for an equation that cannot be lowered; rules raise it where they refuse a use."""
     avals = [v.aval for v in eqn.invars]
-    return errors.unsupported_primitive(
-        eqn.primitive.name, avals, eqn.params, jaxprs.user_line(eqn), reason
-    )
+    return errors.unsupported_primitive(eqn.primitive.name, avals, eqn.params, jaxprs.user_line(eqn), reason)
 
 
 def element_type(aval: Any) -> str | None:

@@ -118,14 +118,10 @@ def unsupported_dtype(
     where = f"used by the primitive `{primitive}`" if primitive else "of an argument"
     what = f"jax_mpk cannot put the element type {dtype} ({where}) into a megakernel"
     reason = "supported are bool, 8- to 64-bit integers, float16, bfloat16, float32, float64 and PRNG keys"
-    return UnsupportedDtypeError(
-        _equation_text(what, avals, params, line, reason), primitive=primitive, line=line
-    )
+    return UnsupportedDtypeError(_equation_text(what, avals, params, line, reason), primitive=primitive, line=line)
 
 
-def _equation_text(
-    what: str, avals: Sequence[object], params: Mapping[str, object], line: str, reason: str
-) -> str:
+def _equation_text(what: str, avals: Sequence[object], params: Mapping[str, object], line: str, reason: str) -> str:
     lines = [f"{what}: {reason}."]
     if line:
         lines.append(f"  in your code: {line}")

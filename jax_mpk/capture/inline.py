@@ -61,9 +61,7 @@ def capture(closed_jaxpr: Any) -> Captured:
     new = scope.body(jaxpr, consts, None)
     lifted = scope.lifted
     new, used = jaxprs.eliminate_dead_code(new, len(lifted))
-    return Captured(
-        new, tuple(value for (value, _), keep in zip(lifted, used, strict=True) if keep)
-    )
+    return Captured(new, tuple(value for (value, _), keep in zip(lifted, used, strict=True) if keep))
 
 
 class _Scope:
@@ -92,13 +90,9 @@ class _Scope:
         """The whole of ``jaxpr``, with the constants it turns out to need as leading arguments."""
         invars = [Var(v.aval) for v in jaxpr.invars]
         outvars = self.inline(jaxpr, consts, invars, outer)
-        return jaxprs.make_jaxpr(
-            [*(var for _, var in self.lifted), *invars], outvars, self.eqns, jaxpr
-        )
+        return jaxprs.make_jaxpr([*(var for _, var in self.lifted), *invars], outvars, self.eqns, jaxpr)
 
-    def inline(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Atom], outer: JaxprEqn | None
-    ) -> list[Atom]:
+    def inline(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Atom], outer: JaxprEqn | None) -> list[Atom]:
         """Appends the equations of ``jaxpr`` applied to ``args``; returns its results."""
         env: dict[Var, Atom] = {}
         for var, value in zip(jaxpr.constvars, consts, strict=True):
@@ -108,11 +102,7 @@ class _Scope:
         def read(atom: Atom) -> Atom:
             if not isinstance(atom, Literal):
                 return env[atom]
-            return (
-                atom
-                if _scalar(atom.val, atom.aval) is not None
-                else self.const(atom.val, atom.aval)
-            )
+            return atom if _scalar(atom.val, atom.aval) is not None else self.const(atom.val, atom.aval)
 
         for eqn in jaxpr.eqns:
             eqn = eqn.replace(

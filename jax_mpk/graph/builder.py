@@ -191,9 +191,7 @@ class BlockBuilder:
           out_dtypes: element types of the outputs.
           epilogue: computes the outputs from the accumulators; by default the accumulators themselves.
         """
-        return self._nest(
-            "reduce", space, rspace, operands, body, combine, tuple(acc), out_dtypes, epilogue
-        )
+        return self._nest("reduce", space, rspace, operands, body, combine, tuple(acc), out_dtypes, epilogue)
 
     def contract(
         self,
@@ -206,9 +204,7 @@ class BlockBuilder:
         epilogue: Epilogue | None = None,
     ) -> tuple[Value, ...]:
         """Sum over ``rspace`` of the product of ``body``'s two results (affine loads), each converted to ``acc``."""
-        return self._nest(
-            "contract", space, rspace, operands, body, Combine("dot"), (acc,), out_dtypes, epilogue
-        )
+        return self._nest("contract", space, rspace, operands, body, Combine("dot"), (acc,), out_dtypes, epilogue)
 
     def cumulative(
         self,
@@ -270,11 +266,7 @@ class BlockBuilder:
         if 0 in space or 0 in base.shape:
             return base
         b = Builder(space)
-        where = b.build(
-            *_round(
-                b, index(b, b.coords(), self._load(b, operands)), [INDEX] * len(base.shape) + ["b1"]
-            )
-        )
+        where = b.build(*_round(b, index(b, b.coords(), self._load(b, operands)), [INDEX] * len(base.shape) + ["b1"]))
         b = Builder(space)
         kind = base.dtype if combine.kind == "set" else dtypes.compute_type(base.dtype)
         what = b.build(*_round(b, value(b, b.coords(), self._load(b, operands)), [kind]))
@@ -294,9 +286,7 @@ class BlockBuilder:
     ) -> list[Value]:
         """A loop with a condition or a number of trips; returns the final carry."""
         outputs = [self.value(v.shape, v.dtype) for v in inits]
-        self.emit(
-            Loop(_ids(params), _ids(inits), body, cond, trips, _ids(outputs), source=self.source)
-        )
+        self.emit(Loop(_ids(params), _ids(inits), body, cond, trips, _ids(outputs), source=self.source))
         return outputs
 
     def branch(self, index: Value, arms: Sequence[Block]) -> list[Value]:
@@ -342,9 +332,7 @@ class BlockBuilder:
 
         return load
 
-    def _known(
-        self, b: Builder, result: int, operands: Sequence[Value], space: tuple[int, ...]
-    ) -> Value | None:
+    def _known(self, b: Builder, result: int, operands: Sequence[Value], space: tuple[int, ...]) -> Value | None:
         """An existing value that equals a map's result: a constant, or an operand read in place."""
         node = b.nodes[result]
         if node.op == "const":
@@ -364,9 +352,7 @@ class BlockBuilder:
     ) -> Expr:
         b = Builder(space)
         accs = [b.acc(k, dtype) for k, dtype in enumerate(acc)]
-        results = (
-            epilogue(b, b.coords(), accs, self._load(b, operands)) if epilogue is not None else accs
-        )
+        results = epilogue(b, b.coords(), accs, self._load(b, operands)) if epilogue is not None else accs
         return b.build(*_round(b, results, out_dtypes))
 
     def _nest(
@@ -383,9 +369,7 @@ class BlockBuilder:
     ) -> tuple[Value, ...]:
         space, rspace = tuple(space), tuple(rspace)
         if 0 in space or 0 in rspace or all(size == 1 for size in rspace):
-            return self._without_reduction(
-                space, rspace, operands, body, combine, acc, out_dtypes, epilogue
-            )
+            return self._without_reduction(space, rspace, operands, body, combine, acc, out_dtypes, epilogue)
         kept = [size for size in rspace if size != 1]
         b = Builder((*space, *kept))
         reduced = iter(b.coords()[len(space) :])
@@ -484,9 +468,7 @@ def _round(b: Builder, results: int | Sequence[int], out_dtypes: Sequence[str]) 
     return out
 
 
-def _drop_unused(
-    exprs: Sequence[Expr], operands: Sequence[Value]
-) -> tuple[list[Expr], tuple[int, ...]]:
+def _drop_unused(exprs: Sequence[Expr], operands: Sequence[Value]) -> tuple[list[Expr], tuple[int, ...]]:
     """The programs with slots renumbered to the operands that are read, and those operands' ids."""
     used = sorted({expr.nodes[i].attr for expr in exprs for i in expr.loads()})  # type: ignore[type-var]
     slot = {old: new for new, old in enumerate(used)}
@@ -498,7 +480,5 @@ def _drop_unused(
             return b.load(slot[old], indices, dtype, pred)
 
         coords = b.coords()
-        out.append(
-            b.build(*inline(b, expr, coords, load)) if list(slot) != list(slot.values()) else expr
-        )
+        out.append(b.build(*inline(b, expr, coords, load)) if list(slot) != list(slot.values()) else expr)
     return out, tuple(operands[old].id for old in used)  # type: ignore[call-overload]

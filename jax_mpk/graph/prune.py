@@ -26,9 +26,7 @@ def prune(graph: Graph) -> Graph:
     for v in graph.inputs:
         order.setdefault(v, len(order))
     _number(block, order)
-    values = [
-        Value(new, graph.values[old].shape, graph.values[old].dtype) for old, new in order.items()
-    ]
+    values = [Value(new, graph.values[old].shape, graph.values[old].dtype) for old, new in order.items()]
     return replace(
         graph,
         values=tuple(values),
@@ -45,9 +43,7 @@ def _live(block: Block) -> Block:
         if wanted.isdisjoint(op.outputs):
             continue
         if isinstance(op, Loop):
-            op = replace(
-                op, body=_live(op.body), cond=_live(op.cond) if op.cond is not None else None
-            )
+            op = replace(op, body=_live(op.body), cond=_live(op.cond) if op.cond is not None else None)
         elif isinstance(op, Branch):
             op = replace(op, arms=tuple(_live(arm) for arm in op.arms))
         wanted.update(reads(op))
@@ -71,9 +67,7 @@ def _number(block: Block, order: dict[int, int]) -> None:
 
 
 def _renumber(block: Block, order: dict[int, int]) -> Block:
-    return Block(
-        tuple(_renumber_op(op, order) for op in block.ops), tuple(order[v] for v in block.results)
-    )
+    return Block(tuple(_renumber_op(op, order) for op in block.ops), tuple(order[v] for v in block.results))
 
 
 def _renumber_op(op: Op, order: dict[int, int]) -> Op:

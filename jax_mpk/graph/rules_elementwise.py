@@ -237,11 +237,12 @@ def _select_n(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Valu
     def body(b: Builder, at: list[int], load: Load) -> int:
         chosen = load(0, at[:rank] if which.shape else [])
         arms = [b.compute(load(k, at)) for k in range(1, len(xs))]
+        if which.dtype == "b1":
+            return b.op("select", chosen, arms[1], arms[0]) if len(arms) > 1 else arms[0]
         out = arms[-1]
         for k in range(len(arms) - 2, -1, -1):
             # Beyond the last case the last is meant, below the first the first.
-            first = b.op("not", chosen) if which.dtype == "b1" else b.op("lt", chosen, b.const(k + 1, which.dtype))
-            out = b.op("select", first, arms[k], out)
+            out = b.op("select", b.op("lt", chosen, b.const(k + 1, which.dtype)), arms[k], out)
         return out
 
     return bb.map(space, xs, body, [cases[0].dtype])

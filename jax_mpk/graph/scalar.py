@@ -291,6 +291,10 @@ class Builder:
             if divisor is None or divisor <= 0 or known is None or known[0] < 0:
                 return None
             terms, constant = self.linear(args[0])
+            inner_node = nodes[args[0]]
+            if name == "div" and inner_node.op == "div" and (by := self.const_value(inner_node.args[1])):
+                if by > 0:
+                    return self.op("div", inner_node.args[0], self.index(by * divisor))
             whole = {atom: c for atom, c in terms.items() if c % divisor == 0}
             rest = {atom: c for atom, c in terms.items() if c % divisor}
             rest_range = self._bounds(rest, constant % divisor)
@@ -343,6 +347,8 @@ class Builder:
                 return self.const(value != 0, "b1")
             low, high = dtypes.int_range(dtype)
             return self.const((value - low) % (high - low + 1) + low, dtype)
+        if node.op == "const" and node.dtype in ("f16", "bf16") and dtype in ("f32", "f64"):
+            return self.const(dtypes.from_bits(node.attr, node.dtype), dtype)  # type: ignore[arg-type]
         if node.op == "convert":
             inner = node.args[0]
             source = self.nodes[inner].dtype

@@ -28,7 +28,8 @@ class Target:
       workers: SMs, or virtual SMs; every one of them runs a queue.
       scratch_bytes: scratch (shared) memory a task may use for local values.
       l2_bytes: last-level cache.
-      bandwidth: read bandwidth of device memory, bytes per second.
+      bandwidth: read bandwidth of device memory, bytes per second, all workers together.
+      cache_bandwidth: the same for bytes another worker reads too (last-level cache).
       flops: multiply-adds per second × 2, dense, in the fastest type the bodies use.
       handoff: seconds from one worker's signal to another's proceeding.
       task_overhead: seconds a task costs beyond its bytes and flops.
@@ -41,6 +42,7 @@ class Target:
     scratch_bytes: int
     l2_bytes: int
     bandwidth: float
+    cache_bandwidth: float
     flops: float
     handoff: float
     task_overhead: float

@@ -1,0 +1,17 @@
+"""The fusion pipeline, in order. Each pass takes a Graph and returns a Graph."""
+
+from __future__ import annotations
+
+from jax_mpk.graph.fuse_duplicates import merge_duplicates
+from jax_mpk.graph.fuse_epilogues import fuse_epilogues
+from jax_mpk.graph.fuse_maps import fuse_maps
+from jax_mpk.graph.ir import Graph
+
+PASSES = (merge_duplicates, fuse_maps, fuse_epilogues, fuse_maps)
+
+
+def fuse(graph: Graph) -> Graph:
+    """Runs every fusion pass; the result computes the same values up to implicit roundings."""
+    for run in PASSES:
+        graph = run(graph)
+    return graph

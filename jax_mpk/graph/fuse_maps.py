@@ -1,0 +1,151 @@
+"""Computes cheap element-wise producers where they are used instead of storing them.
+
+Views (slices, transposes, broadcasts, gathers, conversions, iotas) are always computed in place; other maps where
+that repeats no work, or so little that a round trip through memory costs more. A contraction takes only views whose
+index stays affine: its bodies stream memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from jax_mpk.graph import dtypes
+from jax_mpk.graph.ir import Block, Cumulative, Graph, Nest, Op, Update
+from jax_mpk.graph.rewrite import LoadRule, Slots, inline_map, map_blocks, prune, rewrite_loads, use_counts
+from jax_mpk.graph.scalar import Builder, Expr
+
+#: Relative cost of one scalar operation; everything not listed costs 1.
+_WEIGHT = {"convert": 0.0, "bitcast": 0.0, "neg": 0.25, "not": 0.25, "select": 0.5, "div": 2.0, "rem": 2.0, "sqrt": 2.0}
+_WEIGHT |= dict.fromkeys(
+    "exp exp2 expm1 log log1p rsqrt cbrt sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh logistic erf "
+    "erfc pow atan2".split(),
+    8.0,
+)
+_WEIGHT |= dict.fromkeys(
+    "erf_inv lgamma digamma bessel_i0e bessel_i1e igamma igammac igamma_grad_a random_gamma_grad zeta polygamma "
+    "betainc nextafter".split(),
+    64.0,
+)
+#: A map below this work per element is a view.
+VIEW = 1.0
+#: Work per element a map may cost and still be repeated by its readers.
+CHEAP = 3.0
+#: Programs are not grown beyond this many nodes.
+MAX_NODES = 400
+
+
+def work(expr: Expr) -> float:
+    """Cost of evaluating one element, in additions; index arithmetic counts little."""
+    index_only = _index_only(expr)
+    total = 0.0
+    for i, node in enumerate(expr.nodes):
+        if node.args and node.op not in ("load", "load_if"):
+            weight = _WEIGHT.get(node.op, 1.0)
+            total += weight * 0.1 if i in index_only or node.dtype == dtypes.INDEX else weight
+    return total
+
+
+def _index_only(expr: Expr) -> set[int]:
+    """Nodes that only serve indices and predicates of loads."""
+    value: set[int] = set(expr.results)
+    for i in range(len(expr.nodes) - 1, -1, -1):
+        node = expr.nodes[i]
+        if i in value and node.op not in ("load", "load_if"):
+            value.update(node.args)
+    return set(range(len(expr.nodes))) - value
+
+
+def fuse_maps(graph: Graph) -> Graph:
+    """Inlines maps into the operators that read them; maps nobody reads any more disappear."""
+    return map_blocks(graph, _fuse_block)
+
+
+def _fuse_block(block: Block) -> Block:
+    uses = use_counts(block)
+    maps: dict[int, Nest] = {}
+    ops: list[Op] = []
+    for op in block.ops:
+        fused = _fuse_op(op, maps, uses) if isinstance(op, Nest | Update | Cumulative) else op
+        if isinstance(fused, Nest) and fused.kind == "map":
+            maps.update(dict.fromkeys(fused.outputs, fused))
+        ops.append(fused)
+    return prune(Block(tuple(ops), block.results), set())
+
+
+def _fuse_op(op: Nest | Update | Cumulative, maps: dict[int, Nest], uses: Counter[int]) -> Op:
+    chosen = {v: maps[v] for v in op.operands if v in maps and _worth(op, v, maps[v], uses)}
+    while chosen:
+        slots = Slots()
+
+        def rule(builder: Builder, value: int, indices: list[int], dtype: str, pred: int | None) -> int | None:
+            producer = chosen.get(value)  # noqa: B023 - used before the next round
+            if producer is None:
+                return None
+            return inline_map(builder, producer, value, indices, pred, slots, lambda *_: None)  # noqa: B023
+
+        fused = _rewrite(op, rule, slots)
+        if fused is not None:
+            return fused
+        chosen.popitem()  # the program grew too large, or a factor is no longer affine: try with one map fewer
+    return op
+
+
+def _rewrite(op: Op, rule: LoadRule, slots: Slots) -> Op | None:
+    fused = rewrite_loads(op, rule, slots)
+    if any(len(expr.nodes) > MAX_NODES for expr in programs(fused)):
+        return None
+    if isinstance(fused, Nest) and fused.kind == "contract" and min(factors(fused)) < 0:
+        return None
+    return fused
+
+
+def programs(op: Op) -> list[Expr]:
+    """The scalar programs of an operator."""
+    found = [getattr(op, name, None) for name in ("body", "epilogue", "index", "value")]
+    return [expr for expr in found if isinstance(expr, Expr)]
+
+
+def _worth(op: Op, value: int, producer: Nest, uses: Counter[int]) -> bool:
+    cost = work(producer.body)
+    if cost < VIEW:
+        return True
+    if isinstance(op, Nest) and op.kind == "contract":
+        # Its epilogue could take the map, its factors could not: leave it to the planner's local values.
+        return False
+    loads, evaluations = 0, 0
+    for expr in programs(op):
+        found = [i for i in expr.loads() if op.operands[expr.nodes[i].attr] == value]  # type: ignore[union-attr, index]
+        loads += len(found)
+        evaluations += len(found) * math.prod(expr.extents)
+    volume = math.prod(producer.space)
+    if uses[value] == 1 and loads == 1 and evaluations <= volume:
+        return True
+    return cost <= CHEAP and evaluations <= 4 * volume
+
+
+def factors(op: Nest) -> list[int]:
+    """Positions of the loads behind a contraction's two factors, or -1 where a factor is no plain load."""
+    out = []
+    for result in op.body.results:
+        node = op.body.nodes[result]
+        while node.op == "convert":
+            result = node.args[0]
+            node = op.body.nodes[result]
+        out.append(result if node.op == "load" and is_affine(op.body, node.args) else -1)
+    return out
+
+
+def is_affine(expr: Expr, args: tuple[int, ...]) -> bool:
+    """Whether index nodes are linear in the coordinates with constant coefficients."""
+
+    def affine(i: int) -> bool:
+        node = expr.nodes[i]
+        if node.op in ("coord", "const"):
+            return True
+        if node.op == "add":
+            return all(map(affine, node.args))
+        return node.op == "mul" and affine(node.args[0]) and expr.nodes[node.args[1]].op == "const"
+
+    return all(map(affine, args))
+

@@ -1,0 +1,55 @@
+"""What the tasks of a routine read and write in memory, from the regions of its cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from jax_mpk.graph.ir import Update
+from jax_mpk.graph.regions import update_written
+from jax_mpk.plan.cluster import Routine
+from jax_mpk.plan.ir import MAY, MUST, READ
+
+
+@dataclass(frozen=True)
+class Access:
+    """One value's regions, one per task of a routine.
+
+    Attributes:
+      value: value id.
+      kind: READ, MUST or MAY.
+      lo, hi: int64 [tasks, rank].
+    """
+
+    value: int
+    kind: int
+    lo: np.ndarray
+    hi: np.ndarray
+
+
+def accesses(routine: Routine, in_place: Callable[[Update], bool]) -> list[Access]:
+    """Every access to memory of a routine's tasks; equal ones are listed once, local values not at all."""
+    local = set(routine.local)
+    out: list[Access] = []
+    for op, lo, hi, touches in zip(routine.ops, routine.cut.lo, routine.cut.hi, routine.cut.touches, strict=True):
+        for touch in touches:
+            if touch.value not in local:
+                _add(out, Access(touch.value, READ, touch.lo, touch.hi))
+        for v in op.outputs:
+            if v in local:
+                continue
+            if isinstance(op, Update) and in_place(op):
+                _add(out, Access(v, MAY, *update_written(op, lo, hi)))
+            else:
+                _add(out, Access(v, MUST, lo, hi))
+    return out
+
+
+def _add(out: list[Access], new: Access) -> None:
+    for old in out:
+        if (old.value, old.kind) == (new.value, new.kind) and np.array_equal(old.lo, new.lo):
+            if np.array_equal(old.hi, new.hi):
+                return
+    out.append(new)

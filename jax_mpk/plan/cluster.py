@@ -1,0 +1,245 @@
+"""Groups the operators of a straight-line stretch into routines.
+
+Joining a producer into the routine of its readers trades repeated work for a hand-off: a norm that every contraction
+task recomputes from the raw vector is no phase of its own; scores, softmax and weighted sum of one attention head run
+in one task. Each join is decided by the cost model on the best cut with and without it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from jax_mpk.graph.ir import Graph, Nest, Op, Sort, Update, reads
+from jax_mpk.plan.ir import Target
+from jax_mpk.plan.tile import Cut, Tiler
+
+#: A value read by more routines than this is stored, not recomputed.
+_MOST_COPIES = 16
+
+
+@dataclass
+class _Group:
+    """A routine being built.
+
+    Attributes:
+      members: positions of its operators, ascending.
+      anchors: positions of those it exists for; their outputs are stored.
+      stored: outputs of other members that are stored as well.
+    """
+
+    members: list[int]
+    anchors: list[int]
+    stored: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Routine:
+    """Operators computed together, with the best cut found.
+
+    Attributes:
+      ops: members in data-flow order.
+      local: values that live in scratch; all other outputs are written to memory.
+      cut: boxes and costs.
+    """
+
+    ops: tuple[Op, ...]
+    local: tuple[int, ...]
+    cut: Cut
+
+
+class Clusterer:
+    """Clusters one straight-line list of operators.
+
+    Args:
+      graph: the prepared graph.
+      target: the device.
+      tiler: finds cuts.
+      pinned: values that need bytes of their own: results, values read by nested blocks or other stretches, values
+        that share storage.
+    """
+
+    def __init__(self, graph: Graph, target: Target, tiler: Tiler, pinned: set[int]):
+        self.graph = graph
+        self.target = target
+        self.tiler = tiler
+        self.pinned = pinned
+
+    def run(self, ops: list[Op], after: list[set[int]]) -> list[Routine]:
+        """Routines in an order that respects data flow.
+
+        Args:
+          ops: the stretch.
+          after: per operator, positions that must come after it (readers, and writers of the same storage).
+        """
+        self.ops = ops
+        groups: dict[int, _Group] = {}  # by last anchor
+        homes: dict[int, set[int]] = {}  # op → last anchors of the groups that hold it
+        for siblings in _siblings(ops, after):
+            groups[siblings[-1]] = _Group(siblings, siblings)
+            homes.update((i, {siblings[-1]}) for i in siblings)
+        for position in range(len(ops) - 1, -1, -1):
+            self._join(position, ops, after, groups, homes)
+        order = _topological(self._edges(groups, homes, after))
+        out = []
+        for anchor in order:
+            group = groups[anchor]
+            cut = self.tiler.best(*_pick(ops, group))
+            assert cut is not None, "a routine was joined without a cut"
+            inner = [ops[i] for i in group.members if i not in group.anchors]
+            local = tuple(v for op in inner for v in op.outputs if v not in group.stored)
+            out.append(Routine(tuple(ops[i] for i in group.members), local, cut))
+        return out
+
+    def _join(
+        self, position: int, ops: list[Op], after: list[set[int]], groups: dict[int, _Group], homes: dict[int, set[int]]
+    ) -> None:
+        op = ops[position]
+        users = {i for i in after[position] if set(op.outputs) & set(reads(ops[i]))}
+        anchors = {a for user in users for a in homes[user]}
+        own = groups.get(position)
+        if not users or own is None or len(own.anchors) > 1 or isinstance(op, Sort) and op.top_k is not None:
+            return
+        local = not self.pinned.intersection(op.outputs) and not isinstance(op, Update)
+        if len(anchors) > (_MOST_COPIES if local else 1):
+            return
+        stored = set() if local else set(op.outputs)
+        trial: dict[int, _Group] = {}
+        gain = self.tiler.seconds(*_pick(ops, own)) + self._handoff()
+        for anchor in anchors:
+            group = groups[anchor]
+            members = sorted({*group.members, *own.members})
+            merged = _Group(members, group.anchors, group.stored | own.stored | stored)
+            gain -= self.tiler.seconds(*_pick(ops, merged)) - self.tiler.seconds(*_pick(ops, group))
+            if gain < 0:
+                return
+            trial[anchor] = merged
+        joined = {anchor: group for anchor, group in groups.items() if anchor != position} | trial
+        moved = dict(homes)
+        for anchor, merged in trial.items():
+            for member in merged.members:
+                moved[member] = (moved[member] - {position}) | {anchor}
+        if any(group.stored for group in trial.values()) and not self._acyclic(joined, moved, after, set(trial)):
+            return
+        groups.clear()
+        groups.update(joined)
+        homes.update(moved)
+
+    def _successors(
+        self, anchor: int, groups: dict[int, _Group], homes: dict[int, set[int]], after: list[set[int]]
+    ) -> set[int]:
+        """Anchors of the routines that must come after a routine."""
+        group = groups[anchor]
+        out: set[int] = set()
+        for member in group.members:
+            outputs = set(self.ops[member].outputs)
+            provided = member in group.anchors or bool(group.stored & outputs)
+            for later in after[member]:
+                # A reader of a local value holds its own copy of the producer.
+                if later not in group.members and (provided or not outputs & set(reads(self.ops[later]))):
+                    out |= homes[later]
+        return out - {anchor}
+
+    def _edges(
+        self, groups: dict[int, _Group], homes: dict[int, set[int]], after: list[set[int]]
+    ) -> dict[int, set[int]]:
+        """Per routine, those it must come after."""
+        waits: dict[int, set[int]] = {anchor: set() for anchor in groups}
+        for anchor in groups:
+            for later in self._successors(anchor, groups, homes, after):
+                waits[later].add(anchor)
+        return waits
+
+    def _acyclic(
+        self, groups: dict[int, _Group], homes: dict[int, set[int]], after: list[set[int]], starts: set[int]
+    ) -> bool:
+        """Whether no routine of ``starts`` comes after itself."""
+        for start in starts:
+            seen: set[int] = set()
+            stack = [start]
+            while stack:
+                for later in self._successors(stack.pop(), groups, homes, after):
+                    if later == start:
+                        return False
+                    if later not in seen:
+                        seen.add(later)
+                        stack.append(later)
+        return True
+
+    def _handoff(self) -> float:
+        return self.target.handoff if self.target.workers > 1 else self.target.task_overhead
+
+
+def _pick(ops: list[Op], group: _Group) -> tuple[tuple[Op, ...], tuple[int, ...], frozenset[int]]:
+    """A group as the tiler wants it."""
+    anchors = tuple(group.members.index(a) for a in group.anchors)
+    return tuple(ops[i] for i in group.members), anchors, frozenset(group.stored)
+
+
+def _siblings(ops: list[Op], after: list[set[int]]) -> list[list[int]]:
+    """Contractions of one operand that do not depend on each other, such as Q, K and V; all others alone.
+
+    They share a routine: its tasks then recompute what precedes them once, not once each.
+    """
+    families: dict[object, list[list[int]]] = {}
+    out: list[list[int]] = []
+    reach: dict[int, set[int]] = {}
+    for position, op in enumerate(ops):
+        factor = _common_factor(op)
+        if factor is None:
+            out.append([position])
+            continue
+        for family in families.get(factor, []):
+            if all(position not in _reach(after, i, reach) for i in family):
+                family.append(position)
+                break
+        else:
+            family = [position]
+            families.setdefault(factor, []).append(family)
+            out.append(family)
+    return out
+
+
+def _common_factor(op: Op) -> object:
+    """What siblings have in common: the smaller factor of a contraction and the axes it is reduced over."""
+    if not isinstance(op, Nest) or op.kind != "contract":
+        return None
+    loads = [op.body.nodes[i] for i in op.body.loads()]
+    if len(loads) != 2:
+        return None
+    left, right = (op.operands[node.attr] for node in loads)  # type: ignore[index]
+    return left, op.rspace, len(op.space), loads[0].args if left == right else None
+
+
+def _reach(after: list[set[int]], start: int, memo: dict[int, set[int]]) -> set[int]:
+    """Positions after ``start`` in the stretch, directly or not."""
+    if start not in memo:
+        seen: set[int] = set()
+        stack = [start]
+        while stack:
+            for later in after[stack.pop()] - seen:
+                seen.add(later)
+                stack.append(later)
+        memo[start] = seen
+    return memo[start]
+
+
+def _topological(waits: dict[int, set[int]]) -> list[int]:
+    """Anchors, every routine after those it waits for; otherwise in program order."""
+    users: dict[int, list[int]] = {anchor: [] for anchor in waits}
+    for other, needs in waits.items():
+        for need in needs:
+            users[need].append(other)
+    missing = {anchor: len(needs) for anchor, needs in waits.items()}
+    ready = [anchor for anchor, count in missing.items() if count == 0]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        anchor = heapq.heappop(ready)
+        order.append(anchor)
+        for other in users[anchor]:
+            missing[other] -= 1
+            if missing[other] == 0:
+                heapq.heappush(ready, other)
+    assert len(order) == len(waits), "routines depend on each other in a cycle"
+    return order

@@ -1,0 +1,325 @@
+"""make_plan: a fused Graph becomes a Plan for one target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from jax_mpk.graph import dtypes
+from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, blocks, reads, walk
+from jax_mpk.plan import ir
+from jax_mpk.plan.access import Access, accesses
+from jax_mpk.plan.cluster import Clusterer, Routine
+from jax_mpk.plan.handoff import Handoffs
+from jax_mpk.plan.memory import Life, assign_offsets
+from jax_mpk.plan.place import Placer
+from jax_mpk.plan.prepare import Prepared, prepare
+from jax_mpk.plan.tile import Tiler
+
+
+def make_plan(graph: Graph, target: ir.Target) -> ir.Plan:
+    """Plans a graph.
+
+    Args:
+      graph: the fused graph.
+      target: the device to plan for; it need not be present.
+
+    Returns:
+      The plan; :func:`jax_mpk.plan.verify.verify_plan` proves it.
+    """
+    return _Planner(prepare(graph), target).run()
+
+
+class _Planner:
+    def __init__(self, prepared: Prepared, target: ir.Target):
+        self.graph = prepared.graph
+        self.share = prepared.share
+        self.aliases = prepared.aliases
+        self.target = target
+        self.ops = tuple(walk(self.graph.block))
+        self.op_number = {id(op): i for i, op in enumerate(self.ops)}
+        self.shapes = tuple(v.shape for v in self.graph.values)
+        self.tiler = Tiler(self.graph, target, self.share)
+        self.pinned = self._pinned()
+        # Filled segment by segment.
+        self.routines: list[ir.Routine] = []
+        self.routine_number: dict[tuple, int] = {}
+        self.task_rows: list[tuple[int, int, int]] = []
+        self.boxes: list[np.ndarray] = []
+        self.box_count = 0
+        self.waits: list[list[int]] = []
+        self.signals: list[list[int]] = []
+        self.touched: list[tuple[np.ndarray, Access]] = []
+        self.events = 0
+        self.segments: list[tuple[Handoffs, list[list[Access]]]] = []
+        self.loop_segments: list[tuple[int, int]] = []
+
+    def run(self) -> ir.Plan:
+        schedule = self._block(self.graph.block)
+        storages, value_storage, workspace = self._storages()
+        tasks = self._tasks()
+        return ir.Plan(
+            graph=self.graph,
+            ops=self.ops,
+            target=self.target,
+            storages=storages,
+            value_storage=value_storage,
+            workspace_bytes=workspace,
+            aliases=dict(self.aliases),
+            routines=tuple(self.routines),
+            tasks=tasks,
+            accesses=self._accesses(),
+            splits=(),
+            events=self.events,
+            schedule=schedule,
+            scratch_bytes=max((_scratch(self.graph, r) for r in self.routines), default=0),
+            notes=self.graph.notes,
+        )
+
+    # -- schedule ----------------------------------------------------------------------------------------------
+
+    def _block(self, block: Block) -> ir.Schedule:
+        items: list[ir.Segment | ir.LoopNode | ir.BranchNode] = []
+        for stretch in _stretches(block):
+            if isinstance(stretch, list):
+                items.append(self._segment(stretch))
+                continue
+            number = self.op_number[id(stretch)]
+            if isinstance(stretch, Loop):
+                first = len(self.segments)
+                cond = () if stretch.cond is None else self._block(stretch.cond)
+                body = self._block(stretch.body)
+                self.loop_segments.append((first, len(self.segments)))
+                predicate = -1 if stretch.cond is None else stretch.cond.results[0]
+                trips = -1 if stretch.trips is None else stretch.trips
+                items.append(ir.LoopNode(number, cond, body, predicate, trips))
+            else:
+                arms = tuple(self._block(arm) for arm in stretch.arms)
+                items.append(ir.BranchNode(number, stretch.index, arms))
+        return tuple(items)
+
+    def _segment(self, ops: list[Op]) -> ir.Segment:
+        clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned)
+        placer = Placer(self.target)
+        handoffs = Handoffs(self.target.workers, self.share, self.shapes, len(self.task_rows), self.events)
+        touched: list[list[Access]] = []
+        for routine in clusterer.run(ops, _after(ops, self.share)):
+            found = accesses(routine, self.tiler.in_place)
+            workers = placer.place(routine)
+            handoffs.add(workers, found)
+            touched.append(found)
+            self._emit(routine, workers, found)
+        self.waits += handoffs.waits
+        self.signals += handoffs.signals
+        self.events = handoffs.events
+        self.segments.append((handoffs, touched))
+        return ir.Segment(tuple(np.array(q, np.int32) for q in handoffs.queues))
+
+    def _emit(self, routine: Routine, workers: np.ndarray, found: list[Access]) -> None:
+        members = tuple(ir.Member(self.op_number[id(op)]) for op in routine.ops)
+        local = routine.local
+        extents: list[tuple[int, ...]] = []
+        offsets: list[int] = []
+        end = 0
+        for op, lo, hi in zip(routine.ops, routine.cut.lo, routine.cut.hi, strict=True):
+            for v in op.outputs:
+                if v in local:
+                    shape = tuple(int(e) for e in (hi - lo).max(axis=0, initial=0))
+                    extents.append(shape)
+                    offsets.append(end)
+                    end += -(-int(np.prod(shape)) * dtypes.itemsize(self.graph.values[v].dtype) // 64) * 64
+        number = len(self.routines)
+        self.routines.append(ir.Routine(members, local, tuple(offsets), tuple(extents)))
+        first = len(self.task_rows)
+        count = len(routine.ops)
+        tasks = routine.cut.tasks
+        self.task_rows += [(number, int(w), self.box_count + t * count) for t, w in enumerate(workers)]
+        # Rows are task-major: all members of task 0, then of task 1, …
+        rank = max((lo.shape[1] for lo in routine.cut.lo), default=0)
+        corners = np.zeros((tasks, count, 2, rank), np.int64)
+        corners[:, :, 1] = 1
+        for m, (lo, hi) in enumerate(zip(routine.cut.lo, routine.cut.hi, strict=True)):
+            corners[:, m, 0, : lo.shape[1]] = lo
+            corners[:, m, 1, : hi.shape[1]] = hi
+        self.boxes.append(corners.reshape(tasks * count, 2, rank))
+        self.box_count += tasks * count
+        ids = np.arange(first, first + tasks, dtype=np.int32)
+        self.touched += [(ids, access) for access in found]
+
+    # -- values and bytes --------------------------------------------------------------------------------------
+
+    def _pinned(self) -> set[int]:
+        """Values that cannot be local: used outside the stretch that computes them, or sharing storage."""
+        pinned = set(self.graph.inputs) | set(self.graph.results)
+        sizes = np.bincount(np.array(self.share, np.int64), minlength=len(self.share))
+        pinned.update(v for v, home in enumerate(self.share) if sizes[home] > 1)
+
+        def visit(block: Block) -> None:
+            pinned.update(block.results)
+            defined: dict[int, int] = {}
+            for number, stretch in enumerate(_stretches(block)):
+                group = stretch if isinstance(stretch, list) else [stretch]
+                for op in group:
+                    pinned.update(v for v in reads(op) if defined.get(v, -1) != number)
+                    for inner in blocks(op):
+                        visit(inner)
+                        pinned.update(v for v in reads(op))
+                    defined.update(dict.fromkeys(op.outputs, number))
+                    if isinstance(op, Loop | Branch):
+                        pinned.update(op.outputs)
+                        pinned.update(op.operands)
+
+        visit(self.graph.block)
+        return pinned
+
+    def _storages(self) -> tuple[tuple[ir.Storage, ...], np.ndarray, int]:
+        graph = self.graph
+        nbytes = [int(np.prod(v.shape, dtype=np.int64)) * dtypes.itemsize(v.dtype) for v in graph.values]
+        homes: dict[int, int] = {}  # share class → storage
+        storages: list[ir.Storage] = []
+        for number, v in enumerate(graph.results):
+            homes[self.share[v]] = len(storages)
+            storages.append(ir.Storage("output", number, self.aliases.get(number, -1), 0, nbytes[v]))
+        for number, v in enumerate(graph.inputs):
+            if self.share[v] not in homes:
+                homes[self.share[v]] = len(storages)
+                storages.append(ir.Storage("input", number, -1, 0, nbytes[v]))
+        local = {v for routine in self.routines for v in routine.local_values}
+        lives = self._lives(homes, nbytes)
+        known = {
+            (s, r): handoffs.known[r]
+            for s, (handoffs, _) in enumerate(self.segments)
+            for r in range(len(handoffs.known))
+        }
+        workspace = assign_offsets(list(lives.values()), known)
+        for home, life in lives.items():
+            homes[home] = len(storages)
+            storages.append(ir.Storage("workspace", -1, -1, life.offset, life.nbytes))
+        value_storage = np.full(len(graph.values), -1, np.int32)
+        for v in range(len(graph.values)):
+            if v not in local and self.share[v] in homes:
+                value_storage[v] = homes[self.share[v]]
+        return tuple(storages), value_storage, workspace
+
+    def _lives(self, homes: dict[int, int], nbytes: list[int]) -> dict[int, Life]:
+        lives: dict[int, Life] = {}
+        touched_in: dict[int, set[int]] = {}
+        for s, (handoffs, routines) in enumerate(self.segments):
+            for r, found in enumerate(routines):
+                for access in found:
+                    home = self.share[access.value]
+                    if home in homes:
+                        continue
+                    life = lives.get(home)
+                    if life is None:
+                        life = lives[home] = Life(0, (s, r), s, np.zeros(self.target.workers, np.int32))
+                    life.nbytes = max(life.nbytes, nbytes[access.value])
+                    if life.last_segment != s:
+                        life.last_segment, life.positions = s, np.zeros(self.target.workers, np.int32)
+                    np.maximum.at(life.positions, handoffs.worker_of[r], handoffs.position[r])
+                    touched_in.setdefault(home, set()).add(s)
+        # What lives in a loop and outside it, or is carried by one, keeps its bytes.
+        carried = {self.share[v] for op in self.ops if isinstance(op, Loop) for v in (*op.params, *op.outputs)}
+        control = {
+            self.share[v]
+            for op in self.ops
+            for v in ((op.index,) if isinstance(op, Branch) else op.cond.results if isinstance(op, Loop) and op.cond else ())
+        }
+        for home, segments in touched_in.items():
+            crosses = any(
+                any(a <= s < b for s in segments) and not all(a <= s < b for s in segments)
+                for a, b in self.loop_segments
+            )
+            lives[home].pinned = crosses or home in carried or home in control
+        return lives
+
+    # -- tables ------------------------------------------------------------------------------------------------
+
+    def _tasks(self) -> ir.Tasks:
+        rank = max((c.shape[2] for c in self.boxes), default=0)
+        table = np.array(self.task_rows, dtype=np.int32).reshape(-1, 3)
+        records = np.zeros(len(table), ir.TASK)
+        for column, name in enumerate(("routine", "worker", "box")):
+            records[name] = table[:, column]
+        padded = [_pad(c, rank) for c in self.boxes]
+        boxes = np.concatenate(padded) if padded else np.zeros((0, 2, 0), np.int64)
+        wait_start, wait_event = _csr(self.waits)
+        signal_start, signal_event = _csr(self.signals)
+        return ir.Tasks(records, boxes, wait_start, wait_event, signal_start, signal_event)
+
+    def _accesses(self) -> ir.Accesses:
+        rank = max((a.lo.shape[1] for _, a in self.touched), default=0)
+        if not self.touched:
+            empty = np.zeros(0, np.int32)
+            return ir.Accesses(empty, empty, np.zeros(0, np.uint8), np.zeros((0, 2, rank), np.int64))
+        task = np.concatenate([ids for ids, _ in self.touched])
+        value = np.concatenate([np.full(len(ids), a.value, np.int32) for ids, a in self.touched])
+        kind = np.concatenate([np.full(len(ids), a.kind, np.uint8) for ids, a in self.touched])
+        box = np.concatenate([_pad(np.stack([a.lo, a.hi], axis=1), rank) for _, a in self.touched])
+        order = np.argsort(task, kind="stable")
+        return ir.Accesses(task[order], value[order], kind[order], box[order])
+
+
+def _stretches(block: Block) -> Iterator[list[Op] | Loop | Branch]:
+    """Runs of straight-line operators, and the loops and branches between them."""
+    run: list[Op] = []
+    for op in block.ops:
+        if isinstance(op, Loop | Branch):
+            if run:
+                yield run
+            run = []
+            yield op
+        else:
+            run.append(op)
+    if run:
+        yield run
+
+
+def _after(ops: list[Op], share: tuple[int, ...]) -> list[set[int]]:
+    """Per operator of a stretch, the later ones that touch a storage either of them writes."""
+    after: list[set[int]] = [set() for _ in ops]
+    writers: dict[int, list[int]] = {}
+    readers: dict[int, list[int]] = {}
+    for position, op in enumerate(ops):
+        read = {share[v] for v in reads(op)}
+        written = {share[v] for v in op.outputs}
+        for home in read | written:
+            for earlier in writers.get(home, ()):
+                after[earlier].add(position)
+        for home in written:
+            for earlier in readers.get(home, ()):
+                after[earlier].add(position)
+        for home in written:
+            writers.setdefault(home, []).append(position)
+        for home in read:
+            readers.setdefault(home, []).append(position)
+    for position, later in enumerate(after):
+        later.discard(position)
+    return after
+
+
+def _scratch(graph: Graph, routine: ir.Routine) -> int:
+    ends = [
+        offset + int(np.prod(extents)) * dtypes.itemsize(graph.values[v].dtype)
+        for v, offset, extents in zip(
+            routine.local_values, routine.local_offsets, routine.local_extents, strict=True
+        )
+    ]
+    return max(ends, default=0)
+
+
+def _pad(boxes: np.ndarray, rank: int) -> np.ndarray:
+    missing = rank - boxes.shape[2]
+    if missing == 0:
+        return boxes
+    pad = np.zeros((len(boxes), 2, missing), np.int64)
+    pad[:, 1] = 1
+    return np.concatenate([boxes, pad], axis=2)
+
+
+def _csr(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    start = np.zeros(len(lists) + 1, np.int64)
+    np.cumsum([len(x) for x in lists], out=start[1:])
+    return start, np.array([e for x in lists for e in x], np.int32)
+

@@ -1,0 +1,38 @@
+"""Named targets. A device is described here or read from the driver; planning needs none to be present."""
+
+from __future__ import annotations
+
+from jax_mpk.plan.ir import Target
+
+
+def cpu(workers: int) -> Target:
+    """The CPU executor with ``workers`` virtual SMs. Rates are those of a common two-core server slice."""
+    return Target(
+        name=f"cpu-{workers}",
+        arch="cpu",
+        workers=workers,
+        scratch_bytes=1 << 20,
+        l2_bytes=1 << 20,
+        bandwidth=20e9,
+        cache_bandwidth=80e9,
+        flops=100e9,
+        handoff=1.5e-6,
+        task_overhead=0.5e-6,
+        granule=16,
+    )
+
+
+#: One H100 SXM: 132 SMs; bandwidth is what 16 KB bulk copies read on it.
+H100 = Target(
+    name="h100-sxm",
+    arch="sm_90a",
+    workers=132,
+    scratch_bytes=200 << 10,
+    l2_bytes=50 << 20,
+    bandwidth=3.09e12,
+    cache_bandwidth=6e12,
+    flops=800e12,
+    handoff=0.8e-6,
+    task_overhead=0.05e-6,
+    granule=64,
+)

@@ -1,0 +1,374 @@
+"""Boxes: how a routine's anchor is cut into tasks, what each task computes, and what that costs.
+
+A routine is a list of operators; the last is the anchor. Cutting the anchor's output space into boxes decides
+everything else: every other member computes, per task, the box of its output the later members read (regions are
+propagated backwards). The best cut is searched for with the cost model and remembered by the routine's structure, so
+a model's repeated layers are searched once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jax_mpk.graph import dtypes
+from jax_mpk.graph.fuse_maps import programs, work
+from jax_mpk.graph.ir import Cumulative, Graph, Nest, Op, Sort, Source, Update, reads
+from jax_mpk.graph.regions import Touch, op_touches, shifted_coord
+from jax_mpk.plan.ir import Target
+
+#: Low and high corners of boxes, int64 [tasks, axes] each.
+Grid = tuple[np.ndarray, np.ndarray]
+
+#: Scalar operations of the generic bodies run at this fraction of the target's multiply-add rate.
+_SCALAR_RATE = 1 / 16
+#: A cut may leave this share of the workers idle if it makes the tasks more even.
+_IDLE = 0.05
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A routine cut into tasks.
+
+    Attributes:
+      lo, hi: per member, int64 [tasks, axes]: the box of its output space each task computes.
+      touches: per member, what each task reads (regions of values; local ones included).
+      seconds: predicted time of the routine alone on the target, hand-offs not included.
+      scratch: bytes of scratch its local values need.
+    """
+
+    lo: tuple[np.ndarray, ...]
+    hi: tuple[np.ndarray, ...]
+    touches: tuple[tuple[Touch, ...], ...]
+    seconds: float
+    scratch: int
+
+    @property
+    def tasks(self) -> int:
+        return len(self.lo[-1])
+
+
+def output_space(graph: Graph, op: Op) -> tuple[int, ...]:
+    """Index space of an operator's outputs."""
+    return graph.values[op.outputs[0]].shape
+
+
+def spread(tasks: int, workers: int) -> np.ndarray:
+    """Worker of each of at least ``workers`` tasks: contiguous runs of equal length."""
+    return (np.arange(tasks, dtype=np.int64) * workers // tasks).astype(np.int32)
+
+
+class Tiler:
+    """Finds the best cut of routines of one graph for one target.
+
+    Args:
+      graph: the prepared graph.
+      target: the device.
+      share: per value, the representative of the storage it lives in.
+    """
+
+    def __init__(self, graph: Graph, target: Target, share: Sequence[int]):
+        self.graph = graph
+        self.target = target
+        self.share = share
+        self._best: dict[object, tuple[list[Grid], float] | None] = {}
+
+    def in_place(self, op: Update) -> bool:
+        """Whether an Update writes into its base's storage."""
+        return self.share[op.base] == self.share[op.output]
+
+    def best(self, members: tuple[Op, ...], anchors: tuple[int, ...], stored: frozenset[int]) -> Cut | None:
+        """The fastest cut, or None where none fits the scratch memory or keeps the stored members exact.
+
+        Args:
+          members: operators in data-flow order.
+          anchors: positions in ``members`` of the independent operators the routine exists for; the last member is
+            always one.
+          stored: values of other members that must also be written to memory; their boxes must partition.
+        """
+        key = self._key(members, anchors, stored)
+        if key not in self._best:
+            chosen: Cut | None = None
+            for round_ in self._candidates([members[a] for a in anchors]):
+                for grids in round_:
+                    cut = self._cut(members, anchors, grids)
+                    if cut.scratch > self.target.scratch_bytes or chosen is not None and cut.seconds >= chosen.seconds:
+                        continue
+                    if self._exact(members, anchors, stored, cut):
+                        chosen = cut
+                if chosen is not None:
+                    break
+            grids = None if chosen is None else [(chosen.lo[a], chosen.hi[a]) for a in anchors]
+            self._best[key] = None if chosen is None or grids is None else (grids, chosen.seconds)
+        found = self._best[key]
+        return None if found is None else self._cut(members, anchors, found[0])
+
+    def seconds(self, members: tuple[Op, ...], anchors: tuple[int, ...], stored: frozenset[int]) -> float:
+        """Predicted time of the best cut; infinite where there is none."""
+        key = self._key(members, anchors, stored)
+        if key not in self._best:
+            self.best(members, anchors, stored)
+        found = self._best[key]
+        return math.inf if found is None else found[1]
+
+    # -- candidates --------------------------------------------------------------------------------------------
+
+    def _candidates(self, anchors: list[Op]) -> Iterator[list[list[Grid]]]:
+        """Cuts into one or about as many tasks as workers; then, for scratch memory's sake, into many more."""
+        workers = self.target.workers
+        seen: set[tuple[tuple[int, ...], ...]] = set()
+        for totals in ((1, workers), (2 * workers,), (4 * workers,), (16 * workers,), (64 * workers,)):
+            found: dict[tuple[tuple[int, ...], ...], None] = {}
+            for total in totals:
+                choices = [list(self._parts(anchor, total)) for anchor in anchors]
+                if len(anchors) == 1:
+                    found.update(((parts,), None) for parts in choices[0])
+                    continue
+                # Several anchors must agree on the number of tasks.
+                by_count = [{math.prod(parts): parts for parts in reversed(some)} for some in choices]
+                exact = {n for some in by_count for n in some}
+                for n in sorted(exact):
+                    agreed = [
+                        some.get(n) or next((p for p in self._parts(a, n) if math.prod(p) == n), None)
+                        for a, some in zip(anchors, by_count, strict=True)
+                    ]
+                    if None not in agreed:
+                        found[tuple(agreed)] = None  # type: ignore[arg-type]
+            yield [
+                [_grid(output_space(self.graph, a), p) for a, p in zip(anchors, parts, strict=True)]
+                for parts in found
+                if parts not in seen
+            ]
+            seen.update(found)
+
+    def _parts(self, anchor: Op, total: int) -> Iterator[tuple[int, ...]]:
+        space = output_space(self.graph, anchor)
+        whole = {anchor.axis} if isinstance(anchor, Sort | Cumulative) else set()
+        axes = [a for a, extent in enumerate(space) if extent > 1 and a not in whole]
+        if isinstance(anchor, Update):
+            # Which part of the output an update hits is known at run time: only aligned axes may be cut.
+            axes = [a for a in axes if a in _aligned_axes(anchor)]
+        return _part_counts(space, axes, total)
+
+    # -- evaluation --------------------------------------------------------------------------------------------
+
+    def _cut(self, members: tuple[Op, ...], anchors: tuple[int, ...], grids: list[Grid]) -> Cut:
+        graph = self.graph
+        seeds = dict(zip(anchors, grids, strict=True))
+        tasks = len(grids[-1][0])
+        need: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        boxes: list[tuple[np.ndarray, np.ndarray]] = []
+        touches: list[tuple[Touch, ...]] = []
+        inner = {v for i, op in enumerate(members) if i not in seeds for v in op.outputs}
+        for i, op in reversed(list(enumerate(members))):
+            if i in seeds:
+                box = seeds[i]
+            else:
+                box = _union([need[v] for v in op.outputs if v in need], tasks, output_space(graph, op))
+                box = _whole_axis(op, box)
+            boxes.append(box)
+            found = op_touches(graph, op, *box)
+            if isinstance(op, Update) and self.in_place(op):
+                found.pop() if op.combine.kind == "set" else None
+            touches.append(tuple(found))
+            for touch in found:
+                if touch.value in inner:
+                    known = need.get(touch.value)
+                    box = (touch.lo, touch.hi)
+                    need[touch.value] = box if known is None else _union([known, box], tasks, graph.values[touch.value].shape)
+        boxes.reverse()
+        touches.reverse()
+        scratch = 0
+        for op, (a, b) in zip(members, boxes, strict=True):
+            extents = (b - a).max(axis=0, initial=0)
+            for v in inner.intersection(op.outputs):
+                scratch += -(-math.prod(map(int, extents)) * dtypes.itemsize(graph.values[v].dtype) // 64) * 64
+        seconds = self._seconds(members, boxes, touches, inner)
+        return Cut(tuple(b[0] for b in boxes), tuple(b[1] for b in boxes), tuple(touches), seconds, scratch)
+
+    def _seconds(
+        self,
+        members: tuple[Op, ...],
+        boxes: list[tuple[np.ndarray, np.ndarray]],
+        touches: list[tuple[Touch, ...]],
+        inner: set[int],
+    ) -> float:
+        target, graph = self.target, self.graph
+        tasks = len(boxes[-1][0])
+        flops = np.zeros(tasks)
+        regions: dict[int, np.ndarray] = {}  # value → elements each task moves; read twice, it is still in scratch
+        for op, (lo, hi), found in zip(members, boxes, touches, strict=True):
+            volume = _volume(lo, hi)
+            flops += volume * _element_work(op)
+            if not all(v in inner for v in op.outputs):
+                regions.update((v, volume) for v in op.outputs)
+            # An index known at run time reaches a whole axis, but no more elements than there are evaluations.
+            evaluations = volume * math.prod(op.rspace) if isinstance(op, Nest) else np.inf
+            for touch in found:
+                if touch.value not in inner:
+                    size = np.minimum(_volume(touch.lo, touch.hi), evaluations)
+                    known = regions.get(touch.value)
+                    regions[touch.value] = size if known is None else np.maximum(known, size)
+        seconds = np.zeros(tasks)
+        for v, elements in regions.items():
+            nbytes = elements * dtypes.itemsize(graph.values[v].dtype)
+            whole = math.prod(graph.values[v].shape) * dtypes.itemsize(graph.values[v].dtype)
+            if nbytes.sum() > 1.5 * whole and whole <= target.l2_bytes:
+                seconds += np.maximum(nbytes * target.workers / target.cache_bandwidth, whole / target.bandwidth)
+            else:
+                seconds += nbytes * target.workers / target.bandwidth
+        each = np.maximum(seconds, flops / target.flops * target.workers) + target.task_overhead
+        if tasks > target.workers:
+            each = np.bincount(spread(tasks, target.workers), weights=each)
+        return float(each.max(initial=0.0))
+
+    def _exact(self, members: tuple[Op, ...], anchors: tuple[int, ...], stored: frozenset[int], cut: Cut) -> bool:
+        """Whether stored members are computed once, and no task reads what another task of the routine writes."""
+        for i, (op, lo, hi) in enumerate(zip(members, cut.lo, cut.hi, strict=True)):
+            if i not in anchors:
+                if not stored.intersection(op.outputs):
+                    continue
+                if not is_partition(lo, hi, output_space(self.graph, op)):
+                    return False
+            homes = {self.share[v] for v in op.outputs}
+            for touch in (touch for touches in cut.touches for touch in touches):
+                if self.share[touch.value] in homes and not _private(lo, hi, touch):
+                    return False
+        return True
+
+    def _key(self, members: tuple[Op, ...], anchors: tuple[int, ...], stored: frozenset[int]) -> object:
+        """The routine's structure: its operators with values renumbered and origins removed."""
+        number: dict[int, int] = {}
+        signature: list[object] = [anchors]
+        for op in members:
+            for v in (*reads(op), *op.outputs):
+                if v not in number:
+                    number[v] = len(number)
+                    value = self.graph.values[v]
+                    signature.append((value.shape, value.dtype, v in stored))
+            names = {"outputs": tuple(number[v] for v in op.outputs)} if not isinstance(op, Update) else {
+                "output": number[op.output], "base": number[op.base]
+            }
+            signature.append(
+                replace(op, operands=tuple(number[v] for v in op.operands), source=Source(""), **names)  # type: ignore[arg-type]
+            )
+        homes: dict[int, int] = {}
+        signature.append(tuple(homes.setdefault(self.share[v], len(homes)) for v in number))
+        return tuple(signature)
+
+
+def _volume(lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    return np.prod((hi - lo).astype(np.float64), axis=1)
+
+
+def _element_work(op: Op) -> float:
+    """Multiply-add equivalents (× 2) of one output element."""
+    if isinstance(op, Nest):
+        inner = math.prod(op.rspace)
+        if op.kind == "contract":
+            assert op.epilogue is not None
+            return 2.0 * inner + (work(op.epilogue) + 1) / _SCALAR_RATE
+        after = 0.0 if op.epilogue is None else work(op.epilogue)
+        return (inner * (work(op.body) + 1) + after) / _SCALAR_RATE
+    rows = op.space[op.axis] if isinstance(op, Sort) else 1
+    return sum(work(expr) + 1 for expr in programs(op)) / _SCALAR_RATE + 4 * math.log2(rows + 1)
+
+
+def is_partition(lo: np.ndarray, hi: np.ndarray, space: tuple[int, ...]) -> bool:
+    """Whether boxes cover a space exactly once."""
+    volume = np.prod((hi - lo).astype(np.int64), axis=1)
+    if int(volume.sum()) != math.prod(space):
+        return False
+    keep = volume > 0
+    lo, hi = lo[keep], hi[keep]
+    if len(lo) < 2 or not space:
+        return True
+    overlap = np.all((lo[:, None] < hi[None]) & (lo[None] < hi[:, None]), axis=2)
+    return int(overlap.sum()) == len(lo)
+
+
+def _private(lo: np.ndarray, hi: np.ndarray, touch: Touch) -> bool:
+    """Whether every task's region of ``touch`` meets only the box the same task writes."""
+    if touch.lo.shape[1] != lo.shape[1]:
+        return len(lo) == 1
+    overlap = np.all((lo[:, None] < touch.hi[None]) & (touch.lo[None] < hi[:, None]), axis=2)
+    empty = np.any(touch.hi <= touch.lo, axis=1)
+    return not np.any(overlap & ~empty[None] & ~np.eye(len(lo), dtype=bool))
+
+
+def _aligned_axes(op: Update) -> set[int]:
+    return {a for a, r in enumerate(op.index.results[:-1]) if shifted_coord(op.index, r) is not None}
+
+
+def _union(
+    boxes: list[tuple[np.ndarray, np.ndarray]], tasks: int, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest boxes around several per-task boxes; empty ones do not count."""
+    rank = len(shape) if not boxes else boxes[0][0].shape[1]
+    lo = np.full((tasks, rank), np.iinfo(np.int64).max)
+    hi = np.full((tasks, rank), -1)
+    any_full = np.zeros(tasks, bool)
+    for a, b in boxes:
+        full = np.all(b > a, axis=1)
+        any_full |= full
+        lo[full] = np.minimum(lo[full], a[full])
+        hi[full] = np.maximum(hi[full], b[full])
+    lo[~any_full] = 0
+    hi[~any_full] = 0
+    return lo, hi
+
+
+def _whole_axis(op: Op, box: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(op, Sort | Cumulative):
+        return box
+    lo, hi = box[0].copy(), box[1].copy()
+    full = np.all(hi > lo, axis=1)
+    extent = op.space[op.axis] if isinstance(op, Cumulative) or op.top_k is None else op.top_k
+    lo[full, op.axis], hi[full, op.axis] = 0, extent
+    return lo, hi
+
+
+def _part_counts(space: tuple[int, ...], axes: list[int], total: int) -> Iterator[tuple[int, ...]]:
+    """Ways to cut one axis, or two, into about ``total`` boxes."""
+    ones = [1] * len(space)
+    if total == 1 or not axes:
+        yield tuple(ones)
+        return
+    for a in axes:
+        single = list(ones)
+        single[a] = _even_parts(space[a], total)
+        yield tuple(single)
+        for b in axes:
+            if b == a:
+                continue
+            for first in _divisors(space[a], total):
+                rest = total // first
+                if first > 1 and rest > 1 and space[b] > 1:
+                    double = list(ones)
+                    double[a], double[b] = first, _even_parts(space[b], rest)
+                    yield tuple(double)
+
+
+def _divisors(extent: int, most: int) -> list[int]:
+    found = [d for d in range(2, min(extent, most) + 1) if extent % d == 0]
+    return [*found[-3:], *([min(extent, most)] if not found else [])]
+
+
+def _even_parts(extent: int, total: int) -> int:
+    """The number of parts, at most ``total`` and within a few per cent of it, that gives the most even pieces."""
+    if extent <= total:
+        return extent
+    low = max(1, math.ceil(total * (1 - _IDLE)))
+    return min(range(low, total + 1), key=lambda p: (-(-extent // p), -(-extent // p) * p - extent, -p))
+
+
+def _grid(space: tuple[int, ...], parts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    edges = [np.arange(p + 1, dtype=np.int64) * extent // p for extent, p in zip(space, parts, strict=True)]
+    los = np.meshgrid(*(e[:-1] for e in edges), indexing="ij") if space else []
+    his = np.meshgrid(*(e[1:] for e in edges), indexing="ij") if space else []
+    if not space:
+        return np.zeros((1, 0), np.int64), np.zeros((1, 0), np.int64)
+    return np.stack([x.ravel() for x in los], axis=1), np.stack([x.ravel() for x in his], axis=1)

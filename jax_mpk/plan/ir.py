@@ -1,9 +1,9 @@
 """The Plan: tasks, events, per-worker queues and memory for one Graph on one target.
 
 A *task* is the piece of a routine that one worker (an SM, or a virtual SM of the CPU executor) runs without waiting.
-A *routine* is one or more operators computed together for a box of its last operator (the *anchor*): the values
-between them are *local*, live in the worker's scratch memory and are recomputed by every task that needs them, which
-is how a norm costs no phase of its own. An *event* counts finished tasks; a task waits for events.
+A *routine* is one or more operators computed together, task by task: the values between
+them may be *local*, live in the worker's scratch memory and be recomputed by every task that needs them, which is how
+a norm costs no phase of its own; all other outputs are stored. An *event* counts finished tasks; a task waits for events.
 
 Everything there can be tens of thousands of sits in NumPy arrays. A Plan is a value: planning another target makes
 another Plan.
@@ -92,8 +92,14 @@ class Member:
 class Routine:
     """Operators computed together, task by task.
 
+    Every member's outputs are either all local or all stored. Over the routine's tasks, the boxes of a member with
+    stored outputs partition its space (there may be several such members: independent siblings, or an Update whose
+    rows the same task goes on to read); a member with local outputs may be computed by several tasks, each for
+    the box its later members read. A task may read what an earlier member of its own stored, but nothing that
+    another task of the same routine stores.
+
     Attributes:
-      members: in data-flow order; the last is the anchor. Every output of a member before the anchor is local.
+      members: in data-flow order; the last one's outputs are stored.
       local_values: value ids held in scratch.
       local_offsets: byte offset in scratch of each local value.
       local_extents: extents its scratch array is laid out with (row-major); a task's own box may be smaller.

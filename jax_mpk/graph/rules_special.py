@@ -1,0 +1,37 @@
+"""Rules for special functions: each is one scalar operation of the same meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jax.extend.core import JaxprEqn
+
+from jax_mpk.graph.build import BlockBuilder, Load, rule
+from jax_mpk.graph.ir import Value
+from jax_mpk.graph.scalar import Builder
+
+#: Primitive → scalar operation.
+_OPS = {
+    "bessel_i0e": "bessel_i0e",
+    "bessel_i1e": "bessel_i1e",
+    "digamma": "digamma",
+    "erf_inv": "erf_inv",
+    "igamma": "igamma",
+    "igamma_grad_a": "igamma_grad_a",
+    "igammac": "igammac",
+    "lgamma": "lgamma",
+    "polygamma": "polygamma",
+    "random_gamma_grad": "random_gamma_grad",
+    "regularized_incomplete_beta": "betainc",
+    "zeta": "zeta",
+}
+
+
+@rule(*_OPS)
+def _special(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
+    name = _OPS[eqn.primitive.name]
+
+    def body(b: Builder, at: list[int], load: Load) -> int:
+        return b.op(name, *(b.compute(load(slot, at)) for slot in range(len(xs))))
+
+    return bb.map(xs[0].shape, xs, body, [xs[0].dtype])

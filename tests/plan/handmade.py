@@ -1,0 +1,730 @@
+"""A second, simple planner: legal plans that owe nothing to jax_mpk's own.
+
+Every operator is cut along one axis, one event joins each pair of operators (or of tasks, with ``fine``) that touch the
+same bytes, and order within a queue is the graph's. Nothing here is meant to be fast on a device; what matters is that
+the plans use every feature of the IR and are legal by construction.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import numpy as np
+
+from jax_mpk.graph import dtypes
+from jax_mpk.graph.ir import (
+    Block,
+    Branch,
+    Cumulative,
+    Graph,
+    Loop,
+    Nest,
+    Op,
+    Sort,
+    Source,
+    Update,
+    Value,
+    blocks,
+    reads,
+    walk,
+)
+from jax_mpk.graph.regions import op_touches, update_written
+from jax_mpk.graph.scalar import Builder
+from jax_mpk.plan.ir import (
+    FINISH,
+    MAY,
+    MUST,
+    PARTIAL,
+    READ,
+    TASK,
+    WHOLE,
+    Accesses,
+    BranchNode,
+    LoopNode,
+    Member,
+    Plan,
+    Routine,
+    Schedule,
+    Segment,
+    Split,
+    Storage,
+    Target,
+    Tasks,
+)
+
+Control = Loop | Branch
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to plan.
+
+    Attributes:
+      workers: queues.
+      tiles: boxes per operator, at most.
+      split: slices that reductions are cut into, where they are long enough.
+      reuse: workspace bytes are used again when their value is dead.
+      fuse: maps and reductions with readers in the same segment only become local values, at random.
+      fine: events join tasks whose regions overlap; otherwise operators.
+      in_place: updates overwrite their base where nobody needs it afterwards.
+      cut: segments of at most so many operators (0: as long as possible).
+      seed: for placement and the other random choices.
+    """
+
+    workers: int = 3
+    tiles: int = 3
+    split: int = 1
+    reuse: bool = False
+    fuse: bool = False
+    fine: bool = False
+    in_place: bool = True
+    cut: int = 0
+    seed: int = 0
+
+
+def target(workers: int) -> Target:
+    """A target for tests; the costs mean nothing."""
+    return Target(
+        name=f"test-{workers}",
+        arch="cpu",
+        workers=workers,
+        scratch_bytes=1 << 20,
+        l2_bytes=1 << 24,
+        bandwidth=1e10,
+        cache_bandwidth=1e11,
+        flops=1e11,
+        handoff=1e-6,
+        task_overhead=1e-6,
+        granule=16,
+    )
+
+
+def make_plan(graph: Graph, options: Options | None = None) -> Plan:
+    """A legal plan for a graph."""
+    options = options or Options()
+    wired = explicit(graph, in_place=options.in_place)
+    return _Planner(wired, options).run()
+
+
+# -- copies ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wired:
+    """A graph with explicit copies.
+
+    Attributes:
+      graph: the graph.
+      home: per value, a value that stands for all that have the same bytes.
+      aliases: result number → argument number.
+    """
+
+    graph: Graph
+    home: tuple[int, ...]
+    aliases: dict[int, int]
+
+
+class _Wiring:
+    def __init__(self, graph: Graph, in_place: bool):
+        self.graph = graph
+        self.in_place = in_place
+        self.values = list(graph.values)
+        self.parent = list(range(len(self.values)))
+        self.inputs = {v: i for i, v in enumerate(graph.inputs)}
+        self.aliases: dict[int, int] = {}
+
+    def find(self, v: int) -> int:
+        while self.parent[v] != v:
+            v = self.parent[v]
+        return v
+
+    def join(self, a: int, b: int) -> None:
+        self.parent[self.find(b)] = self.find(a)
+
+    def alone(self, v: int) -> bool:
+        home = self.find(v)
+        return sum(self.find(u) == home for u in range(len(self.values))) == 1
+
+    def copy(self, v: int, ops: list[Op]) -> int:
+        old = self.values[v]
+        new = replace(old, id=len(self.values))
+        self.values.append(new)
+        self.parent.append(new.id)
+        b = Builder(old.shape)
+        body = b.build(b.load(0, b.coords(), old.dtype))
+        ops.append(Nest("map", old.shape, (), (v,), (new.id,), body, source=Source("copy")))
+        return new.id
+
+    def block(self, block: Block, mine: set[int]) -> Block:
+        """A block with its nested blocks wired; ``mine``: outer values whose bytes it may overwrite."""
+        ops: list[Op] = []
+        own = set(mine)
+        for at, op in enumerate(block.ops):
+            if isinstance(op, Loop):
+                op = self.loop(op, ops)
+            elif isinstance(op, Branch):
+                op = self.branch(op)
+            elif isinstance(op, Update) and self.in_place and op.base in own:
+                later = any(op.base in reads(other) for other in block.ops[at + 1 :])
+                if not later and op.base not in block.results and op.base not in op.operands:
+                    self.join(op.base, op.output)
+            if not isinstance(op, Control):
+                own.update(op.outputs)
+            ops.append(op)
+        return Block(tuple(ops), block.results)
+
+    def loop(self, op: Loop, before: list[Op]) -> Loop:
+        inits = []
+        for k, init in enumerate(op.inits):
+            inits.append(self.copy(init, before))
+            for v in (op.params[k], op.outputs[k]):
+                self.join(inits[k], v)
+        body = self.block(op.body, set(op.params))
+        ops, results = list(body.ops), list(body.results)
+        moved = [k for k, r in enumerate(results) if self.find(r) != self.find(op.params[k])]
+        # All results are taken aside before any carry is overwritten: carries may be permuted.
+        aside = {k: self.copy(results[k], ops) for k in moved}
+        for k in moved:
+            results[k] = self.copy(aside[k], ops)
+            self.join(op.params[k], results[k])
+        cond = op.cond
+        if cond is not None:
+            cond = self.block(cond, set())
+            late = list(cond.ops)
+            cond = Block((), (self.copy(cond.results[0], late),))
+            cond = Block(tuple(late), cond.results)
+        return replace(op, inits=tuple(inits), body=Block(tuple(ops), tuple(results)), cond=cond)
+
+    def branch(self, op: Branch) -> Branch:
+        arms = []
+        for arm in op.arms:
+            arm = self.block(arm, set())
+            ops, results = list(arm.ops), []
+            for k, v in enumerate(arm.results):
+                results.append(self.copy(v, ops))
+                self.join(op.outputs[k], results[k])
+            arms.append(Block(tuple(ops), tuple(results)))
+        return replace(op, arms=tuple(arms))
+
+    def run(self) -> Wired:
+        graph = self.graph
+        donated = {graph.inputs[i] for i in graph.donated}
+        # A donated argument may be updated in place where the update is the only thing that becomes of it.
+        mine = {
+            v
+            for v in donated
+            if sum(isinstance(op, Update) and op.base == v for op in graph.block.ops) == 1
+            and any(
+                isinstance(op, Update) and op.base == v and graph.results.count(op.output) == 1
+                for op in graph.block.ops
+            )
+        }
+        block = self.block(graph.block, mine)
+        ops, results = list(block.ops), []
+        produced = {v for op in ops if not isinstance(op, Control) for v in op.outputs}
+        for number, v in enumerate(block.results):
+            argument = next((i for x, i in self.inputs.items() if self.find(x) == self.find(v)), -1)
+            if argument >= 0 and v not in self.inputs:
+                self.aliases[number] = argument
+                results.append(v)
+            elif v in produced and self.alone(v) and block.results.count(v) == 1:
+                results.append(v)
+            else:
+                results.append(self.copy(v, ops))
+        graph = replace(graph, values=tuple(self.values), block=Block(tuple(ops), tuple(results)))
+        return Wired(graph, tuple(map(self.find, range(len(self.values)))), self.aliases)
+
+
+def explicit(graph: Graph, *, in_place: bool = True) -> Wired:
+    """Makes the copies that loops, branches and results need into operators."""
+    return _Wiring(graph, in_place).run()
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """The tasks of one routine.
+
+    Attributes:
+      members: operators and stages, the anchor last.
+      boxes: corners [tasks, rank] per member.
+      workers: per task.
+      accesses: (name, kind, lo, hi) columns over the tasks.
+      first: number of the first task.
+      block: for liveness: position in the walk order.
+    """
+
+    members: tuple[Member, ...]
+    boxes: list[tuple[np.ndarray, np.ndarray]]
+    workers: np.ndarray
+    accesses: list[tuple[int, int, np.ndarray, np.ndarray]]
+    first: int
+    waits: list[list[int]] = field(default_factory=list)
+    signals: list[list[int]] = field(default_factory=list)
+    at: int = 0
+
+
+class _Planner:
+    def __init__(self, wired: Wired, options: Options):
+        self.wired, self.options, self.graph = wired, options, wired.graph
+        self.rng = random.Random(options.seed)
+        self.ops = tuple(walk(self.graph.block))
+        self.number = {id(op): i for i, op in enumerate(self.ops)}
+        self.shapes = [v.shape for v in self.graph.values]
+        self.splits: list[Split] = []
+        self.accumulator: dict[int, list[int]] = {}
+        self.acc_types: list[str] = []
+        self.local = self._choose_local()
+        self.work: list[Work] = []
+        self.tasks = 0
+        self.events = 0
+        self.clock = 0
+        self.spans: list[tuple[int, int]] = []  # of loops and branches, in clock ticks
+        self.control: list[tuple[int, int, int]] = []  # value, from, to
+        self.segments: list[list[Work]] = []
+
+    def run(self) -> Plan:
+        shape = self._block(self.graph.block)
+        storages, value_storage, workspace = self._memory()
+        for works in self.segments:
+            self._events(works, storages, value_storage)
+        schedule = self._schedule(shape)
+        return self._emit(storages, value_storage, workspace, schedule)
+
+    # Which values are local.
+
+    def _choose_local(self) -> set[int]:
+        if not self.options.fuse:
+            return set()
+        wired, chosen = self.wired, set()
+        sizes = Counter(wired.home)
+        for block in _all_blocks(self.graph.block):
+            for run in self._runs(block):
+                if isinstance(run, Control):
+                    continue
+                for op in run:
+                    outside = {v for other in block.ops if other not in run for v in reads(other)}
+                    free = all(
+                        sizes[wired.home[v]] == 1
+                        and v not in block.results
+                        and v not in outside
+                        and prod(self.shapes[v]) * 8 <= 4096
+                        for v in op.outputs
+                    )
+                    used = [other for other in run if set(op.outputs) & set(reads(other))]
+                    # A local value is computed when it is read: what it reads must not be overwritten by then.
+                    free &= all(sizes[wired.home[v]] == 1 for v in reads(op))
+                    if free and used and not isinstance(op, Update) and self.rng.random() < 0.7:
+                        chosen.add(self.number[id(op)])
+        return chosen
+
+    def _runs(self, block: Block) -> list[list[Op] | Control]:
+        out: list[list[Op] | Control] = []
+        for op in block.ops:
+            if isinstance(op, Control):
+                out.append(op)
+            elif out and isinstance(out[-1], list) and not 0 < self.options.cut <= len(out[-1]):
+                out[-1].append(op)
+            else:
+                out.append([op])
+        return out
+
+    # Blocks, in order; the result mirrors the schedule, with segments by number.
+
+    def _block(self, block: Block) -> list:
+        out: list = []
+        for run in self._runs(block):
+            begin = self.clock
+            if isinstance(run, Loop):
+                node = self.number[id(run)]
+                cond = [] if run.cond is None else self._block(run.cond)
+                body = self._block(run.body)
+                self.clock += 1
+                self.spans.append((begin, self.clock))
+                if run.cond is not None:
+                    self.control.append((run.cond.results[0], begin, self.clock))
+                self.control += [(p, begin, self.clock) for p in run.params]
+                out.append((node, cond, body))
+            elif isinstance(run, Branch):
+                arms = [self._block(arm) for arm in run.arms]
+                self.clock += 1
+                self.control.append((run.index, begin, self.clock))
+                for v in run.outputs:
+                    self.control.append((v, begin, self.clock))
+                out.append((self.number[id(run)], arms))
+            else:
+                out.append(len(self.segments))
+                self.segments.append([])
+                producers = {v: op for op in run for v in op.outputs}
+                for op in run:
+                    if self.number[id(op)] not in self.local:
+                        self._operator(op, producers)
+        return out
+
+    def _operator(self, op: Op, producers: dict[int, Op]) -> None:
+        space = self.graph.values[op.outputs[0]].shape
+        if prod(space) == 0:
+            return
+        slices = 1
+        if isinstance(op, Nest) and op.rspace and op.combine is not None:
+            slices = min(self.options.split, op.rspace[0])
+        if slices < 2:
+            self._routine(op, WHOLE, *self._tile(op, space), producers)
+            return
+        assert isinstance(op, Nest)
+        bounds = tuple(round(op.rspace[0] * k / slices) for k in range(slices + 1))
+        position = self.number[id(op)]
+        first = len(self.acc_types)
+        self.acc_types += op.acc
+        self.accumulator[position] = list(range(first, len(self.acc_types)))
+        self.splits.append(Split(position, bounds, tuple(op.acc)))  # storages follow
+        lo, hi = self._tile(op, space)
+        lows, highs = [], []
+        for a, b in itertools.pairwise(bounds):
+            rest = op.rspace[1:]
+            lows.append(np.concatenate([lo, np.tile([a, *[0] * len(rest)], (len(lo), 1))], axis=1))
+            highs.append(np.concatenate([hi, np.tile([b, *rest], (len(hi), 1))], axis=1))
+        self._routine(op, PARTIAL, np.concatenate(lows), np.concatenate(highs), producers)
+        self._routine(op, FINISH, lo, hi, producers)
+
+    def _tile(self, op: Op, space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        free = [d for d in range(len(space)) if not isinstance(op, Sort | Cumulative) or d != op.axis]
+        if not free:
+            return np.zeros((1, len(space)), np.int64), np.array([space], np.int64).reshape(1, -1)
+        axis = max(free, key=lambda d: space[d])
+        tiles = min(self.options.tiles, space[axis])
+        cuts = [space[axis] * k // tiles for k in range(tiles + 1)]
+        lo = np.zeros((tiles, len(space)), np.int64)
+        hi = np.tile(np.array(space, np.int64), (tiles, 1))
+        lo[:, axis], hi[:, axis] = cuts[:-1], cuts[1:]
+        return lo, hi
+
+    def _routine(self, op: Op, stage: int, lo: np.ndarray, hi: np.ndarray, producers: dict[int, Op]) -> None:
+        members = [(op, stage, lo, hi)]
+        # Local producers, latest first: each one's box is the hull of what later members read of it.
+        wanted: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        order = list(producers.values())
+        todo = [(op, stage, lo, hi)]
+        touched = []
+        for candidate in [None, *reversed(order)]:
+            if candidate is not None:
+                found = [wanted.pop(v) for v in candidate.outputs if v in wanted]
+                if not found:
+                    continue
+                member = (candidate, WHOLE, *self._hull(candidate, [x for f in found for x in f]))
+                members.insert(0, member)
+                todo = [member]
+            for this, this_stage, a, b in todo:
+                touches = op_touches(self.graph, this, a, b, stage_finish=this_stage == FINISH)
+                touched.append((this, this_stage, a, b, touches))
+                for touch in touches:
+                    producer = producers.get(touch.value)
+                    if producer is not None and self.number[id(producer)] in self.local:
+                        wanted.setdefault(touch.value, []).append((touch.lo, touch.hi))
+        local = {v for this, *_ in members[:-1] for v in this.outputs}
+        rows: list[tuple[int, int, np.ndarray, np.ndarray]] = []
+        for this, this_stage, a, b, touches in touched:
+            anchor = this is op
+            in_place = anchor and self._in_place(this)
+            for k, touch in enumerate(touches):
+                if in_place and k == len(touches) - 1 and this.combine.kind == "set":
+                    continue
+                if touch.value not in local:
+                    rows.append((touch.value, READ, touch.lo, touch.hi))
+            if this_stage == FINISH:
+                slices = len(next(s for s in self.splits if s.op == self.number[id(this)]).bounds) - 1
+                for k in self.accumulator[self.number[id(this)]]:
+                    rows.append((-1 - k, READ, _first(0, a), _first(slices, b)))
+            if not anchor:
+                continue
+            if this_stage == PARTIAL:
+                assert isinstance(this, Nest)
+                axes = len(this.space)
+                bounds = next(s for s in self.splits if s.op == self.number[id(this)]).bounds
+                part = np.searchsorted(np.array(bounds), a[:, axes])
+                for k in self.accumulator[self.number[id(this)]]:
+                    rows.append((-1 - k, MUST, _first(part, a[:, :axes]), _first(part + 1, b[:, :axes])))
+            elif in_place:
+                rows.append((this.output, MAY, *update_written(this, a, b)))
+            else:
+                rows += [(v, MUST, a, b) for v in this.outputs]
+        shift = self.rng.randrange(self.options.workers)
+        workers = (np.arange(len(lo)) + shift) % self.options.workers
+        self.clock += 1
+        work = Work(
+            tuple(Member(self.number[id(m[0])], m[1]) for m in members),
+            [(m[2], m[3]) for m in members],
+            workers,
+            rows,
+            self.tasks,
+            [[] for _ in lo],
+            [[] for _ in lo],
+            self.clock,
+        )
+        self.tasks += len(lo)
+        self.work.append(work)
+        self.segments[-1].append(work)
+
+    def _hull(self, op: Op, boxes: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        big = np.iinfo(np.int64).max
+        empty = [np.any(b <= a, axis=1)[:, None] for a, b in boxes]
+        lo = np.min([np.where(e, big, a) for e, (a, b) in zip(empty, boxes)], axis=0)
+        hi = np.max([np.where(e, 0, b) for e, (a, b) in zip(empty, boxes)], axis=0)
+        none = np.all(empty, axis=0)
+        lo, hi = np.where(none, 0, lo), np.where(none, 0, hi)
+        if isinstance(op, Sort | Cumulative):
+            extent = self.shapes[op.outputs[0]][op.axis]
+            lo[:, op.axis], hi[:, op.axis] = 0, np.where(none[:, 0], 0, extent)
+        return lo, hi
+
+    def _in_place(self, op: Op) -> bool:
+        return isinstance(op, Update) and self.wired.home[op.base] == self.wired.home[op.output]
+
+    # Bytes.
+
+    def _memory(self) -> tuple[list[Storage], np.ndarray, int]:
+        graph, home = self.graph, self.wired.home
+        nbytes = [prod(v.shape) * dtypes.itemsize(v.dtype) for v in graph.values]
+        storages: list[Storage] = []
+        of: dict[int, int] = {}
+        for number, v in enumerate(graph.results):
+            of[home[v]] = len(storages)
+            storages.append(Storage("output", number, self.wired.aliases.get(number, -1), 0, nbytes[v]))
+        for number, v in enumerate(graph.inputs):
+            if home[v] not in of:
+                of[home[v]] = len(storages)
+                storages.append(Storage("input", number, -1, 0, nbytes[v]))
+        life: dict[int, list[int]] = {}
+        size: dict[int, int] = {}
+
+        def use(key: int, at: int, need: int) -> None:
+            life.setdefault(key, []).append(at)
+            size[key] = max(size.get(key, 0), need)
+
+        accumulators = {}
+        for s in self.splits:
+            op = self.ops[s.op]
+            for k, acc in zip(self.accumulator[s.op], s.storages):
+                accumulators[k] = (len(s.bounds) - 1) * prod(op.space) * dtypes.itemsize(acc)
+        for work in self.work:
+            for name, _, _, _ in work.accesses:
+                if name < 0:
+                    use(name, work.at, accumulators[-1 - name])
+                elif home[name] not in of:
+                    use(home[name], work.at, nbytes[name])
+        for v, begin, end in self.control:
+            if home[v] not in of:
+                use(home[v], begin, nbytes[v])
+                use(home[v], end, nbytes[v])
+        spans = {key: [min(times), max(times)] for key, times in life.items()}
+        # What is used in a loop and outside it keeps its bytes throughout the loop.
+        carried = {home[p] for op in self.ops if isinstance(op, Loop) for p in op.params}
+        for _ in self.spans:
+            for begin, end in self.spans:
+                for key, span in spans.items():
+                    inside = [begin < t <= end for t in (span[0], span[1])]
+                    if any(inside) and (not all(inside) or key in carried):
+                        span[0], span[1] = min(span[0], begin), max(span[1], end)
+        offset, end = {}, 0
+        placed: list[int] = []
+        for key in sorted(spans, key=lambda k: (spans[k][0], k)):
+            need = -(-size[key] // 16) * 16
+            busy = sorted(
+                (offset[other], offset[other] + -(-size[other] // 16) * 16)
+                for other in placed
+                if not self.options.reuse or (spans[other][0] <= spans[key][1] and spans[key][0] <= spans[other][1])
+            )
+            at = 0
+            for a, b in busy:
+                if at + need <= a:
+                    break
+                at = max(at, b)
+            offset[key] = at
+            end = max(end, at + need)
+            placed.append(key)
+        for key in placed:
+            of[key] = len(storages)
+            storages.append(Storage("workspace", -1, -1, offset[key], size[key]))
+        self.splits = [replace(s, storages=tuple(of[-1 - k] for k in self.accumulator[s.op])) for s in self.splits]
+        local = {v for op in self.local for v in self.ops[op].outputs}
+        value_storage = np.array([-1 if v in local else of.get(home[v], -1) for v in range(len(nbytes))], np.int32)
+        self.name_storage = {-1 - k: of[-1 - k] for k in accumulators}
+        return storages, value_storage, end
+
+    # Events.
+
+    def _events(self, works: list[Work], storages: list[Storage], value_storage: np.ndarray) -> None:
+        def span(name: int) -> tuple[object, int, int]:
+            s = self.name_storage[name] if name < 0 else int(value_storage[name])
+            it = storages[s]
+            if it.kind == "workspace":
+                return "workspace", it.offset, it.offset + it.nbytes
+            return s, 0, it.nbytes
+
+        def meets(a: tuple, b: tuple) -> bool:
+            if a[1] == READ and b[1] == READ:
+                return False
+            x, y = span(a[0]), span(b[0])
+            return x[0] == y[0] and x[1] < y[2] and y[1] < x[2]
+
+        ancestors: list[set[int]] = []
+        for j, later in enumerate(works):
+            mine: set[int] = set()
+            for i in reversed(range(j)):
+                if i in mine:
+                    continue
+                pairs = [(a, b) for a in works[i].accesses for b in later.accesses if meets(a, b)]
+                if not pairs:
+                    continue
+                if self.options.fine:
+                    self._fine(works[i], later, pairs)
+                else:
+                    mine |= {i} | ancestors[i]
+                    for signals in works[i].signals:
+                        signals.append(self.events)
+                    for waits in later.waits:
+                        waits.append(self.events)
+                    self.events += 1
+            ancestors.append(mine)
+
+    def _fine(self, earlier: Work, later: Work, pairs: list[tuple]) -> None:
+        """One event per later task, signalled by the earlier tasks whose regions meet its own."""
+        meet = np.zeros((len(later.waits), len(earlier.signals)), bool)
+        for (u, _, alo, ahi), (v, _, blo, bhi) in pairs:
+            same = u == v or (
+                u >= 0
+                and v >= 0
+                and self.wired.home[u] == self.wired.home[v]
+                and self.graph.values[u] == replace(self.graph.values[v], id=u)
+            )
+            if not same:
+                meet[:] = True
+                continue
+            hit = np.ones_like(meet)
+            for d in range(alo.shape[1]):
+                hit &= (blo[:, d, None] < ahi[None, :, d]) & (alo[None, :, d] < bhi[:, d, None])
+            hit &= np.all(bhi > blo, axis=1)[:, None] & np.all(ahi > alo, axis=1)[None]
+            meet |= hit
+        # Program order does for tasks of the same worker: the earlier routine is earlier in every queue.
+        meet &= later.workers[:, None] != earlier.workers[None]
+        for t in np.flatnonzero(meet.any(axis=1)):
+            for s in np.flatnonzero(meet[t]):
+                earlier.signals[s].append(self.events)
+            later.waits[t].append(self.events)
+            self.events += 1
+
+    # Tables.
+
+    def _schedule(self, shape: list) -> Schedule:
+        out = []
+        for item in shape:
+            if isinstance(item, int):
+                queues: list[list[int]] = [[] for _ in range(self.options.workers)]
+                for work in self.segments[item]:
+                    for t, w in enumerate(work.workers.tolist()):
+                        queues[w].append(work.first + t)
+                out.append(Segment(tuple(np.array(q, np.int32) for q in queues)))
+            elif isinstance(self.ops[item[0]], Loop):
+                op = self.ops[item[0]]
+                out.append(
+                    LoopNode(
+                        item[0],
+                        self._schedule(item[1]),
+                        self._schedule(item[2]),
+                        -1 if op.cond is None else op.cond.results[0],
+                        -1 if op.trips is None else op.trips,
+                    )
+                )
+            else:
+                op = self.ops[item[0]]
+                out.append(BranchNode(item[0], op.index, tuple(map(self._schedule, item[1]))))
+        return tuple(out)
+
+    def _emit(self, storages: list[Storage], value_storage: np.ndarray, workspace: int, schedule: Schedule) -> Plan:
+        spaces = [len(lo[0]) for work in self.work for lo, _ in work.boxes]
+        rank = max([*spaces, 1])
+        table, boxes, routines = [], [], []
+        scratch = 0
+        for work in self.work:
+            local = [v for m in work.members[:-1] for v in self.ops[m.op].outputs]
+            extents, offsets, at = [], [], 0
+            for member, (lo, hi) in zip(work.members[:-1], work.boxes):
+                for v in self.ops[member.op].outputs:
+                    extents.append(tuple(int(e) for e in (hi - lo).max(axis=0)))
+                    offsets.append(at)
+                    item = dtypes.itemsize(self.graph.values[v].dtype)
+                    at += -(-prod(extents[-1]) * item // 16) * 16
+            scratch = max(scratch, at)
+            for t, w in enumerate(work.workers.tolist()):
+                table.append((len(routines), w, len(boxes)))
+                for lo, hi in work.boxes:
+                    boxes.append(_padded(lo[t], hi[t], rank))
+            routines.append(Routine(work.members, tuple(local), tuple(offsets), tuple(extents)))
+        waits = [w for work in self.work for w in work.waits]
+        signals = [s for work in self.work for s in work.signals]
+        arank = max([len(lo[0]) for work in self.work for _, _, lo, _ in work.accesses] + [1])
+        rows = []
+        for work in self.work:
+            for name, kind, lo, hi in work.accesses:
+                for t in range(len(lo)):
+                    rows.append((work.first + t, name, kind, lo[t], hi[t]))
+        rows.sort(key=lambda row: row[0])
+        return Plan(
+            graph=self.graph,
+            ops=self.ops,
+            target=target(self.options.workers),
+            storages=tuple(storages),
+            value_storage=value_storage,
+            workspace_bytes=workspace,
+            aliases=dict(self.wired.aliases),
+            routines=tuple(routines),
+            tasks=Tasks(
+                np.array(table, TASK),
+                np.array(boxes, np.int64).reshape(len(boxes), 2, rank),
+                *_csr(waits),
+                *_csr(signals),
+            ),
+            accesses=Accesses(
+                np.array([r[0] for r in rows], np.int32),
+                np.array([r[1] for r in rows], np.int32),
+                np.array([r[2] for r in rows], np.uint8),
+                np.array([_padded(r[3], r[4], arank) for r in rows], np.int64).reshape(-1, 2, arank),
+            ),
+            splits=tuple(self.splits),
+            events=self.events,
+            schedule=schedule,
+            scratch_bytes=scratch,
+        )
+
+
+def _all_blocks(block: Block) -> Iterator[Block]:
+    yield block
+    for op in block.ops:
+        for inner in blocks(op):
+            yield from _all_blocks(inner)
+
+
+def _first(first: int | np.ndarray, rest: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.broadcast_to(first, (len(rest),))[:, None], rest], axis=1)
+
+
+def _padded(lo: np.ndarray, hi: np.ndarray, rank: int) -> np.ndarray:
+    out = np.zeros((2, rank), np.int64)
+    out[1] = 1
+    out[0, : len(lo)], out[1, : len(hi)] = lo, hi
+    return out
+
+
+def _csr(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    start = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
+    return start, np.array([e for x in lists for e in x], np.int32)
+
+
+__all__ = ["Options", "Value", "Wired", "explicit", "make_plan", "target"]

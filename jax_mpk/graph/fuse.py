@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from jax_mpk.graph.fuse_duplicates import merge_duplicates
 from jax_mpk.graph.fuse_epilogues import fuse_epilogues
-from jax_mpk.graph.fuse_maps import fuse_maps
+from jax_mpk.graph.fuse_maps import fuse_maps, fuse_views
 from jax_mpk.graph.ir import Graph
 
-PASSES = (merge_duplicates, fuse_maps, fuse_epilogues, fuse_maps)
+#: Epilogues come before maps are repeated by their readers: a residual add belongs to the one contraction before it.
+PASSES = (merge_duplicates, fuse_views, fuse_epilogues, fuse_maps, fuse_epilogues, fuse_maps)
 
 
 def fuse(graph: Graph) -> Graph:

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import replace
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.fuse_maps import MAX_NODES, factors, work
+from jax_mpk.graph.fuse_maps import MAX_NODES, VIEW, factors, work
 from jax_mpk.graph.ir import Block, Graph, Nest, Op
 from jax_mpk.graph.rewrite import Slots, map_blocks, prune, use_counts
 from jax_mpk.graph.scalar import Builder, Expr, inline
@@ -36,12 +36,20 @@ def _fuse_block(block: Block) -> Block:
 
 
 def _fuse_op(op: Nest, nests: dict[int, Nest], uses: Counter[int]) -> Nest:
+    if work(op.body) < VIEW and op.space != _space(op, nests):
+        return op  # a view belongs to its readers; the reduction keeps its compact index space
     candidates = [v for v in op.operands if v in nests and len(nests[v].outputs) == 1 and uses[v] == 1]
     for value in sorted(candidates, key=lambda v: -_size(nests[v])):
         fused = _fused(op, nests[value], value)
         if fused is not None:
             return fused
     return op
+
+
+def _space(op: Nest, nests: dict[int, Nest]) -> tuple[int, ...]:
+    """Index space of the only reduction a map reads, or its own."""
+    found = {nests[v].space for v in op.operands if v in nests}
+    return found.pop() if len(found) == 1 else op.space
 
 
 def _size(nest: Nest) -> float:

@@ -56,25 +56,32 @@ def _index_only(expr: Expr) -> set[int]:
     return set(range(len(expr.nodes))) - value
 
 
+def fuse_views(graph: Graph) -> Graph:
+    """Inlines maps that only move data; maps nobody reads any more disappear."""
+    return map_blocks(graph, lambda block: _fuse_block(block, views_only=True))
+
+
 def fuse_maps(graph: Graph) -> Graph:
-    """Inlines maps into the operators that read them; maps nobody reads any more disappear."""
-    return map_blocks(graph, _fuse_block)
+    """Inlines views and whatever else is cheap to repeat; maps nobody reads any more disappear."""
+    return map_blocks(graph, lambda block: _fuse_block(block, views_only=False))
 
 
-def _fuse_block(block: Block) -> Block:
+def _fuse_block(block: Block, *, views_only: bool) -> Block:
     uses = use_counts(block)
     maps: dict[int, Nest] = {}
     ops: list[Op] = []
     for op in block.ops:
-        fused = _fuse_op(op, maps, uses) if isinstance(op, Nest | Update | Cumulative) else op
+        fused = _fuse_op(op, maps, uses, views_only) if isinstance(op, Nest | Update | Cumulative) else op
         if isinstance(fused, Nest) and fused.kind == "map":
             maps.update(dict.fromkeys(fused.outputs, fused))
         ops.append(fused)
     return prune(Block(tuple(ops), block.results), set())
 
 
-def _fuse_op(op: Nest | Update | Cumulative, maps: dict[int, Nest], uses: Counter[int]) -> Op:
-    chosen = {v: maps[v] for v in op.operands if v in maps and _worth(op, v, maps[v], uses)}
+def _fuse_op(
+    op: Nest | Update | Cumulative, maps: dict[int, Nest], uses: Counter[int], views_only: bool
+) -> Op:
+    chosen = {v: maps[v] for v in op.operands if v in maps and _worth(op, v, maps[v], uses, views_only)}
     while chosen:
         slots = Slots()
 
@@ -106,10 +113,12 @@ def programs(op: Op) -> list[Expr]:
     return [expr for expr in found if isinstance(expr, Expr)]
 
 
-def _worth(op: Op, value: int, producer: Nest, uses: Counter[int]) -> bool:
+def _worth(op: Op, value: int, producer: Nest, uses: Counter[int], views_only: bool) -> bool:
     cost = work(producer.body)
-    if cost < VIEW:
-        return True
+    if isinstance(op, Nest) and op.kind == "contract" and _narrows(producer):
+        return False  # rounded once by the producer, not by every task that streams it
+    if cost < VIEW or views_only:
+        return cost < VIEW
     if isinstance(op, Nest) and op.kind == "contract":
         # Its epilogue could take the map, its factors could not: leave it to the planner's local values.
         return False
@@ -122,6 +131,13 @@ def _worth(op: Op, value: int, producer: Nest, uses: Counter[int]) -> bool:
     if uses[value] == 1 and loads == 1 and evaluations <= volume:
         return True
     return cost <= CHEAP and evaluations <= 4 * volume
+
+
+def _narrows(producer: Nest) -> bool:
+    node = producer.body.result()
+    if node.op != "convert":
+        return False
+    return dtypes.itemsize(node.dtype) < dtypes.itemsize(producer.body.nodes[node.args[0]].dtype)
 
 
 def factors(op: Nest) -> list[int]:

@@ -419,7 +419,7 @@ class BlockBuilder:
             else:
                 accs = _as_list(body(b, [*at, *(b.index(0) for _ in rspace)], load))
                 if combine.kind == "dot":
-                    accs = [b.op("mul", *(b.convert(x, acc[0], implicit=True) for x in accs))]
+                    accs = [b.op("mul", *(b.convert(b.compute(x), acc[0]) for x in accs))]
                 elif combine.kind in ("argmax", "argmin"):
                     accs.append(b.index(0))
                 accs = _round(b, accs, acc)

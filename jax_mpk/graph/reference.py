@@ -217,8 +217,8 @@ _JOIN: dict[str, Callable[[Array, Array], Array]] = {
     "sum": np.add,
     "dot": np.add,
     "prod": np.multiply,
-    "max": np.maximum,
-    "min": np.minimum,
+    "max": semantics.maximum,
+    "min": semantics.minimum,
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
@@ -245,9 +245,24 @@ def _fold(combine: Combine, acc: Sequence[str], parts: list[Array], first: Seque
     with np.errstate(all="ignore"):
         if kind == "sum":
             return [np.add.reduce(part.astype(_exact(acc[0])), axis=-1, dtype=_exact(acc[0]))]
+        if kind in ("max", "min"):
+            return [_extreme(kind, part)]
         join = _JOIN[kind]
         assert isinstance(join, np.ufunc)
         return [np.asarray(join.reduce(part, axis=-1, dtype=part.dtype))]
+
+
+def _extreme(kind: str, part: Array) -> Array:
+    """Largest or smallest element along the last axis, -0 below +0."""
+    out = np.asarray((np.maximum if kind == "max" else np.minimum).reduce(part, axis=-1))
+    if part.dtype.kind != "f":
+        return out
+    negative = (
+        np.all(np.signbit(part) | (part != 0), axis=-1)
+        if kind == "max"
+        else (np.any(np.signbit(part) & (part == 0), axis=-1))
+    )
+    return np.where(out == 0, np.where(negative, -0.0, 0.0), out).astype(part.dtype)
 
 
 def _exact(dtype: str) -> np.dtype:
@@ -363,10 +378,9 @@ def _eval_cumulative(op: Cumulative, lo: Sequence[int], hi: Sequence[int], read:
 def _scan(combine: Combine, acc: Sequence[str], parts: list[Array]) -> list[Array]:
     """Running combinations along the last axis."""
     kind = combine.kind
-    if kind in _JOIN:
+    join = _JOIN.get(kind)
+    if isinstance(join, np.ufunc):
         (part,) = parts
-        join = _JOIN[kind]
-        assert isinstance(join, np.ufunc)
         wide = part.astype(_exact(acc[0])) if kind == "sum" else part
         with np.errstate(all="ignore"):
             return [join.accumulate(wide, axis=-1, dtype=wide.dtype)]

@@ -51,6 +51,11 @@ def _while(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     (go_on,) = run(test, cond, [*cond_consts, *params])
     inner = bb.nested()
     results = run(inner, body, [*body_consts, *params])
+    if go_on.shape:
+        # One loop for a batch: it goes on while any member does, and members that are done keep their values.
+        (active,) = run(inner, cond, [*cond_consts, *params])
+        results = [_where(inner, active, new, old) for new, old in zip(results, params, strict=True)]
+        go_on = _any(test, go_on)
     outputs = bb.loop(
         [inits[k] for k in changing],
         [params[k] for k in changing],
@@ -105,6 +110,22 @@ def _scan(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     for k, value in zip(changing, outputs[int(counted) :], strict=False):
         out[k] = value
     return [*out, *outputs[len(carried) :]]
+
+
+def _where(bb: BlockBuilder, pred: Value, new: Value, old: Value) -> Value:
+    """``new`` where ``pred``, whose axes are the first ones of the others, else ``old``."""
+    if new.id == old.id:
+        return new
+
+    def body(b: Builder, at: list[int], load: Load) -> int:
+        chosen = load(0, at[: len(pred.shape)])
+        return b.op("select", chosen, b.compute(load(1, at)), b.compute(load(2, at)))
+
+    return bb.map(new.shape, [pred, new, old], body, [new.dtype])[0]
+
+
+def _any(bb: BlockBuilder, pred: Value) -> Value:
+    return bb.reduce((), pred.shape, [pred], lambda b, at, load: load(0, at), Combine("or"), ["b1"], ["b1"])[0]
 
 
 def _unchanged(body: Jaxpr, consts: int, carries: int) -> set[int]:

@@ -67,13 +67,17 @@ def _compare_keys(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[
     """PRNG keys are equal where all their words are."""
     aval: Any = eqn.invars[0].aval
     name, shape = eqn.primitive.name, tuple(eqn.outvars[0].aval.shape)  # type: ignore[attr-defined]
-    if name not in ("eq", "ne") or len(jaxprs.trailing(aval)) != 1 or xs[0].shape != xs[1].shape:
+    words = jaxprs.trailing(aval)
+    if name not in ("eq", "ne") or len(words) != 1 or words != jaxprs.trailing(eqn.invars[1].aval):
         raise unsupported(eqn, "PRNG keys can only be compared for equality")
 
     def body(b: Builder, at: list[int], load: Load) -> int:
         join = "and" if name == "eq" else "or"
-        words = [[*at, b.index(k)] for k in range(xs[0].shape[-1])]
-        out = [b.op(name, load(0, word), load(1, word)) for word in words]
+        index = [at if len(x.shape) > 1 else [] for x in xs]
+        out = []
+        for k in range(words[0]):
+            left, right = (load(slot, [*index[slot], b.index(k)]) for slot in (0, 1))
+            out.append(b.op(name, left, right))
         while len(out) > 1:
             out = [b.op(join, out[0], out[1]), *out[2:]]
         return out[0]

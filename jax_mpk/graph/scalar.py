@@ -214,7 +214,7 @@ class Builder:
         for i in range(len(self.nodes) - 1, -1, -1):
             if i in needed:
                 needed.update(self.nodes[i].args)
-        nodes = []
+        nodes: list[Node] = []
         for i in sorted(needed):
             keep[i] = len(nodes)
             node = self.nodes[i]

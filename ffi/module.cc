@@ -1,12 +1,19 @@
 // The nanobind module: hands the FFI handlers to Python as capsules. No policy lives here.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+
+#include <utility>
 
 #include "cpu_handler.h"
 
 namespace nb = nanobind;
 
+// One file each, ffi/module_*.cc.
+void register_executor(nb::module_& m);
+
 NB_MODULE(_native, m) {
   m.doc() = "XLA FFI handlers of jax_mpk.";
+  m.attr("ffi_api_version") = std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.def("cpu_handlers", [] {
     nb::dict handlers;
     handlers["instantiate"] = nb::capsule(reinterpret_cast<void*>(JaxMpkCpuInstantiate));
@@ -19,4 +26,5 @@ NB_MODULE(_native, m) {
     type["type_info"] = nb::capsule(jax_mpk::CpuStateTypeInfo());
     return type;
   }, "The state type of jax_mpk_cpu, for jax.ffi.register_ffi_type.");
+  register_executor(m);
 }

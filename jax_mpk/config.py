@@ -1,0 +1,121 @@
+"""Every setting that comes from the environment: the variables named ``JAX_MPK_…``.
+
+They are read once, when jax_mpk is imported, and checked there; nothing else in the package reads the
+environment. :func:`override` changes settings for a while, for tests and for experiments in one process.
+
+==================  ===========================================================================
+JAX_MPK_THREADS     OS threads that run megakernels on the CPU, the caller's included; default:
+                    one for each core this process may use
+JAX_MPK_CHAOS       seed (an integer from 0 to 2**63 - 1): run the CPU executor in chaos mode;
+                    default: off
+JAX_MPK_DUMP_TO     folder for numbered dumps of every stage; default: none
+==================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax_mpk.errors import ConfigError
+
+_PREFIX = "JAX_MPK_"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the process.
+
+    Attributes:
+      threads: OS threads that run megakernels on the CPU, the caller's included.
+      chaos: seed of the CPU executor's chaos mode, or None: off.
+      dump_to: folder for stage dumps, or None.
+    """
+
+    threads: int
+    chaos: int | None
+    dump_to: Path | None
+
+
+def from_environment(environ: Mapping[str, str]) -> Config:
+    """Reads and checks every variable.
+
+    Raises:
+      ConfigError: a variable has a value that cannot be used, or is not one of ours.
+    """
+    known = {_PREFIX + name for name in ("THREADS", "CHAOS", "DUMP_TO")}
+    for name in environ:
+        if name.startswith(_PREFIX) and name not in known:
+            raise ConfigError(
+                f"{name} is not a variable of jax_mpk; it knows {', '.join(sorted(known))}"
+            )
+    threads = _integer(environ, "THREADS", 1, 1024)
+    dump_to = environ.get(_PREFIX + "DUMP_TO", "")
+    if dump_to and Path(dump_to).exists() and not Path(dump_to).is_dir():
+        raise ConfigError(f"{_PREFIX}DUMP_TO={dump_to!r} is not a folder")
+    return Config(
+        threads=_cores() if threads is None else threads,
+        chaos=_integer(environ, "CHAOS", 0, 2**63 - 1),
+        dump_to=Path(dump_to) if dump_to else None,
+    )
+
+
+def _integer(environ: Mapping[str, str], name: str, low: int, high: int) -> int | None:
+    text = environ.get(_PREFIX + name, "")
+    if not text:
+        return None
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise ConfigError(f"{_PREFIX}{name}={text!r} is not an integer from {low} to {high}")
+    return value
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+_current = from_environment(os.environ)
+_listeners: list[Callable[[Config], None]] = []
+
+
+def current() -> Config:
+    """The settings in force."""
+    return _current
+
+
+def on_change(listener: Callable[[Config], None]) -> None:
+    """Calls ``listener`` with the settings now and whenever they change."""
+    _listeners.append(listener)
+    listener(_current)
+
+
+@contextlib.contextmanager
+def override(**changes: Any) -> Iterator[Config]:
+    """Changes settings of the whole process within a ``with`` block.
+
+    What is already running keeps the settings it was started with; launches are asynchronous, so wait for
+    results (``jax.block_until_ready``) before leaving the block.
+    """
+    previous = _current
+    _set(dataclasses.replace(previous, **changes))
+    try:
+        yield _current
+    finally:
+        _set(previous)
+
+
+def _set(config: Config) -> None:
+    global _current
+    _current = config
+    for listener in _listeners:
+        listener(config)

@@ -90,4 +90,4 @@ def from_bits(bits: int, name: str) -> np.generic:
     dtype = _NUMPY[name]
     if name == "b1":
         return np.bool_(bits)
-    return np.asarray(bits, dtype=_BITS[dtype.itemsize * 8]).view(dtype)[()]
+    return np.asarray([bits], dtype=_BITS[dtype.itemsize * 8]).view(dtype)[0]

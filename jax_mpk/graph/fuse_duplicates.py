@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from jax_mpk.graph.ir import Block, Branch, Cumulative, Graph, Loop, Nest, Op, Sort, Source, Update
@@ -38,7 +39,7 @@ def merge_duplicates(graph: Graph) -> Graph:
     return replace(graph, block=prune(visit(graph.block, {}), set()))
 
 
-def _renamed(op: Op, rename) -> Op:
+def _renamed(op: Op, rename: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Op:
     if isinstance(op, Loop):
         return replace(op, inits=rename(op.inits))
     if isinstance(op, Branch):

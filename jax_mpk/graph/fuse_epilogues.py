@@ -69,9 +69,7 @@ def _fused(consumer: Nest, producer: Nest, value: int) -> Nest | None:
     # The reduction over the consumer's coordinates: parallel coordinates become the index nodes.
     reduced = Builder(consumer.space + producer.rspace)
     axes = len(consumer.space)
-    at = _index_nodes(reduced, body, loads[0].args) + [
-        reduced.coord(axes + r) for r in range(len(producer.rspace))
-    ]
+    at = _index_nodes(reduced, body, loads[0].args) + [reduced.coord(axes + r) for r in range(len(producer.rspace))]
     results = inline(
         reduced,
         producer.body,
@@ -103,7 +101,7 @@ def _fused(consumer: Nest, producer: Nest, value: int) -> Nest | None:
         outputs=consumer.outputs,
         source=consumer.source if producer.kind == "reduce" else producer.source,
     )
-    if len(epilogue.nodes) > MAX_NODES or producer.kind == "contract" and min(factors(fused)) < 0:
+    if len(epilogue.nodes) > MAX_NODES or (producer.kind == "contract" and min(factors(fused)) < 0):
         return None
     return fused
 
@@ -125,9 +123,7 @@ def _without_unused(expr: Expr) -> Expr:
         if i in needed:
             needed.update(expr.nodes[i].args)
     position = {i: k for k, i in enumerate(sorted(needed))}
-    nodes = tuple(
-        expr.nodes[i]._replace(args=tuple(position[a] for a in expr.nodes[i].args)) for i in sorted(needed)
-    )
+    nodes = tuple(expr.nodes[i]._replace(args=tuple(position[a] for a in expr.nodes[i].args)) for i in sorted(needed))
     return Expr(nodes, tuple(position[r] for r in expr.results), expr.extents)
 
 

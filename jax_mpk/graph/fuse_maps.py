@@ -78,15 +78,13 @@ def _fuse_block(block: Block, *, views_only: bool) -> Block:
     return prune(Block(tuple(ops), block.results), set())
 
 
-def _fuse_op(
-    op: Nest | Update | Cumulative, maps: dict[int, Nest], uses: Counter[int], views_only: bool
-) -> Op:
+def _fuse_op(op: Nest | Update | Cumulative, maps: dict[int, Nest], uses: Counter[int], views_only: bool) -> Op:
     chosen = {v: maps[v] for v in op.operands if v in maps and _worth(op, v, maps[v], uses, views_only)}
     while chosen:
         slots = Slots()
 
         def rule(builder: Builder, value: int, indices: list[int], dtype: str, pred: int | None) -> int | None:
-            producer = chosen.get(value)  # noqa: B023 - used before the next round
+            producer = chosen.get(value)
             if producer is None:
                 return None
             return inline_map(builder, producer, value, indices, pred, slots, lambda *_: None)  # noqa: B023
@@ -164,4 +162,3 @@ def is_affine(expr: Expr, args: tuple[int, ...]) -> bool:
         return node.op == "mul" and affine(node.args[0]) and expr.nodes[node.args[1]].op == "const"
 
     return all(map(affine, args))
-

@@ -141,5 +141,3 @@ def map_blocks(graph: Graph, rewrite: Callable[[Block], Block]) -> Graph:
         return rewrite(Block(tuple(ops), block.results))
 
     return replace(graph, block=visit(graph.block))
-
-

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.dtypes import INDEX
@@ -55,7 +55,7 @@ class Node(NamedTuple):
     op: str
     args: tuple[int, ...]
     dtype: str
-    attr: Hashable = None
+    attr: Any = None
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Clusterer:
         users = {i for i in after[position] if set(op.outputs) & set(reads(ops[i]))}
         anchors = {a for user in users for a in homes[user]}
         own = groups.get(position)
-        if not users or own is None or len(own.anchors) > 1 or isinstance(op, Sort) and op.top_k is not None:
+        if not users or own is None or len(own.anchors) > 1 or (isinstance(op, Sort) and op.top_k is not None):
             return
         local = not self.pinned.intersection(op.outputs) and not isinstance(op, Update)
         if len(anchors) > (_MOST_COPIES if local else 1):
@@ -119,7 +119,11 @@ class Clusterer:
         for anchor, merged in trial.items():
             for member in merged.members:
                 moved[member] = (moved[member] - {position}) | {anchor}
-        if any(group.stored for group in trial.values()) and not self._acyclic(joined, moved, after, set(trial)):
+        # Moving plain data flow into its readers cannot close a cycle; stored outputs and anti-dependences can.
+        risky = any(group.stored for group in trial.values()) or any(
+            not set(ops[m].outputs) & set(reads(ops[later])) for m in own.members for later in after[m]
+        )
+        if risky and not self._acyclic(joined, moved, after, set(trial)):
             return
         groups.clear()
         groups.update(joined)

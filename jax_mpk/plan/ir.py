@@ -3,7 +3,8 @@
 A *task* is the piece of a routine that one worker (an SM, or a virtual SM of the CPU executor) runs without waiting.
 A *routine* is one or more operators computed together, task by task: the values between
 them may be *local*, live in the worker's scratch memory and be recomputed by every task that needs them, which is how
-a norm costs no phase of its own; all other outputs are stored. An *event* counts finished tasks; a task waits for events.
+a norm costs no phase of its own; all other outputs are stored. An *event* counts finished
+tasks; a task waits for events.
 
 Everything there can be tens of thousands of sits in NumPy arrays. A Plan is a value: planning another target makes
 another Plan.

@@ -224,7 +224,9 @@ class _Planner:
         control = {
             self.share[v]
             for op in self.ops
-            for v in ((op.index,) if isinstance(op, Branch) else op.cond.results if isinstance(op, Loop) and op.cond else ())
+            for v in (
+                (op.index,) if isinstance(op, Branch) else op.cond.results if isinstance(op, Loop) and op.cond else ()
+            )
         }
         for home, segments in touched_in.items():
             crosses = any(
@@ -302,9 +304,7 @@ def _after(ops: list[Op], share: tuple[int, ...]) -> list[set[int]]:
 def _scratch(graph: Graph, routine: ir.Routine) -> int:
     ends = [
         offset + int(np.prod(extents)) * dtypes.itemsize(graph.values[v].dtype)
-        for v, offset, extents in zip(
-            routine.local_values, routine.local_offsets, routine.local_extents, strict=True
-        )
+        for v, offset, extents in zip(routine.local_values, routine.local_offsets, routine.local_extents, strict=True)
     ]
     return max(ends, default=0)
 
@@ -322,4 +322,3 @@ def _csr(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     start = np.zeros(len(lists) + 1, np.int64)
     np.cumsum([len(x) for x in lists], out=start[1:])
     return start, np.array([e for x in lists for e in x], np.int32)
-

@@ -166,7 +166,7 @@ class _Preparer:
                 continue
             readers = [i for i in _readers(block, base) if i != position]
             later = _reachable(users, position)
-            if any(i in later or isinstance(block.ops[i], Loop | Branch) and i > position for i in readers):
+            if any(i in later or (isinstance(block.ops[i], Loop | Branch) and i > position) for i in readers):
                 continue
             return base
         return None

@@ -95,14 +95,18 @@ class Tiler:
             for round_ in self._candidates([members[a] for a in anchors]):
                 for grids in round_:
                     cut = self._cut(members, anchors, grids)
-                    if cut.scratch > self.target.scratch_bytes or chosen is not None and cut.seconds >= chosen.seconds:
+                    if cut.scratch > self.target.scratch_bytes or (
+                        chosen is not None and cut.seconds >= chosen.seconds
+                    ):
                         continue
                     if self._exact(members, anchors, stored, cut):
                         chosen = cut
                 if chosen is not None:
                     break
-            grids = None if chosen is None else [(chosen.lo[a], chosen.hi[a]) for a in anchors]
-            self._best[key] = None if chosen is None or grids is None else (grids, chosen.seconds)
+            if chosen is None:
+                self._best[key] = None
+            else:
+                self._best[key] = [(chosen.lo[a], chosen.hi[a]) for a in anchors], chosen.seconds
         found = self._best[key]
         return None if found is None else self._cut(members, anchors, found[0])
 
@@ -178,7 +182,9 @@ class Tiler:
                 if touch.value in inner:
                     known = need.get(touch.value)
                     box = (touch.lo, touch.hi)
-                    need[touch.value] = box if known is None else _union([known, box], tasks, graph.values[touch.value].shape)
+                    need[touch.value] = (
+                        box if known is None else _union([known, box], tasks, graph.values[touch.value].shape)
+                    )
         boxes.reverse()
         touches.reverse()
         scratch = 0
@@ -222,7 +228,7 @@ class Tiler:
                 seconds += nbytes * target.workers / target.bandwidth
         each = np.maximum(seconds, flops / target.flops * target.workers) + target.task_overhead
         if tasks > target.workers:
-            each = np.bincount(spread(tasks, target.workers), weights=each)
+            each = np.bincount(spread(tasks, target.workers), weights=each).astype(np.float64)
         return float(each.max(initial=0.0))
 
     def _exact(self, members: tuple[Op, ...], anchors: tuple[int, ...], stored: frozenset[int], cut: Cut) -> bool:
@@ -249,9 +255,11 @@ class Tiler:
                     number[v] = len(number)
                     value = self.graph.values[v]
                     signature.append((value.shape, value.dtype, v in stored))
-            names = {"outputs": tuple(number[v] for v in op.outputs)} if not isinstance(op, Update) else {
-                "output": number[op.output], "base": number[op.base]
-            }
+            names = (
+                {"outputs": tuple(number[v] for v in op.outputs)}
+                if not isinstance(op, Update)
+                else {"output": number[op.output], "base": number[op.base]}
+            )
             signature.append(
                 replace(op, operands=tuple(number[v] for v in op.operands), source=Source(""), **names)  # type: ignore[arg-type]
             )
@@ -337,6 +345,15 @@ def _part_counts(space: tuple[int, ...], axes: list[int], total: int) -> Iterato
     if total == 1 or not axes:
         yield tuple(ones)
         return
+    for count in range(2, len(axes) + 1):
+        # Leading axes whole, the next one in parts: batch × heads × chunks.
+        lead = [*ones]
+        for a in axes[: count - 1]:
+            lead[a] = space[a]
+        rest = total // math.prod(lead)
+        if rest > 1:
+            lead[axes[count - 1]] = _even_parts(space[axes[count - 1]], rest)
+            yield tuple(lead)
     for a in axes:
         single = list(ones)
         single[a] = _even_parts(space[a], total)

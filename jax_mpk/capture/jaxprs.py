@@ -36,7 +36,7 @@ def close_jaxpr(jaxpr: Jaxpr) -> Any:
 def make_jaxpr(invars: Sequence[Var], outvars: Sequence[Atom], eqns: Sequence[JaxprEqn], like: Jaxpr) -> Jaxpr:
     """A jaxpr without constants; effects are those of its equations."""
     effects: set[Any] = set().union(*(eqn.effects for eqn in eqns))
-    # Effects on references name argument positions, which changed; such equations are refused later anyway.
+    # Effects on references name variables that are no arguments here.
     effects = {e for e in effects if not isinstance(e, core.effects.JaxprInputEffect)}
     info = like.debug_info._replace(arg_names=None, result_paths=None)
     return Jaxpr((), list(invars), list(outvars), list(eqns), frozenset(effects), info)  # type: ignore[call-arg]
@@ -52,6 +52,8 @@ def eliminate_dead_code(jaxpr: Jaxpr, consts: int) -> tuple[Jaxpr, list[bool]]:
     Returns:
       The new jaxpr, and which of the leading arguments it kept.
     """
+    if any(isinstance(e, core.effects.JaxprInputEffect) for eqn in jaxpr.eqns for e in eqn.effects):
+        return jaxpr, [True] * consts  # equations on references name variables; they are refused later anyway
     stay = [False] * consts + [True] * (len(jaxpr.invars) - consts)
     new, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=stay)
     return new, list(used)[:consts]

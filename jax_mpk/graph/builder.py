@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jax_mpk.graph import dtypes
+from jax_mpk.graph import dtypes, semantics
 from jax_mpk.graph.dtypes import INDEX
 from jax_mpk.graph.ir import (
     Block,
@@ -27,7 +27,7 @@ from jax_mpk.graph.ir import (
     Update,
     Value,
 )
-from jax_mpk.graph.scalar import Builder, Expr, inline
+from jax_mpk.graph.scalar import LEAVES, Builder, Expr, inline
 
 #: Largest constant array that is written out as a chain of selects.
 MAX_INLINE_ARRAY = 64
@@ -335,12 +335,13 @@ class BlockBuilder:
     def _known(self, b: Builder, result: int, operands: Sequence[Value], space: tuple[int, ...]) -> Value | None:
         """An existing value that equals a map's result: a constant, or an operand read in place."""
         node = b.nodes[result]
-        if node.op == "const":
-            return self._constant(node.attr, node.dtype, space)  # type: ignore[arg-type]
         if node.op == "load" and operands[node.attr].shape == space:  # type: ignore[call-overload]
             if node.args == tuple(b.coords()):
                 return operands[node.attr]  # type: ignore[call-overload]
-        return None
+        expr = b.build(result)
+        if any(n.op in LEAVES and n.op != "const" for n in expr.nodes):
+            return None
+        return self._constant(_fold(expr), node.dtype, space)
 
     def _epilogue(
         self,
@@ -447,6 +448,17 @@ def identity(kind: str, dtype: str) -> object:
     if kind in ("min", "argmin"):
         return high
     raise ValueError(f"a {kind} combination has no identity")
+
+
+def _fold(expr: Expr) -> int:
+    """Bit pattern of the result of a program that reads nothing."""
+    done: list[np.ndarray] = []
+    for node in expr.nodes:
+        if node.op == "const":
+            done.append(np.asarray(dtypes.from_bits(node.attr, node.dtype)))  # type: ignore[arg-type]
+        else:
+            done.append(semantics.apply(node, [done[a] for a in node.args]))
+    return dtypes.to_bits(done[expr.results[0]], expr.result().dtype)
 
 
 def _as_list(results: int | Sequence[int]) -> list[int]:

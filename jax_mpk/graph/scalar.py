@@ -75,6 +75,16 @@ class Expr:
     def result(self, k: int = 0) -> Node:
         return self.nodes[self.results[k]]
 
+    def only(self, *results: int) -> Expr:
+        """The program for other results (positions of nodes), without the nodes they do not need."""
+        needed = set(results)
+        for i in range(len(self.nodes) - 1, -1, -1):
+            if i in needed:
+                needed.update(self.nodes[i].args)
+        position = {i: k for k, i in enumerate(sorted(needed))}
+        nodes = tuple(self.nodes[i]._replace(args=tuple(position[a] for a in self.nodes[i].args)) for i in position)
+        return Expr(nodes, tuple(position[r] for r in results), self.extents)
+
     def loads(self) -> list[int]:
         """Positions of the load nodes."""
         return [i for i, node in enumerate(self.nodes) if node.op in ("load", "load_if")]
@@ -209,17 +219,7 @@ class Builder:
 
     def build(self, *results: int) -> Expr:
         """The program for ``results``, without the nodes they do not need."""
-        keep: dict[int, int] = {}
-        needed = set(results)
-        for i in range(len(self.nodes) - 1, -1, -1):
-            if i in needed:
-                needed.update(self.nodes[i].args)
-        nodes: list[Node] = []
-        for i in sorted(needed):
-            keep[i] = len(nodes)
-            node = self.nodes[i]
-            nodes.append(node._replace(args=tuple(keep[a] for a in node.args)))
-        return Expr(tuple(nodes), tuple(keep[r] for r in results), self.extents)
+        return Expr(tuple(self.nodes), (), self.extents).only(*results)
 
     # -- internals ---------------------------------------------------------------------------------------------
 

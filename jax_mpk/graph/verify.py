@@ -13,7 +13,8 @@ from jax_mpk.graph import dtypes
 from jax_mpk.graph.dtypes import INDEX
 from jax_mpk.graph.ir import Block, Branch, Combine, Cumulative, Graph, Loop, Nest, Op, Sort, Update, Value
 from jax_mpk.graph.printer import format_op, type_name
-from jax_mpk.graph.verify_expr import Broken, Leaves, affine, check_expr, ranges
+from jax_mpk.graph.verify_expr import Broken, Leaves, check_expr, ranges
+from jax_mpk.graph.windows import factor
 
 __all__ = ["ranges", "verify_graph"]
 
@@ -253,11 +254,8 @@ def _check_accumulators(combine: Combine, acc: Sequence[str]) -> None:
 
 
 def _check_factor(op: Nest, result: int) -> None:
-    """A factor is a load at affine indices, perhaps converted."""
-    node = op.body.nodes[result]
-    while node.op == "convert":
-        node = op.body.nodes[node.args[0]]
-    if node.op != "load" or not all(affine(op.body, a) for a in node.args):
+    """A factor is a load at affine indices, perhaps windowed, perhaps converted."""
+    if factor(op.body, result) is None:
         raise Broken("a factor of a contraction is not a plain load at affine indices")
     if dtypes.is_float(op.body.nodes[result].dtype) and not dtypes.is_float(op.acc[0]):
         raise Broken(f"{op.body.nodes[result].dtype} factors accumulate in {op.acc[0]}")

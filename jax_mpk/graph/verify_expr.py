@@ -127,12 +127,12 @@ def _check_node(node: Node, args: Sequence[Node], expr: Expr, leaves: Leaves) ->
         if "b1" in (node.dtype, kinds[0]) or dtypes.itemsize(node.dtype) != dtypes.itemsize(kinds[0]):
             raise Broken(f"{kinds[0]} and {node.dtype} differ in width")
         return
-    if any(kind in _STORAGE for kind in (*kinds, node.dtype)):
-        raise Broken(f"arithmetic on ({', '.join(kinds)}); f16 and bf16 are converted to f32 first")
-    if node.op == "select":
+    if node.op == "select":  # moves a value of any type
         if kinds[0] != "b1" or kinds[1] != kinds[2] or kinds[1] != node.dtype:
             raise Broken(f"{node.dtype} from ({', '.join(kinds)})")
         return
+    if any(kind in _STORAGE for kind in (*kinds, node.dtype)):
+        raise Broken(f"arithmetic on ({', '.join(kinds)}); f16 and bf16 are converted to f32 first")
     if len(set(kinds)) != 1:
         raise Broken(f"arguments of different types ({', '.join(kinds)})")
     kind = kinds[0]
@@ -192,23 +192,3 @@ def _check_leaf(node: Node, args: Sequence[Node], expr: Expr, leaves: Leaves) ->
             raise Broken(f"indices ({kinds}) for {len(value.shape)} axes of %{value.id}")
         if node.dtype != value.dtype:
             raise Broken(f"reads {node.dtype} where %{value.id} is {value.dtype}")
-
-
-def affine(expr: Expr, i: int) -> bool:
-    """Whether index node ``i`` is a sum of coordinates times constants, plus a constant."""
-    return _degree(expr, i) is not None
-
-
-def _degree(expr: Expr, i: int) -> int | None:
-    """0 for constants, 1 for affine in the coordinates, None for anything else."""
-    node = expr.nodes[i]
-    if node.op == "const":
-        return 0
-    if node.op == "coord":
-        return 1
-    if node.op not in ("add", "sub", "mul", "neg"):
-        return None
-    degrees = [_degree(expr, a) for a in node.args]
-    if any(d is None for d in degrees) or (node.op == "mul" and sum(d or 0 for d in degrees) > 1):
-        return None
-    return max(d or 0 for d in degrees)

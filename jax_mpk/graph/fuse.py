@@ -5,10 +5,11 @@ from __future__ import annotations
 from jax_mpk.graph.fuse_duplicates import merge_duplicates
 from jax_mpk.graph.fuse_epilogues import fuse_epilogues
 from jax_mpk.graph.fuse_maps import fuse_maps, fuse_views
+from jax_mpk.graph.fuse_updates import fuse_updates
 from jax_mpk.graph.ir import Graph
 
 #: Epilogues come before maps are repeated by their readers: a residual add belongs to the one contraction before it.
-PASSES = (merge_duplicates, fuse_views, fuse_epilogues, fuse_maps, fuse_epilogues, fuse_maps)
+PASSES = (merge_duplicates, fuse_views, fuse_epilogues, fuse_maps, fuse_epilogues, fuse_maps, fuse_updates)
 
 
 def fuse(graph: Graph) -> Graph:

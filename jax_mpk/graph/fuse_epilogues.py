@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import replace
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.fuse_maps import MAX_NODES, VIEW, factors, work
+from jax_mpk.graph.fuse_maps import MAX_NODES, VIEW, has_factors, work
 from jax_mpk.graph.ir import Block, Graph, Nest, Op
 from jax_mpk.graph.rewrite import Slots, map_blocks, prune, use_counts
 from jax_mpk.graph.scalar import Builder, Expr, inline
@@ -101,30 +101,18 @@ def _fused(consumer: Nest, producer: Nest, value: int) -> Nest | None:
         outputs=consumer.outputs,
         source=consumer.source if producer.kind == "reduce" else producer.source,
     )
-    if len(epilogue.nodes) > MAX_NODES or (producer.kind == "contract" and min(factors(fused)) < 0):
+    if len(epilogue.nodes) > MAX_NODES or (producer.kind == "contract" and not has_factors(fused)):
         return None
     return fused
 
 
 def _index_nodes(builder: Builder, expr: Expr, args: tuple[int, ...]) -> list[int]:
     """Copies pure index nodes (no loads) of ``expr`` into ``builder`` at its leading coordinates."""
-    part = Expr(expr.nodes, args, expr.extents)
-    kept = _without_unused(part)
 
     def load(*_: object) -> int:
         raise AssertionError("a bijective index holds no load")
 
-    return inline(builder, kept, [builder.coord(d) for d in range(len(expr.extents))], load)
-
-
-def _without_unused(expr: Expr) -> Expr:
-    needed = set(expr.results)
-    for i in range(len(expr.nodes) - 1, -1, -1):
-        if i in needed:
-            needed.update(expr.nodes[i].args)
-    position = {i: k for k, i in enumerate(sorted(needed))}
-    nodes = tuple(expr.nodes[i]._replace(args=tuple(position[a] for a in expr.nodes[i].args)) for i in sorted(needed))
-    return Expr(nodes, tuple(position[r] for r in expr.results), expr.extents)
+    return inline(builder, expr.only(*args), [builder.coord(d) for d in range(len(expr.extents))], load)
 
 
 def is_bijection(expr: Expr, args: tuple[int, ...], space: tuple[int, ...], shape: tuple[int, ...]) -> bool:

@@ -14,6 +14,7 @@ from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Block, Cumulative, Graph, Nest, Op, Update
 from jax_mpk.graph.rewrite import LoadRule, Slots, inline_map, map_blocks, prune, rewrite_loads, use_counts
 from jax_mpk.graph.scalar import Builder, Expr
+from jax_mpk.graph.windows import factor
 
 #: Relative cost of one scalar operation; everything not listed costs 1.
 _WEIGHT = {"convert": 0.0, "bitcast": 0.0, "neg": 0.25, "not": 0.25, "select": 0.5, "div": 2.0, "rem": 2.0, "sqrt": 2.0}
@@ -100,7 +101,7 @@ def _rewrite(op: Op, rule: LoadRule, slots: Slots) -> Op | None:
     fused = rewrite_loads(op, rule, slots)
     if any(len(expr.nodes) > MAX_NODES for expr in programs(fused)):
         return None
-    if isinstance(fused, Nest) and fused.kind == "contract" and min(factors(fused)) < 0:
+    if isinstance(fused, Nest) and fused.kind == "contract" and not has_factors(fused):
         return None
     return fused
 
@@ -138,27 +139,6 @@ def _narrows(producer: Nest) -> bool:
     return dtypes.itemsize(node.dtype) < dtypes.itemsize(producer.body.nodes[node.args[0]].dtype)
 
 
-def factors(op: Nest) -> list[int]:
-    """Positions of the loads behind a contraction's two factors, or -1 where a factor is no plain load."""
-    out = []
-    for result in op.body.results:
-        node = op.body.nodes[result]
-        while node.op == "convert":
-            result = node.args[0]
-            node = op.body.nodes[result]
-        out.append(result if node.op == "load" and is_affine(op.body, node.args) else -1)
-    return out
-
-
-def is_affine(expr: Expr, args: tuple[int, ...]) -> bool:
-    """Whether index nodes are linear in the coordinates with constant coefficients."""
-
-    def affine(i: int) -> bool:
-        node = expr.nodes[i]
-        if node.op in ("coord", "const"):
-            return True
-        if node.op == "add":
-            return all(map(affine, node.args))
-        return node.op == "mul" and affine(node.args[0]) and expr.nodes[node.args[1]].op == "const"
-
-    return all(map(affine, args))
+def has_factors(op: Nest) -> bool:
+    """Whether both results of a contraction's body are factors its body can stream."""
+    return all(factor(op.body, result) is not None for result in op.body.results)

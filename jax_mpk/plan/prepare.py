@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from heapq import heappop, heappush
 
-from jax_mpk.graph.fuse_maps import is_affine
 from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Nest, Op, Source, Update, Value, reads, walk
 from jax_mpk.graph.rewrite import use_counts
 from jax_mpk.graph.scalar import Builder
+from jax_mpk.graph.windows import is_affine
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,145 @@
+"""Windows: contiguous parts of one axis, at a position known at run time.
+
+A *window update* overwrites such a part of its base (one step's rows of a KV cache). A *windowed factor* of a
+contraction reads the base everywhere but in the window and the new rows there, so the contraction waits for the rows
+and not for the cache:
+
+    select(start <= i and i < start + length, load_if(…, new rows), load(base))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax_mpk.graph import dtypes
+from jax_mpk.graph.ir import Graph, Update
+from jax_mpk.graph.scalar import Expr
+
+
+@dataclass(frozen=True)
+class WindowUpdate:
+    """What a window update overwrites.
+
+    Attributes:
+      axis: the axis of the base the window lies on; all other axes are covered whole.
+      start: position in ``Update.index.nodes`` of the window's first index; the same for every update coordinate.
+      length: extent of the window.
+    """
+
+    axis: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of a contraction.
+
+    Attributes:
+      load: position of the load (of the base, if windowed) in the body.
+      new: position of the load of the new rows, or -1.
+      axis: axis of the base the window lies on, or -1.
+      start: position of the node that gives the window's first index (no coordinates in it), or -1.
+      length: extent of the window, or 0.
+    """
+
+    load: int
+    new: int = -1
+    axis: int = -1
+    start: int = -1
+    length: int = 0
+
+
+def window_update(graph: Graph, op: Update) -> WindowUpdate | None:
+    """How an Update overwrites one window, or None where it does something else."""
+    expr = op.index
+    shape = graph.values[op.base].shape
+    inside = expr.result(len(shape))
+    if op.combine.kind != "set" or inside.op != "const" or not inside.attr:
+        return None
+    found: WindowUpdate | None = None
+    used: set[int] = set()
+    for axis, size in enumerate(shape):
+        coord, start = _coord_and_rest(expr, expr.results[axis])
+        if coord is not None:
+            if coord in used:
+                return None
+            used.add(coord)
+        length = 1 if coord is None else expr.extents[coord]
+        if length == size and (start is None or size == 1):
+            continue
+        if found is not None or start is None:
+            return None
+        found = WindowUpdate(axis, start, length)
+    covered = all(extent == 1 or c in used for c, extent in enumerate(expr.extents))
+    return found if covered else None
+
+
+def factor(expr: Expr, result: int) -> Factor | None:
+    """One result of a contraction's body as a factor: a load with affine index, maybe windowed, maybe converted."""
+    node = expr.nodes[result]
+    while node.op == "convert":
+        result = node.args[0]
+        node = expr.nodes[result]
+    if node.op == "load":
+        return Factor(result) if is_affine(expr, node.args) else None
+    if node.op != "select":
+        return None
+    pred, new, base = node.args
+    both, fresh, old = (expr.nodes[i] for i in (pred, new, base))
+    if both.op != "and" or fresh.op != "load_if" or fresh.args[0] != pred or old.op != "load":
+        return None
+    low, high = (expr.nodes[i] for i in both.args)
+    if low.op != "ge" or high.op != "lt" or low.args[0] != high.args[0]:
+        return None
+    where, start = low.args
+    if where not in old.args or not is_affine(expr, old.args):
+        return None
+    axis = old.args.index(where)
+    if not is_uniform(expr, start) or not is_affine(expr, tuple(a for k, a in enumerate(fresh.args[1:]) if k != axis)):
+        return None
+    length = _distance(expr, start, high.args[1])
+    return None if length is None else Factor(base, new, axis, start, length)
+
+
+def is_affine(expr: Expr, args: tuple[int, ...]) -> bool:
+    """Whether index nodes are linear in the coordinates with constant coefficients."""
+
+    def affine(i: int) -> bool:
+        node = expr.nodes[i]
+        if node.op in ("coord", "const"):
+            return True
+        if node.op == "add":
+            return all(map(affine, node.args))
+        return node.op == "mul" and affine(node.args[0]) and expr.nodes[node.args[1]].op == "const"
+
+    return all(map(affine, args))
+
+
+def is_uniform(expr: Expr, i: int) -> bool:
+    """Whether a node depends on no coordinate."""
+    return all(node.op != "coord" for node in expr.only(i).nodes)
+
+
+def _coord_and_rest(expr: Expr, i: int) -> tuple[int | None, int | None]:
+    """An index as one coordinate plus a uniform rest; a missing part is None. (None, None): neither form."""
+    node = expr.nodes[i]
+    if node.op == "coord":
+        return node.attr, None
+    if is_uniform(expr, i):
+        return None, i
+    if node.op == "add":
+        for this, other in (node.args, node.args[::-1]):
+            if expr.nodes[this].op == "coord" and is_uniform(expr, other):
+                return expr.nodes[this].attr, other
+    return None, None
+
+
+def _distance(expr: Expr, start: int, end: int) -> int | None:
+    """end − start where it is a known constant."""
+    node = expr.nodes[end]
+    if node.op == "add" and start in node.args:
+        rest = expr.nodes[node.args[1] if node.args[0] == start else node.args[0]]
+        if rest.op == "const":
+            return int(dtypes.from_bits(rest.attr, rest.dtype))
+    return None

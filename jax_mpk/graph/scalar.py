@@ -135,7 +135,7 @@ class Builder:
         return self._add(Node("const", (), dtype, bits), known)
 
     def index(self, value: int) -> int:
-        return self.const(value, INDEX)
+        return self.const(_wrapped(value), INDEX)
 
     def load(self, slot: int, indices: Sequence[int], dtype: str, pred: int | None = None) -> int:
         """Element of operand ``slot``. ``pred`` None: the indices are always in bounds."""
@@ -252,7 +252,8 @@ class Builder:
             if c != 1:
                 bounds = self.ranges[atom]
                 known = None if bounds is None else _ordered(bounds[0] * c, bounds[1] * c)
-                term = self._add(Node("mul", (atom, self.index(c)), INDEX), _fits(known, INDEX))
+                known = _fits(known, INDEX) or dtypes.int_range(INDEX)
+                term = self._add(Node("mul", (atom, self.index(c)), INDEX), known)
                 self._linear.setdefault(term, ({atom: c}, 0))
             out = term if out is None else self._sum(out, term)
         if out is None:
@@ -461,6 +462,12 @@ def _merge(a: dict[int, int], b: dict[int, int], sign: int) -> dict[int, int]:
     for atom, c in b.items():
         out[atom] = out.get(atom, 0) + sign * c
     return {atom: c for atom, c in out.items() if c}
+
+
+def _wrapped(value: int) -> int:
+    """A Python int as index arithmetic holds it."""
+    low, high = dtypes.int_range(INDEX)
+    return (value - low) % (high - low + 1) + low
 
 
 def _ordered(a: int, b: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ task that waits for it. A vector clock per task (how many tasks of each worker h
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,16 +85,15 @@ def check_order(facts: Facts) -> list[Summary]:
 
 def vector_clocks(facts: Facts, segment: SegmentFacts) -> np.ndarray:
     """Clocks, int32 [tasks of the segment, workers], queue after queue; raises if the segment cannot finish."""
-    tasks, queues = facts.plan.tasks, segment.segment.queues
+    tasks, queues = facts.plan.tasks, [queue.tolist() for queue in segment.segment.queues]
     workers = len(queues)
     first = np.concatenate([[0], np.cumsum([len(queue) for queue in queues])])
-    members = np.concatenate([np.zeros(0, np.int64), *queues]).astype(np.int64)
-    clocks = np.zeros((len(members), workers), np.int32)
+    clocks = np.zeros((int(first[-1]), workers), np.int32)
 
     wait_start, wait_event = tasks.wait_start.tolist(), tasks.wait_event.tolist()
     signal_start, signal_event = tasks.signal_start.tolist(), tasks.signal_event.tolist()
     missing: dict[int, int] = {}
-    for task in members.tolist():
+    for task in itertools.chain.from_iterable(queues):
         for event in signal_event[signal_start[task] : signal_start[task + 1]]:
             missing[event] = missing.get(event, 0) + 1
     event_clock: dict[int, np.ndarray] = {}
@@ -102,7 +102,7 @@ def vector_clocks(facts: Facts, segment: SegmentFacts) -> np.ndarray:
     ready = list(range(workers))[::-1]
     while ready:
         worker = ready.pop()
-        queue, base = queues[worker].tolist(), int(first[worker])
+        queue, base = queues[worker], int(first[worker])
         while position[worker] < len(queue):
             at = position[worker]
             task = queue[at]
@@ -206,6 +206,8 @@ class _Segment:
     reads: dict[int, np.ndarray] = field(default_factory=dict)
     writes: dict[int, np.ndarray] = field(default_factory=dict)
     _touching: dict[int, set[int]] = field(default_factory=dict)
+    _bases: dict[int, int | None] = field(default_factory=dict)
+    _ordered: dict[tuple[int, int], bool] = field(default_factory=dict)
     _before: dict[tuple[int, int], bool] = field(default_factory=dict)
     _frontiers: dict[tuple[int, bool], np.ndarray] = field(default_factory=dict)
     _floors: dict[tuple[int, bool], np.ndarray] = field(default_factory=dict)
@@ -226,13 +228,19 @@ class _Segment:
     def check(self) -> Summary:
         for v in self.defined:
             self._check_reads_after_writes(v)
-        dead: set[int] = set()
+        sharing = {v: self.facts.overlapping(v).tolist() for v in self.defined}
         touched = set(self.names) | set(self.defined)
-        for v in self.defined:
-            for u in self.facts.overlapping(v).tolist():
-                if u != v and u in touched:
-                    dead.update(self._check_turns(u, v))
-        kills = {int(u): v for v in self.defined for u in self.facts.overlapping(v) if int(u) not in self.defined}
+        pairs = [
+            (u, v)
+            for v, others in sharing.items()
+            for u in others
+            if u in touched and u != v and not (u in self.defined and u < v)
+        ]
+        self._compare(pairs)
+        dead: set[int] = set()
+        for u, v in pairs:
+            dead.update(self._check_turns(u, v))
+        kills = {u: v for v, others in sharing.items() for u in others if u not in self.defined}
         uses = {u: int(self.rows.task[i[0]]) for u, i in self.reads.items() if len(i)}
         for v, definition in self.defined.items():
             base = self._base(v)
@@ -248,16 +256,30 @@ class _Segment:
 
     # Which pairs must be ordered.
 
+    def _compare(self, pairs: list[tuple[int, int]]) -> None:
+        """Notes the pairs of names that are ordered as a whole, whatever the regions: nearly all of them."""
+        names = sorted({name for pair in pairs for name in pair})
+        row = {name: i for i, name in enumerate(names)}
+        ends = np.array([self._frontier(name, True) for name in names])
+        begins = np.array([self._floor(name, False) for name in names])
+        step = max(1, CHUNK // self.clocks.shape[1])
+        for at in range(0, len(pairs), step):
+            part = pairs[at : at + step]
+            first, second = (np.array([row[pair[k]] for pair in part]) for k in (0, 1))
+            for (u, v), there, back in zip(
+                part,
+                np.all(ends[first] <= begins[second], axis=1).tolist(),
+                np.all(ends[second] <= begins[first], axis=1).tolist(),
+            ):
+                self._ordered[u, v], self._ordered[v, u] = there, back
+
     def _base(self, name: int) -> int | None:
         """The name whose contents an Update in place carries on, if ``name`` is the output of one."""
-        if name >= self.facts.value_count:
-            return None
-        op = int(self.facts.producer[name])
-        if op < 0 or not self.facts.in_place(op):
-            return None
-        it = self.facts.plan.ops[op]
-        assert isinstance(it, Update)
-        return it.base
+        if name not in self._bases:
+            op = int(self.facts.producer[name]) if name < self.facts.value_count else -1
+            it = self.facts.plan.ops[op] if op >= 0 and self.facts.in_place(op) else None
+            self._bases[name] = it.base if isinstance(it, Update) else None
+        return self._bases[name]
 
     def _lineage(self, name: int) -> list[int]:
         """``name`` and the names written in this segment whose contents it carries on."""
@@ -279,6 +301,9 @@ class _Segment:
 
     def _check_turns(self, u: int, v: int) -> list[int]:
         """Two names of the same bytes take turns; returns those that are gone after the segment."""
+        if u in self.defined and (self._ordered[u, v] or self._ordered[v, u]):
+            if self._plain(u) and self._plain(v) and self._routines(u).isdisjoint(self._routines(v)):
+                return [u if self._ordered[u, v] else v]
         if u not in self.defined or u in self._lineage(v):
             # u was there before: all its readers come before v's writers.
             fault = self._fault(u, v)
@@ -303,6 +328,10 @@ class _Segment:
         self._refuse_pair(*fault, "overwrites what is perhaps still needed")
         return []
 
+    def _plain(self, name: int) -> bool:
+        """Whether a name written here has contents of its own and is really written."""
+        return self._base(name) is None and len(self.writes.get(name, ())) > 0
+
     def _first(self, u: int, v: int) -> bool:
         """Whether u comes first in the graph; decides between names whose accesses never meet."""
         return self.defined[u].op < self.defined[v].op
@@ -316,13 +345,16 @@ class _Segment:
             if found and base is not None and u not in self._lineage(v):
                 # v goes on with the bytes of its base, so u must be done with before that, too.
                 found = base in self.defined and self._is_before(u, base)
+            base = self._base(u)
+            if found and base in self.defined and base != v:
+                found = self._is_before(base, v)
             self._before[u, v] = found
         return found
 
     def _fault(self, u: int, v: int) -> tuple[int, int] | None:
         """Rows of names u and v that touch the same byte without the one of u coming before v's write of it."""
         everything = self._all(u)
-        if np.any(self._frontier(u, True) > self._floor(v, False)):
+        if not self._ordered[u, v]:
             fault = self._unordered(everything, self.writes.get(v), u, v)
             if fault is not None:
                 return fault

@@ -72,6 +72,7 @@ class Options:
       fuse: maps and reductions with readers in the same segment only become local values, at random.
       fine: events join tasks whose regions overlap; otherwise operators.
       in_place: updates overwrite their base where nobody needs it afterwards.
+      bundle: neighbours whose tasks touch the same boxes one by one become one routine.
       cut: segments of at most so many operators (0: as long as possible).
       seed: for placement and the other random choices.
     """
@@ -83,6 +84,7 @@ class Options:
     fuse: bool = False
     fine: bool = False
     in_place: bool = True
+    bundle: bool = False
     cut: int = 0
     seed: int = 0
 
@@ -248,7 +250,7 @@ def explicit(graph: Graph, *, in_place: bool = True) -> Wired:
 # -- tasks -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """The tasks of one routine.
 
@@ -292,6 +294,9 @@ class _Planner:
 
     def run(self) -> Plan:
         shape = self._block(self.graph.block)
+        self.tasks = 0
+        for work in self.work:
+            work.first, self.tasks = self.tasks, self.tasks + len(work.workers)
         storages, value_storage, workspace = self._memory()
         for works in self.segments:
             self._events(works, storages, value_storage)
@@ -366,7 +371,32 @@ class _Planner:
                 for op in run:
                     if self.number[id(op)] not in self.local:
                         self._operator(op, producers)
+                if self.options.bundle:
+                    self._bundle(self.segments[-1])
         return out
+
+    def _bundle(self, works: list[Work]) -> None:
+        """Merges neighbours where each task of the second meets only its own counterpart of the first."""
+        at = 0
+        while at + 1 < len(works):
+            a, b = works[at], works[at + 1]
+            ops = {m.op for m in a.members} & {m.op for m in b.members}
+            if len(a.workers) != len(b.workers) or ops or len(a.members) > 4:
+                at += 1
+                continue
+            meet = np.zeros((len(b.workers), len(a.workers)), bool)
+            for x in a.accesses:
+                for y in b.accesses:
+                    if x[1] != READ or y[1] != READ:
+                        meet |= self._meet(x, y)
+            if np.any(meet & ~np.eye(len(meet), dtype=bool)):
+                at += 1
+                continue
+            a.members += b.members
+            a.boxes += b.boxes
+            a.accesses += b.accesses
+            works.remove(b)
+            self.work.remove(b)
 
     def _operator(self, op: Op, producers: dict[int, Op]) -> None:
         space = self.graph.values[op.outputs[0]].shape
@@ -597,21 +627,8 @@ class _Planner:
     def _fine(self, earlier: Work, later: Work, pairs: list[tuple]) -> None:
         """One event per later task, signalled by the earlier tasks whose regions meet its own."""
         meet = np.zeros((len(later.waits), len(earlier.signals)), bool)
-        for (u, _, alo, ahi), (v, _, blo, bhi) in pairs:
-            same = u == v or (
-                u >= 0
-                and v >= 0
-                and self.wired.home[u] == self.wired.home[v]
-                and self.graph.values[u] == replace(self.graph.values[v], id=u)
-            )
-            if not same:
-                meet[:] = True
-                continue
-            hit = np.ones_like(meet)
-            for d in range(alo.shape[1]):
-                hit &= (blo[:, d, None] < ahi[None, :, d]) & (alo[None, :, d] < bhi[:, d, None])
-            hit &= np.all(bhi > blo, axis=1)[:, None] & np.all(ahi > alo, axis=1)[None]
-            meet |= hit
+        for x, y in pairs:
+            meet |= self._meet(x, y, sharing=True)
         # Program order does for tasks of the same worker: the earlier routine is earlier in every queue.
         meet &= later.workers[:, None] != earlier.workers[None]
         for t in np.flatnonzero(meet.any(axis=1)):
@@ -619,6 +636,19 @@ class _Planner:
                 earlier.signals[s].append(self.events)
             later.waits[t].append(self.events)
             self.events += 1
+
+    def _meet(self, x: tuple, y: tuple, sharing: bool = False) -> np.ndarray:
+        """bool [tasks of y, tasks of x]: whether regions overlap; ``sharing``: the names share bytes."""
+        (u, _, alo, ahi), (v, _, blo, bhi) = x, y
+        home, values = self.wired.home, self.graph.values
+        same = u == v or (u >= 0 and v >= 0 and home[u] == home[v] and values[u] == replace(values[v], id=u))
+        if not same:
+            shared = sharing or (u >= 0 and v >= 0 and home[u] == home[v])
+            return np.full((len(blo), len(alo)), shared)
+        hit = np.all(bhi > blo, axis=1)[:, None] & np.all(ahi > alo, axis=1)[None]
+        for d in range(alo.shape[1]):
+            hit &= (blo[:, d, None] < ahi[None, :, d]) & (alo[None, :, d] < bhi[:, d, None])
+        return hit
 
     # Tables.
 
@@ -653,10 +683,10 @@ class _Planner:
         table, boxes, routines = [], [], []
         scratch = 0
         for work in self.work:
-            local = [v for m in work.members[:-1] for v in self.ops[m.op].outputs]
+            local = [v for m in work.members if m.op in self.local for v in self.ops[m.op].outputs]
             extents, offsets, at = [], [], 0
-            for member, (lo, hi) in zip(work.members[:-1], work.boxes):
-                for v in self.ops[member.op].outputs:
+            for member, (lo, hi) in zip(work.members, work.boxes):
+                for v in self.ops[member.op].outputs if member.op in self.local else ():
                     extents.append(tuple(int(e) for e in (hi - lo).max(axis=0)))
                     offsets.append(at)
                     item = dtypes.itemsize(self.graph.values[v].dtype)

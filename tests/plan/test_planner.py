@@ -124,6 +124,20 @@ def shared_operands(x, w):
     return h @ x, h @ x.T, h + 1
 
 
+def attention(q, k, v, cache_k, cache_v, pos):
+    """One step of grouped-query attention over a cache: 2 KV heads of 3 queries each."""
+    cache_k = lax.dynamic_update_slice(cache_k, k, (0, pos, 0, 0))
+    cache_v = lax.dynamic_update_slice(cache_v, v, (0, pos, 0, 0))
+    scores = jnp.einsum("bhgd,bshd->bhgs", q, cache_k) * 0.25
+    scores = jnp.where(jnp.arange(256) <= pos, scores, -jnp.inf)
+    out = jnp.einsum("bhgs,bshd->bhgd", jax.nn.softmax(scores, -1), cache_v)
+    return out.reshape(1, 48) @ jnp.ones((48, 8)), cache_k, cache_v
+
+
+ATTENTION = (aval(1, 2, 3, 8), *[aval(1, 1, 2, 8)] * 2, *[aval(1, 256, 2, 8)] * 2, INT)
+CASES["attention"] = (attention, ATTENTION, (3, 4))
+
+
 def planned(name: str, workers: int) -> tuple[Plan, list[Array], list[Array]]:
     f, avals, donate = CASES[name]
     rng = np.random.default_rng([workers, *name.encode()])
@@ -155,11 +169,33 @@ def test_plan_is_proved_and_computes(name: str, workers: int) -> None:
         ("cache_write", {1: 0}),
         ("cache_read_before_write", {1: 0}),
         ("cache_write_in_loop", {0: 0}),
+        ("attention", {1: 3, 2: 4}),
     ],
 )
 def test_donated_arguments_are_updated_in_place(name: str, aliases: dict[int, int]) -> None:
     plan, _, _ = planned(name, 2)
     assert plan.aliases == aliases
+
+
+def test_attention_is_split_over_workers_and_merged_by_its_reader() -> None:
+    plan, _, _ = planned("attention", 64)
+    shapes = {plan.graph.values[v].shape for op in plan.ops for v in op.outputs}
+    assert (4, 1, 2, 3, 8) in shapes  # 6 rows × 4 chunks of 64 keys
+    unsplit, _, _ = planned("attention", 2)
+    assert (4, 1, 2, 3, 8) not in {unsplit.graph.values[v].shape for op in unsplit.ops for v in op.outputs}
+
+
+def test_masked_out_chunks_and_stale_rows_do_not_leak() -> None:
+    plan, inputs, _ = planned("attention", 64)
+    for pos in (0, 63, 64, 255):
+        stale = [np.array(x) for x in inputs]
+        for cache in stale[3:5]:
+            cache[:, pos] = np.nan  # the row that is overwritten
+        stale[5] = np.asarray(pos, np.int32)
+        want = jax.jit(attention)(*stale)
+        got = Simulator(plan, stale, seed=pos).run()
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_plan_size_does_not_depend_on_trip_counts() -> None:

@@ -1,0 +1,637 @@
+// The algorithms of contract_kernels.h, once for all instruction sets: a file that defines the vectors of one
+// instruction set includes this and defines a ContractKernels. Everything is in an anonymous namespace and no inline
+// library function is used: the linker must not find code for AVX-512 that it could use elsewhere.
+//
+// A family is an accumulator type with its vectors:
+//   Scalar, Vec, kLanes
+//   Own        the source of its own type, which packed operands are read as
+//   kMaxRows   rows of a micro-kernel of two vectors of columns: 2 * kMaxRows + 3 registers or so
+//   kDotRows   lhs rows of a dot-product kernel of four rhs rows: 8 * kDotRows + 2 registers or so
+//   zero(), broadcast(const Scalar*), load(p), store(p, v), add(a, b), fma(a, b, c) = a * b + c
+//   plus(Scalar, Scalar)
+//   interleave(a, b)   a, b = their elements in turn: a0 b0 a1 b1 ...
+//   sum4(v, out)       out[i] = sum of the lanes of v[i], in one order for every i
+// A source is an element type read as a family:
+//   Family, kType, kSize, get(p): one element
+//   kDirect            has kernels of its own; others are only ever packed
+//   load(p)            kLanes elements
+//   kSplit, split(p, even, odd)   2 * kLanes elements, if that is cheaper than in order
+// No pointer given to them needs alignment.
+#pragma once
+
+#include <cstdint>
+
+#include "host/tasks/contract_kernels.h"
+
+namespace jax_mpk::host {
+
+// What a file offers, by accumulator type. `memory` holds workspace_bytes, aligned to 64.
+struct ContractKernels {
+  using Run = bool (*)(const ContractArgs& args, void* memory);
+  Run f32, f64, s32;
+  int64_t workspace_bytes;
+};
+
+namespace {
+
+constexpr int64_t kChain = kContractChain;
+constexpr int64_t kDotStep = 2048;           // k per pass of the dot-product form
+constexpr int64_t kFewRows = 8;              // up to here rhs is read where it lies, above it is packed
+constexpr int64_t kStreams = 16;             // rhs rows read side by side, see direct_form()
+constexpr int64_t kLongStreams = 8, kPrefetchRow = 8 * 1024;
+constexpr int64_t kPartialBytes = 16 * 1024; // partial sums of a pass over k: half of the L1 cache
+constexpr int64_t kPackBytes = 512 * 1024;   // packed rhs: half of the L2 cache
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// `total` in `count` parts of sizes that differ by at most one, larger ones first.
+struct Split {
+  int64_t count, size, larger;
+
+  constexpr Split(int64_t total, int64_t limit)
+      : count((total + limit - 1) / limit), size(total / count), larger(total % count) {}
+  constexpr int64_t start(int64_t i) const { return i * size + least(i, larger); }
+  constexpr int64_t at(int64_t i) const { return size + (i < larger); }
+  constexpr int64_t most() const { return size + (larger > 0); }
+};
+
+// One operand of one batch element; strides in bytes.
+struct Matrix {
+  const char* data;
+  int64_t row, k;
+
+  Matrix from(int64_t r, int64_t depth) const { return {data + r * row + depth * k, row, k}; }
+};
+
+// acc of one batch element; strides in elements.
+template <class T>
+struct Output {
+  char* data;
+  int64_t row, column;
+  bool add;
+
+  Output from(int64_t i, int64_t j) const {
+    return {data + (i * row + j * column) * static_cast<int64_t>(sizeof(T)), row, column, add};
+  }
+  T* pointer() const { return reinterpret_cast<T*>(data); }
+};
+
+template <class T>
+T peek(const char* p) {
+  T value;
+  __builtin_memcpy(&value, p, sizeof(T));
+  return value;
+}
+
+int32_t wrapping_add(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
+
+float bf16_to_f32(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+// --- Parts of families and sources ---------------------------------------------------------------------------
+
+template <class F>
+void sum4_by_halves(const typename F::Vec* v, typename F::Scalar* out) {
+  typename F::Scalar lanes[F::kLanes];
+  for (int i = 0; i < 4; ++i) {
+    F::store(lanes, v[i]);
+    for (int half = F::kLanes / 2; half > 0; half /= 2) {
+      for (int j = 0; j < half; ++j) lanes[j] = F::plus(lanes[j], lanes[j + half]);
+    }
+    out[i] = lanes[0];
+  }
+}
+
+// Stored is what one element lies in memory as; the derived class has load() and, unless plain conversion does
+// it, get().
+template <class F, class Stored, ElementType type>
+struct PackedOnly {
+  using Family = F;
+  static constexpr ElementType kType = type;
+  static constexpr int64_t kSize = sizeof(Stored);
+  static constexpr bool kDirect = false, kSplit = false;
+  static typename F::Scalar get(const char* p) { return peek<Stored>(p); }
+};
+
+template <class F, class Stored, ElementType type>
+struct Direct : PackedOnly<F, Stored, type> {
+  static constexpr bool kDirect = true;
+};
+
+// A thread's working memory. Packing stores whole vectors, less than one past the last row.
+template <class F>
+struct Workspace {
+  using T = typename F::Scalar;
+  static constexpr int64_t kBlock = 2 * F::kLanes;  // columns of the smallest micro-kernel
+  static constexpr int64_t kPackColumns = kPackBytes / (kChain * sizeof(T)) / kBlock * kBlock;
+  static constexpr int64_t kMostRows = F::kMaxRows > kFewRows ? F::kMaxRows : kFewRows;
+  static constexpr int64_t kRowsBytes = (kFewRows * kDotStep + F::kLanes) * sizeof(T);
+  static constexpr int64_t kTileBytes = F::kMaxRows * kBlock * sizeof(T);
+  static constexpr int64_t kBytes = kPackBytes + kPartialBytes + kTileBytes + kRowsBytes;
+  static_assert(kMostRows * kChain <= kFewRows * kDotStep && kPackColumns >= kBlock);
+  static_assert(kFewRows * kBlock * sizeof(T) <= kPartialBytes);
+
+  explicit Workspace(void* memory)
+      : pack(static_cast<T*>(memory)),
+        partial(pack + kPackBytes / sizeof(T)),
+        tile(partial + kPartialBytes / sizeof(T)),
+        rows(tile + kTileBytes / sizeof(T)) {}
+
+  T* pack;     // rhs, [column blocks][kChain][kBlock]
+  T* partial;  // unfinished chains, [rows][columns of a pass]
+  T* tile;     // a block on its way to acc, [rows][kBlock]
+  T* rows;     // lhs, panel by panel [k][rows of the panel]; [rows][k] in the dot-product form
+};
+
+// --- Packing: dst[k * width + r] = src[r, k], zero for `rows` <= r < width -----------------------------------
+
+// kLanes x kLanes transposes, each log2(kLanes) rounds of interleaving. What a vector stores past `width`, the
+// next k overwrites.
+template <class S>
+void pack_transposed(typename S::Family::Scalar* dst, int64_t width, const Matrix& src, int64_t rows,
+                     int64_t depth) {
+  using F = typename S::Family;
+  constexpr int L = F::kLanes;
+  const int64_t whole = depth / L * L;
+  for (int64_t k = 0; k < whole; k += L) {
+    for (int64_t r0 = 0; r0 < width; r0 += L) {
+      typename F::Vec a[L], b[L];
+      const char* p = src.from(r0, k).data;
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) a[i] = r0 + i < rows ? S::load(p + i * src.row) : F::zero();
+#pragma GCC unroll 4
+      for (int round = 1; round < L; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < L / 2; ++i) {
+          b[2 * i] = a[i];
+          b[2 * i + 1] = a[i + L / 2];
+          F::interleave(b[2 * i], b[2 * i + 1]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) a[i] = b[i];
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) F::store(dst + (k + i) * width + r0, a[i]);
+    }
+  }
+  for (int64_t k = whole; k < depth; ++k) {
+    for (int64_t r = 0; r < width; ++r) dst[k * width + r] = r < rows ? S::get(src.from(r, k).data) : 0;
+  }
+}
+
+template <class S>
+void pack_source(typename S::Family::Scalar* dst, int64_t width, const Matrix& src, int64_t rows, int64_t depth) {
+  using F = typename S::Family;
+  constexpr int64_t L = F::kLanes;
+  if (width == 1 && depth > 1) return pack_source<S>(dst, depth, {src.data, src.k, 0}, depth, 1);
+  if (src.k == S::kSize && src.row != S::kSize && rows > 1 && (width <= L || width % L == 0)) {
+    return pack_transposed<S>(dst, width, src, rows, depth);
+  }
+  const int64_t whole = src.row == S::kSize ? rows / L * L : 0;
+  for (int64_t k = 0; k < depth; ++k, dst += width) {
+    const char* p = src.data + k * src.k;
+    int64_t r = 0;
+    for (; r < whole; r += L) F::store(dst + r, S::load(p + r * S::kSize));
+    for (; r < rows; ++r) dst[r] = S::get(p + r * src.row);
+    for (; r < width; ++r) dst[r] = 0;
+  }
+}
+
+template <class F>
+using Pack = void (*)(typename F::Scalar*, int64_t, const Matrix&, int64_t, int64_t);
+
+// --- The micro-kernel: M rows by P blocks of two vectors, all sums in registers -----------------------------
+
+// 2 * kLanes elements in the order that the source likes best.
+template <class S, class Vec>
+void load2(const char* p, Vec& lo, Vec& hi) {
+  if constexpr (S::kSplit) {
+    S::split(p, lo, hi);
+  } else {
+    lo = S::load(p);
+    hi = S::load(p + S::Family::kLanes * S::kSize);
+  }
+}
+
+// Where to prefetch: a tile's next rows in the order of memory, `chunks` steps to a row and then `skip` bytes.
+struct Ahead {
+  const char* next;
+  int64_t left, chunks, skip;
+
+  Ahead(const char* first, int64_t bytes, int64_t chunk, int64_t pitch)
+      : next(first), left((bytes + chunk - 1) / chunk), chunks(left), skip(pitch - left * chunk) {}
+
+  template <int locality>
+  void step(int64_t chunk) {
+    for (int64_t i = 0; i < chunk; i += 64) __builtin_prefetch(next + i, 0, locality);
+    next += chunk;
+    if (--left == 0) {
+      next += skip;
+      left = chunks;
+    }
+  }
+};
+
+enum class End { kKeep, kSet, kAdd };
+
+// Sums x[k][i] * w[k][j] over k < depth, on top of `from` or, where that is null, of zero. kKeep writes the sums
+// to `to` as load2 orders them, kSet in order, kAdd adds them there in order.
+template <class S, int M, int P>
+void micro(int64_t depth, const typename S::Family::Scalar* x, const char* w, int64_t pitch,
+           const typename S::Family::Scalar* from, int64_t from_row, typename S::Family::Scalar* to,
+           int64_t to_row, End end, Ahead* ahead) {
+  using F = typename S::Family;
+  using Vec = typename F::Vec;
+  constexpr int L = F::kLanes;
+  Vec c[M][2 * P];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 2 * P; ++j) c[i][j] = from ? F::load(from + i * from_row + j * L) : F::zero();
+  }
+  Ahead local = ahead ? *ahead : Ahead(nullptr, 1, 1, 0);
+  for (int64_t k = 0; k < depth; ++k) {
+    if (ahead) local.template step<2>(P * 2 * L * S::kSize);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      Vec lo, hi;
+      load2<S>(w + p * 2 * L * S::kSize, lo, hi);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        const Vec xi = F::broadcast(x + i);
+        c[i][2 * p] = F::fma(xi, lo, c[i][2 * p]);
+        c[i][2 * p + 1] = F::fma(xi, hi, c[i][2 * p + 1]);
+      }
+    }
+    x += M;
+    w += pitch;
+  }
+  if (ahead) *ahead = local;
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      Vec lo = c[i][2 * p], hi = c[i][2 * p + 1];
+      typename F::Scalar* out = to + i * to_row + p * 2 * L;
+      if (S::kSplit && end != End::kKeep) F::interleave(lo, hi);
+      if (end == End::kAdd) {
+        lo = F::add(F::load(out), lo);
+        hi = F::add(F::load(out + L), hi);
+      }
+      F::store(out, lo);
+      F::store(out + L, hi);
+    }
+  }
+}
+
+template <class S, class T = typename S::Family::Scalar>
+using Micro = void (*)(int64_t, const T*, const char*, int64_t, const T*, int64_t, T*, int64_t, End, Ahead*);
+
+// Blocks side by side: independent sums that hide the latency of multiply-adds, within the registers. More than
+// a few cache lines of a row at a time make the reading of memory less regular (a tenth slower).
+template <class F>
+constexpr int max_blocks(int64_t rows) {
+  return static_cast<int>(least(least(F::kMaxRows / rows, 32 / F::kLanes), 4));
+}
+
+template <class S, int M, int P = 1>
+Micro<S> pick_blocks(int64_t blocks) {
+  if constexpr (P < max_blocks<typename S::Family>(M)) {
+    if (blocks != P) return pick_blocks<S, M, P + 1>(blocks);
+  }
+  return micro<S, M, P>;
+}
+
+template <class S, int M = 1>
+Micro<S> pick(int64_t rows, int64_t blocks) {
+  using F = typename S::Family;
+  constexpr int64_t limit = S::kType == F::Own::kType ? F::kMaxRows : least(kFewRows, F::kMaxRows);
+  if constexpr (M < limit) {
+    if (rows != M) return pick<S, M + 1>(rows, blocks);
+  }
+  return pick_blocks<S, M>(blocks);
+}
+
+template <class F>
+void scatter(const Output<typename F::Scalar>& out, int64_t rows, int64_t columns,
+             const typename F::Scalar* tile, int64_t pitch) {
+  using T = typename F::Scalar;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      char* p = out.from(i, j).data;
+      const T value = out.add ? F::plus(peek<T>(p), tile[i * pitch + j]) : tile[i * pitch + j];
+      __builtin_memcpy(p, &value, sizeof(T));
+    }
+  }
+}
+
+// One packed block, `columns` columns of it real, into any acc.
+template <class F>
+void block(const Output<typename F::Scalar>& out, int64_t rows, int64_t columns, int64_t depth,
+           const typename F::Scalar* x, const typename F::Scalar* w, typename F::Scalar* tile) {
+  using T = typename F::Scalar;
+  constexpr int64_t B = Workspace<F>::kBlock;
+  const Micro<typename F::Own> kernel = pick<typename F::Own>(rows, 1);
+  const char* bytes = reinterpret_cast<const char*>(w);
+  const int64_t pitch = B * sizeof(T);
+  if (columns == B && out.column == 1) {
+    kernel(depth, x, bytes, pitch, nullptr, 0, out.pointer(), out.row, out.add ? End::kAdd : End::kSet,
+           nullptr);
+  } else {
+    kernel(depth, x, bytes, pitch, nullptr, 0, tile, B, End::kSet, nullptr);
+    scatter<F>(out, rows, columns, tile, B);
+  }
+}
+
+// --- Direct form: few rows, rhs contiguous along n and read where it lies -----------------------------------
+
+// rhs comes from memory once, so the order of reading decides.
+template <class S>
+void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after, Pack<typename S::Family> pack_lhs, const Matrix& lhs,
+            const Matrix& rhs, const Output<typename S::Family::Scalar>& out,
+            const Workspace<typename S::Family>& ws) {
+  using F = typename S::Family;
+  using T = typename F::Scalar;
+  constexpr int64_t B = Workspace<F>::kBlock;
+  const Split panels(m, F::kMaxRows);
+  const int64_t limit = max_blocks<F>(panels.most());
+  const int64_t blocks = n / B;
+  const int64_t pass = least(blocks, kPartialBytes / (m * B * static_cast<int64_t>(sizeof(T))));
+
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int64_t first = panels.start(p), rows = panels.at(p);
+    pack_lhs(ws.rows + first * depth, rows, lhs.from(first, 0), rows, depth);
+  }
+  for (int64_t j0 = 0; j0 < blocks; j0 += pass) {
+    const int64_t width = least(pass, blocks - j0) * B;
+    const Split groups(width / B, limit);
+    // A single group of columns keeps its sums in registers for the whole chain.
+    const int64_t bytes = width * S::kSize;
+    const bool prefetch = groups.count > 1 && bytes <= kPrefetchRow && width / B == blocks;
+    const int64_t step = groups.count == 1 ? depth : prefetch ? kStreams : kLongStreams;
+    const int64_t chunk = groups.most() * B * S::kSize;
+    const Output<T> here = out.from(0, j0 * B);
+    for (int64_t k = 0; k < depth; k += step) {
+      const bool last = k + step >= depth, store = last && out.column == 1;
+      const End end = !last ? End::kKeep : store && out.add ? End::kAdd : End::kSet;
+      Ahead ahead(rhs.from(j0 * B, k + 2 * step).data, bytes, chunk, rhs.k);
+      for (int64_t p = 0; p < panels.count; ++p) {
+        const bool fetch = prefetch && p == 0 && k + 2 * step < depth + after;
+        const int64_t first = panels.start(p), rows = panels.at(p);
+        const Micro<S> kernels[2] = {pick<S>(rows, groups.size), pick<S>(rows, groups.most())};
+        const T* x = ws.rows + first * depth + k * rows;
+        for (int64_t g = 0; g < groups.count; ++g) {
+          const int64_t j = groups.start(g) * B;
+          T* partial = ws.partial + first * width + j;
+          kernels[g < groups.larger](least(step, depth - k), x, rhs.from(j0 * B + j, k).data, rhs.k,
+                                     k > 0 ? partial : nullptr, width,
+                                     store ? here.from(first, j).pointer() : partial,
+                                     store ? out.row : width, end, fetch ? &ahead : nullptr);
+        }
+      }
+    }
+    if (out.column != 1) scatter<F>(here, m, width, ws.partial, width);
+  }
+  if (n % B == 0) return;
+  pack_source<S>(ws.pack, B, rhs.from(blocks * B, 0), n % B, depth);
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int64_t first = panels.start(p);
+    block<F>(out.from(first, blocks * B), panels.at(p), n % B, depth, ws.rows + first * depth, ws.pack,
+             ws.tile);
+  }
+}
+
+// --- Packed form: any sizes, types and strides --------------------------------------------------------------
+
+// A packed panel of rows stays in the L1 cache while the packed rhs streams past it from the L2 cache.
+template <class F>
+void packed_form(int64_t m, int64_t n, int64_t depth, Pack<F> pack_lhs, Pack<F> pack_rhs, const Matrix& lhs,
+            const Matrix& rhs, const Output<typename F::Scalar>& out, const Workspace<F>& ws,
+            bool transposed) {
+  constexpr int64_t B = Workspace<F>::kBlock;
+  const Split panels(m, F::kMaxRows);
+  for (int64_t j0 = 0; j0 < n; j0 += Workspace<F>::kPackColumns) {
+    const int64_t columns = least(Workspace<F>::kPackColumns, n - j0);
+    // kStreams rows side by side as in direct_form(); a transposed rhs has a stream per column by itself.
+    const int64_t step = transposed ? depth : kStreams;
+    for (int64_t k = 0; k < depth; k += step) {
+      for (int64_t j = 0; j < columns; j += B) {
+        pack_rhs(ws.pack + j * kChain + k * B, B, rhs.from(j0 + j, k), least(B, columns - j),
+                 least(step, depth - k));
+      }
+    }
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t first = panels.start(p), rows = panels.at(p);
+      pack_lhs(ws.rows, rows, lhs.from(first, 0), rows, depth);
+      for (int64_t j = 0; j < columns; j += B) {
+        block<F>(out.from(first, j0 + j), rows, least(B, columns - j), depth, ws.rows, ws.pack + j * kChain,
+                 ws.tile);
+      }
+    }
+  }
+}
+
+// --- Dot-product form: few rows, rhs contiguous along k -----------------------------------------------------
+
+// M rows of x times four rows of w. x[i * x_row ...] is in the order of load2 and zero past the end;
+// `tails` are the last elements of w, padded likewise, or null.
+template <class S, int M>
+void dot(int64_t blocks, const typename S::Family::Scalar* x, int64_t x_row, const char* const* w,
+         const char* const* tails, typename S::Family::Scalar* out, Ahead* ahead) {
+  using F = typename S::Family;
+  using T = typename F::Scalar;
+  using Vec = typename F::Vec;
+  constexpr int64_t L = F::kLanes, B = 2 * L;
+  Vec c[M][4][2];
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) c[i][r][0] = c[i][r][1] = F::zero();
+  }
+  // Four rows side by side, or one after the other: see dots_form().
+  const auto add = [&](int r, const char* p, const T* xs) __attribute__((always_inline)) {
+    Vec lo, hi;
+    load2<S>(p, lo, hi);
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      c[i][r][0] = F::fma(F::load(xs + i * x_row), lo, c[i][r][0]);
+      c[i][r][1] = F::fma(F::load(xs + i * x_row + L), hi, c[i][r][1]);
+    }
+  };
+  if (ahead) {
+    Ahead local = *ahead;
+    const char* const rows[4] = {w[0], w[1], w[2], w[3]};
+    for (int64_t k = 0; k < blocks; ++k) {
+      local.template step<3>(4 * B * S::kSize);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) add(r, rows[r] + k * B * S::kSize, x + k * B);
+    }
+    *ahead = local;
+  } else {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      for (int64_t k = 0; k < blocks; ++k) add(r, w[r] + k * B * S::kSize, x + k * B);
+    }
+  }
+  if (tails) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) add(r, tails[r], x + blocks * B);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) {
+    const Vec sums[4] = {F::add(c[i][0][0], c[i][0][1]), F::add(c[i][1][0], c[i][1][1]),
+                         F::add(c[i][2][0], c[i][2][1]), F::add(c[i][3][0], c[i][3][1])};
+    F::sum4(sums, out + 4 * i);
+  }
+}
+
+template <class S, int M = 1>
+auto pick_dot(int64_t rows) -> decltype(&dot<S, M>) {
+  if constexpr (M < S::Family::kDotRows) {
+    if (rows != M) return pick_dot<S, M + 1>(rows);
+  }
+  return dot<S, M>;
+}
+
+template <class S>
+void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Family> pack_lhs, const Matrix& lhs,
+          const Matrix& rhs, const Output<typename S::Family::Scalar>& out,
+          const Workspace<typename S::Family>& ws) {
+  using F = typename S::Family;
+  using T = typename F::Scalar;
+  constexpr int64_t L = F::kLanes, B = Workspace<F>::kBlock;
+  const int64_t blocks = depth / B, rest = depth % B, padded = (blocks + (rest > 0)) * B;
+  for (int64_t i = 0; i < m; ++i) {
+    T* x = ws.rows + i * padded;
+    pack_lhs(x, padded, {lhs.data + i * lhs.row, lhs.k, 0}, depth, 1);  // one "column" as rows
+    if (!S::kSplit) continue;
+    for (int64_t k = 0; k < padded; k += B) {
+      typename F::Vec lo = F::load(x + k), hi = F::load(x + k + L);
+      // Interleaving 2 L elements log2(2 L) times is the identity, so once less undoes it.
+      for (int64_t round = 1; round < L; round *= 2) F::interleave(lo, hi);
+      F::store(x + k, lo);
+      F::store(x + k + L, hi);
+    }
+  }
+  const Split panels(m, F::kDotRows);
+  char tail[4][B * S::kSize];
+  const char* tails[4] = {tail[0], tail[1], tail[2], tail[3]};
+  __builtin_memset(tail, 0, sizeof(tail));
+  const bool in_order = m <= 2;
+  const int64_t bytes = depth * S::kSize, chunk = 4 * B * S::kSize;
+  const int64_t distance = bytes >= 1024 ? 4 : 16;
+  for (int64_t j = 0; j < n; j += 4) {
+    const char* w[4];
+    for (int64_t r = 0; r < 4; ++r) {
+      w[r] = rhs.from(least(j + r, n - 1), 0).data;
+      const char* from = w[r] + blocks * B * S::kSize;
+      for (int64_t byte = 0; byte < rest * S::kSize; ++byte) tail[r][byte] = from[byte];
+    }
+    Ahead ahead(rhs.from(j + distance, 0).data, bytes, chunk, rhs.row);
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t first = panels.start(p), rows = panels.at(p);
+      T sums[F::kDotRows * 4];
+      pick_dot<S>(rows)(blocks, ws.rows + first * padded, padded, w, rest > 0 ? tails : nullptr, sums,
+                        in_order ? nullptr : &ahead);
+      scatter<F>(out.from(first, j), rows, least(4, n - j), sums, 4);
+    }
+  }
+}
+
+// --- Choice of the form --------------------------------------------------------------------------------------
+
+template <class F>
+struct Source {
+  using Form = void (*)(int64_t, int64_t, int64_t, int64_t, Pack<F>, const Matrix&, const Matrix&,
+                        const Output<typename F::Scalar>&, const Workspace<F>&);
+  int64_t size;
+  Pack<F> pack;
+  Form direct, dots;  // null where the source is only ever packed
+
+  template <class S>
+  static constexpr Source of() {
+    if constexpr (S::kDirect) {
+      return {S::kSize, pack_source<S>, direct_form<S>, dots_form<S>};
+    } else {
+      return {S::kSize, pack_source<S>, nullptr, nullptr};
+    }
+  }
+};
+
+template <class F, class... S>
+bool find(ElementType type, Source<F>& source) {
+  return ((S::kType == type && (source = Source<F>::template of<S>(), true)) || ...);
+}
+
+struct Side {
+  ElementType type;
+  const char* data;
+  int64_t batch, row, k;  // strides in elements
+};
+
+// lhs is the side of m. The side with few rows, if there is one, becomes lhs, else the one that leaves acc
+// contiguous along columns.
+template <class F, class... S>
+bool run(const ContractArgs& a, void* memory) {
+  using T = typename F::Scalar;
+  Side lhs = {a.lhs_type, static_cast<const char*>(a.lhs), a.lhs_b, a.lhs_m, a.lhs_k};
+  Side rhs = {a.rhs_type, static_cast<const char*>(a.rhs), a.rhs_b, a.rhs_n, a.rhs_k};
+  int64_t m = a.m, n = a.n, row = a.acc_m, column = a.acc_n;
+  bool swap = row == 1 && column != 1;
+  if (m <= kFewRows || n <= kFewRows) {
+    swap = n < m && (m > kFewRows || n == 1 || (rhs.row != 1 && rhs.k != 1));
+  }
+  if (swap) {
+    const Side side = lhs;
+    lhs = rhs;
+    rhs = side;
+    m = a.n, n = a.m, row = a.acc_n, column = a.acc_m;
+  }
+  Source<F> left, right;
+  if (!find<F, S...>(lhs.type, left) || !find<F, S...>(rhs.type, right)) return false;
+
+  const Workspace<F> ws(memory);
+  const bool few = m <= kFewRows && right.direct != nullptr;
+  const bool by_columns = few && rhs.row == 1 && n > 1;
+  const bool by_dots = few && !by_columns && (rhs.k == 1 || a.k == 1);
+  const int64_t step = by_dots ? kDotStep : kChain;
+  for (int64_t b = 0; b < a.b; ++b) {
+    const Matrix l = {lhs.data + b * lhs.batch * left.size, lhs.row * left.size, lhs.k * left.size};
+    const Matrix r = {rhs.data + b * rhs.batch * right.size, rhs.row * right.size, rhs.k * right.size};
+    Output<T> out = {static_cast<char*>(a.acc) + b * a.acc_b * static_cast<int64_t>(sizeof(T)), row, column,
+                     a.accumulate};
+    if (a.k == 0 && !a.accumulate) {
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) __builtin_memset(out.from(i, j).data, 0, sizeof(T));
+      }
+    }
+    for (int64_t k = 0; k < a.k; k += step) {
+      const int64_t depth = least(step, a.k - k);
+      if (by_dots) {
+        right.dots(m, n, depth, a.k - k - depth, left.pack, l.from(0, k), r.from(0, k), out, ws);
+      } else if (by_columns) {
+        right.direct(m, n, depth, a.k - k - depth, left.pack, l.from(0, k), r.from(0, k), out, ws);
+      } else {
+        packed_form<F>(m, n, depth, left.pack, right.pack, l.from(0, k), r.from(0, k), out, ws, rhs.k == 1);
+      }
+      out.add = true;
+    }
+  }
+  return true;
+}
+
+template <class... F>
+constexpr int64_t workspace_bytes() {
+  int64_t most = 0;
+  ((most = Workspace<F>::kBytes > most ? Workspace<F>::kBytes : most), ...);
+  return most;
+}
+
+}  // namespace
+}  // namespace jax_mpk::host

@@ -51,9 +51,7 @@ def from_environment(environ: Mapping[str, str]) -> Config:
     known = {_PREFIX + name for name in ("THREADS", "CHAOS", "DUMP_TO")}
     for name in environ:
         if name.startswith(_PREFIX) and name not in known:
-            raise ConfigError(
-                f"{name} is not a variable of jax_mpk; it knows {', '.join(sorted(known))}"
-            )
+            raise ConfigError(f"{name} is not a variable of jax_mpk; it knows {', '.join(sorted(known))}")
     threads = _integer(environ, "THREADS", 1, 1024)
     dump_to = environ.get(_PREFIX + "DUMP_TO", "")
     if dump_to and Path(dump_to).exists() and not Path(dump_to).is_dir():

@@ -1,0 +1,174 @@
+"""The public interface: :func:`megakernelize`."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jax_mpk import debug
+from jax_mpk.errors import ConfigError
+from jax_mpk.plan.ir import Target
+from jax_mpk.runtime import pipeline, targets
+from jax_mpk.runtime.call import Options, plan_target
+from jax_mpk.runtime.dispatch import CallSite, Traced
+from jax_mpk.runtime.jax_internals import eager
+from jax_mpk.stages import MegakernelLowered
+
+_BACKENDS = (None, "cpu")
+_ON_UNSUPPORTED = ("error", "split")
+
+
+class Megakernelized:
+    """A function compiled into one custom call; made by :func:`megakernelize`.
+
+    It is called like the function it wraps, and can be used under any JAX transformation except differentiation.
+    """
+
+    __wrapped__: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any], options: Options, may_split: bool, **jit_options: Any):
+        functools.update_wrapper(self, function)
+        name = getattr(function, "__name__", None) or type(function).__name__
+        self._site = CallSite(function, name, options, may_split, **jit_options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not eager():
+            return self._site.bind(args, kwargs)
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return self.__wrapped__(*args, **kwargs)
+        return self._site.call(args, kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"<megakernelized {self.__wrapped__!r}>"
+
+    def lower(self, *args: Any, **kwargs: Any) -> MegakernelLowered:
+        """Compiles for arguments of these types (arrays or ``jax.ShapeDtypeStruct``), up to the custom call.
+
+        Returns:
+          An object like that of ``jax.jit(f).lower(…)``, which besides has every stage of the compilation:
+          ``.jaxpr``, ``.graph``, ``.plan``, ``.program``, and ``.as_text(…)`` of each.
+        """
+        traced, _ = self._site.trace(args, kwargs)
+        entry, leaves = self._site.entry(args, kwargs)
+        args_info = self._site.tracer.trace(*args, **kwargs).args_info
+        return MegakernelLowered(traced, entry, leaves, args_info, self._kernels(traced))
+
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """Traces the function like ``jax.jit(f).trace(…)``: for ``jax.export.export``."""
+        return self._jitted.trace(*args, **kwargs)
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """Shapes and types of the results; see ``jax.eval_shape``."""
+        return self._site.tracer.eval_shape(*args, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """Describes what the function is compiled to for arguments of these types.
+
+        Operators and what was fused into them, tasks, dependent phases, bytes moved, memory, the predicted time,
+        and why anything was not captured or fused.
+        """
+        traced, _ = self._site.trace(args, kwargs)
+        notes = traced.parts.notes if traced.parts is not None else ()
+        return debug.explain([make() for make in self._kernels(traced)], notes)
+
+    def clear_cache(self) -> None:
+        """Forgets everything compiled so far."""
+        self._site.clear_cache()
+        self.__dict__.pop("_jitted", None)
+
+    def _kernels(self, traced: Traced) -> list[Callable[[], pipeline.Stages]]:
+        target = plan_target(self._site.options)
+        if traced.parts is None:
+            return [functools.partial(pipeline.stages, traced.jaxpr, traced.donated, self._site.name, target)]
+        return [
+            functools.partial(pipeline.stages, eqn.params["jaxpr"], eqn.params["donated"], eqn.params["name"], target)
+            for eqn in traced.parts.islands
+        ]
+
+    @functools.cached_property
+    def _jitted(self) -> Any:
+        """The function under an outer ``jax.jit`` with the same options."""
+        info = self._site.tracer._jit_info
+
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            return self._site.bind(args, kwargs)
+
+        functools.update_wrapper(bound, self.__wrapped__)
+        return jax.jit(
+            bound,
+            donate_argnums=info.donate_argnums,
+            donate_argnames=info.donate_argnames,
+            static_argnums=info.static_argnums,
+            static_argnames=info.static_argnames,
+        )
+
+
+def megakernelize(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Iterable[str] | None = None,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
+    backend: str | None = None,
+    on_unsupported: str = "error",
+    target: Target | str | None = None,
+) -> Any:
+    """Compiles a function into one custom call: a megakernel.
+
+    Use it like ``jax.jit``, directly or as a decorator, with or without arguments::
+
+        @jax_mpk.megakernelize(donate_argnums=1)
+        def step(params, cache, token, pos): ...
+
+    The result works eagerly and under ``jax.jit``, ``jax.vmap``, ``jax.lax.scan``, ``while_loop`` and ``cond``,
+    ``jax.shard_map`` and ``jax.export``. It cannot be differentiated; compile the gradient instead:
+    ``megakernelize(jax.grad(f))``.
+
+    Args:
+      function: any function that ``jax.jit`` takes. Arrays it closes over are passed to the kernel as arguments.
+      donate_argnums: positions of arguments whose buffers may be reused for results, such as a KV cache that is
+        updated in place. Under an outer ``jax.jit`` the caller must donate them too, or XLA copies them first.
+      donate_argnames: the same, by name.
+      static_argnums: positions of arguments that are compile-time constants.
+      static_argnames: the same, by name.
+      backend: where the kernel runs: None or "cpu".
+      on_unsupported: what happens when part of the function cannot be compiled. "error" raises
+        :class:`~jax_mpk.UnsupportedPrimitiveError`; "split" leaves that part to XLA and compiles the largest
+        possible parts between.
+      target: the device to plan for: a :class:`~jax_mpk.Target` or a name, such as "cpu-8" (eight virtual SMs) or
+        "h100-sxm". None: the device of the call. Plans for devices that are not there can be looked at
+        (:meth:`Megakernelized.lower`, :meth:`Megakernelized.explain`) but not run.
+
+    Returns:
+      A callable like ``function``; see :class:`Megakernelized`.
+
+    Raises:
+      ConfigError: an option has a value that is not known.
+    """
+    if on_unsupported not in _ON_UNSUPPORTED:
+        raise ConfigError(f"on_unsupported={on_unsupported!r}: expected one of {_ON_UNSUPPORTED}")
+    if backend not in _BACKENDS:
+        raise ConfigError(f"backend={backend!r}: expected one of {_BACKENDS}")
+    options = Options(None if target is None else targets.resolve(target))
+
+    def wrap(function: Callable[..., Any]) -> Megakernelized:
+        return Megakernelized(
+            function,
+            options,
+            on_unsupported == "split",
+            donate_argnums=donate_argnums,
+            donate_argnames=donate_argnames,
+            static_argnums=static_argnums,
+            static_argnames=static_argnames,
+        )
+
+    return wrap if function is None else wrap(function)

@@ -1,0 +1,335 @@
+"""Calls outside any transformation: what is compiled for them, and how to get there fast.
+
+The call itself goes through a ``jax.jit`` of the flattened function, which brings JAX's C++ dispatch and all its
+caching. What it cannot know is decided here, at the first call of each signature: the arrays that the function
+closes over, which become arguments instead of HLO constants, and which leaves to donate. XLA gets only those whose
+buffer the plan takes over, and in an order of results for which its own pairing of donated arguments with results
+is the plan's: any other pair would cost a copy.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_mpk.capture import jaxprs
+from jax_mpk.runtime import pipeline
+from jax_mpk.runtime.call import Options, lift, megakernel_p, plan_target
+from jax_mpk.runtime.jax_internals import core, jax_config, parse_arguments, tree_util, weakref_lru_cache
+from jax_mpk.runtime.split import Split, is_whole, split
+
+#: NumPy constants up to this size stay in the HLO: functions often make them anew in every trace.
+_SMALL_CONSTANT = 4096
+_MAX_SIGNATURES = 4096
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A function traced for some avals, ready to be bound.
+
+    Attributes:
+      jaxpr: closed jaxpr without constants.
+      consts: values of its first arguments.
+      kept: positions, among the function's array arguments, of its further arguments.
+      donated: one flag per argument of ``jaxpr``.
+      out_tree: structure of the results.
+      parts: None where the jaxpr is one megakernel; else the jaxpr consists of several and of other equations.
+    """
+
+    jaxpr: Any
+    consts: tuple[Any, ...]
+    kept: tuple[int, ...]
+    donated: tuple[bool, ...]
+    out_tree: Any
+    parts: Split | None = None
+
+    def operands(self, arguments: Sequence[Any]) -> list[Any]:
+        """What to bind the primitive to."""
+        return [*self.consts, *(arguments[i] for i in self.kept)]
+
+
+@weakref_lru_cache
+def _specialise(
+    closed: Any, donated: tuple[bool, ...], out_tree: Any, name: str, options: Options, may_split: bool
+) -> Traced:
+    lifted, consts = lift(closed)
+    jaxpr, _ = jaxprs.open_jaxpr(lifted)
+    jaxpr, used = jaxprs.eliminate_dead_code(jaxpr, len(jaxpr.invars))
+    kept = tuple(i for i, use in enumerate(used[len(consts) :]) if use)
+    kept_consts = tuple(c for c, use in zip(consts, used[: len(consts)], strict=True) if use)
+    flags = (False,) * len(kept_consts) + tuple(donated[i] for i in kept)
+    parts = None
+    if may_split and not is_whole(jaxpr):
+        parts = split(jaxpr, flags, name, options)
+        jaxpr = parts.jaxpr
+    return Traced(jaxprs.close_jaxpr(jaxpr), kept_consts, kept, flags, out_tree, parts)
+
+
+class _Respecialise(Exception):
+    """Raised while tracing: these avals need other constants or other donations than this entry has."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A compiled entry point.
+
+    Attributes:
+      jitted: takes ``consts`` and the leaves.
+      consts: closed-over arrays passed as arguments.
+      donated: leaves given to XLA for reuse.
+    """
+
+    jitted: Any
+    consts: tuple[Any, ...]
+    donated: frozenset[int]
+
+
+@jax.tree_util.register_pytree_node_class
+class Reordered:
+    """Results in the order XLA returns them; :meth:`restore` gives what the function returned."""
+
+    def __init__(self, leaves: Sequence[Any], order: tuple[int, ...], out_tree: Any):
+        self.leaves = leaves
+        self.order = order
+        self.out_tree = out_tree
+
+    def restore(self) -> Any:
+        results: list[Any] = [None] * len(self.order)
+        for leaf, position in zip(self.leaves, self.order, strict=True):
+            results[position] = leaf
+        return self.out_tree.unflatten(results)
+
+    def tree_flatten(self) -> tuple[Sequence[Any], tuple[tuple[int, ...], Any]]:
+        return tuple(self.leaves), (self.order, self.out_tree)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[tuple[int, ...], Any], leaves: Sequence[Any]) -> Reordered:
+        return cls(leaves, *aux)
+
+
+class CallSite:
+    """A megakernelized function: traces it, binds the primitive, and keeps compiled entry points."""
+
+    def __init__(self, function: Callable[..., Any], name: str, options: Options, may_split: bool, **jit_options: Any):
+        self.name = name
+        self.options = options
+        self.may_split = may_split
+        # Used to trace only. All checks of arguments, all their error messages and the trace cache are JAX's.
+        self.tracer: Any = jax.jit(function, **jit_options)
+        self._entries: dict[Any, Entry | dict[Any, Entry]] = {}
+        self._lock = threading.Lock()
+
+    def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Calls the function eagerly."""
+        signature, leaves = parse_arguments(self.tracer, args, kwargs)
+        entry = self._entries.get(signature)
+        if type(entry) is not Entry:
+            entry = self._entry(signature, leaves, args, kwargs)
+        try:
+            results = entry.jitted(*entry.consts, *leaves)
+        except _Respecialise:
+            with self._lock:
+                if type(self._entries.get(signature)) is Entry:
+                    self._entries[signature] = {}
+            entry = self._entry(signature, leaves, args, kwargs)
+            results = entry.jitted(*entry.consts, *leaves)
+        return results.restore() if type(results) is Reordered else results
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Calls the function under a transformation."""
+        traced, arguments = self.trace(args, kwargs)
+        return traced.out_tree.unflatten(self._bind(traced, traced.operands(arguments)))
+
+    def trace(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Traced, list[Any]]:
+        """Traces the function; also returns its array arguments, closed-over tracers first."""
+        traced = self.tracer.trace(*args, **kwargs)
+        _, leaves = parse_arguments(self.tracer, args, kwargs)
+        donated = tuple(traced._params["donated_invars"])
+        made = _specialise(traced.jaxpr, donated, traced.out_tree, self.name, self.options, self.may_split)
+        return made, [*traced._consts, *leaves]
+
+    def _bind(self, traced: Traced, operands: Sequence[Any]) -> Sequence[Any]:
+        jaxpr, _ = jaxprs.open_jaxpr(traced.jaxpr)
+        if traced.parts is not None:
+            return jax.core.eval_jaxpr(jaxpr, [], *operands)
+        if not jaxpr.outvars and not jaxpr.eqns:
+            return []
+        return megakernel_p.bind(
+            *operands, jaxpr=traced.jaxpr, donated=traced.donated, name=self.name, options=self.options
+        )
+
+    def clear_cache(self) -> None:
+        """Forgets all entry points and traces."""
+        self._entries.clear()
+        self.tracer.clear_cache()
+
+    # -- entry points ------------------------------------------------------------------------------------------
+
+    def entry(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Entry, list[Any]]:
+        """The entry point for these arguments, and their leaves."""
+        _, leaves = parse_arguments(self.tracer, args, kwargs)
+        traced, _ = self.trace(args, kwargs)
+        return self._make_entry(traced, args, kwargs, leaves), leaves
+
+    def _entry(self, signature: Any, leaves: list[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Entry:
+        known = self._entries.get(signature)
+        key = None
+        if isinstance(known, dict):
+            key = (tuple(core.shaped_abstractify(x) for x in leaves), jax_config.trace_context())
+            if key in known:
+                return known[key]
+        traced, _ = self.trace(args, kwargs)
+        _warn_of_unusable_donations(traced)
+        entry = self._make_entry(traced, args, kwargs, leaves)
+        with self._lock:
+            if key is not None and isinstance(known, dict):
+                known[key] = entry
+            else:
+                if len(self._entries) >= _MAX_SIGNATURES:
+                    del self._entries[next(iter(self._entries))]
+                self._entries[signature] = entry
+        return entry
+
+    def _make_entry(self, traced: Traced, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any]) -> Entry:
+        consts = tuple(c for c in traced.consts if not _is_small(c))
+        positions = {id(c): i for i, c in enumerate(consts)}
+        donated = self._donated_leaves(traced)
+        rebuild = _rebuilder(self.tracer, args, kwargs, leaves)
+
+        def entry_point(*operands: Any) -> Any:
+            own, arguments = operands[: len(consts)], operands[len(consts) :]
+            new_args, new_kwargs = rebuild(arguments)
+            now, all_arguments = self.trace(new_args, new_kwargs)
+            if self._donated_leaves(now) != donated:
+                raise _Respecialise
+            values = []
+            for value in now.consts:
+                if id(value) in positions:
+                    value = own[positions[id(value)]]
+                elif not _is_small(value):
+                    raise _Respecialise
+                values.append(value)
+            results = self._bind(now, [*values, *(all_arguments[i] for i in now.kept)])
+            order = _result_order(now, self._aliases(now))
+            if order == tuple(range(len(order))):
+                return now.out_tree.unflatten(results)
+            return Reordered([results[i] for i in order], order, now.out_tree)
+
+        entry_point.__name__ = entry_point.__qualname__ = self.name
+        donate_argnums = tuple(len(consts) + i for i in sorted(donated))
+        return Entry(jax.jit(entry_point, donate_argnums=donate_argnums), consts, donated)
+
+    def _aliases(self, traced: Traced) -> tuple[tuple[int, int], ...]:
+        if not any(traced.donated):
+            return ()
+        if traced.parts is not None:
+            return tuple(_pairs(traced.donated, traced.jaxpr.in_avals, traced.jaxpr.out_avals))
+        made = pipeline.artifact(traced.jaxpr, traced.donated, self.name, plan_target(self.options))
+        return made.aliases
+
+    def _donated_leaves(self, traced: Traced) -> frozenset[int]:
+        first = len(traced.consts)
+        return frozenset(traced.kept[operand - first] for _, operand in self._aliases(traced))
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, np.ndarray | np.generic) and value.nbytes <= _SMALL_CONSTANT
+
+
+def _rebuilder(
+    tracer: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any]
+) -> Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A function that puts other leaves in the place of those of a call; static arguments stay as they are."""
+    info = tracer._jit_info
+    count = len(args)
+    static = {i % count for i in info.static_argnums if -count <= i < count}
+    dynamic = tuple(None if i in static else a for i, a in enumerate(args))
+    named = {k: v for k, v in kwargs.items() if k not in info.static_argnames}
+    flat, tree = tree_util.tracing_registry.flatten((dynamic, named))
+    if len(flat) != len(leaves) or any(a is not b for a, b in zip(flat, leaves, strict=True)):
+        raise AssertionError("JAX flattens arguments in another order than expected")
+    fixed = {i: args[i] for i in static}
+    fixed_named = {k: v for k, v in kwargs.items() if k in info.static_argnames}
+
+    def rebuild(new_leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        new_args, new_named = tree.unflatten(new_leaves)
+        return tuple(fixed.get(i, a) for i, a in enumerate(new_args)), {**fixed_named, **new_named}
+
+    return rebuild
+
+
+def _pairs(donated: Sequence[bool], avals_in: Sequence[Any], avals_out: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """(result, argument) as JAX pairs them: each result with the first donated argument left of its type."""
+    waiting: dict[Any, deque[int]] = defaultdict(deque)
+    for i, (flag, aval) in enumerate(zip(donated, avals_in, strict=True)):
+        if flag:
+            waiting[_type(aval)].append(i)
+    for j, aval in enumerate(avals_out):
+        if waiting[_type(aval)]:
+            yield j, waiting[_type(aval)].popleft()
+
+
+def _result_order(traced: Traced, aliases: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """An order of the results in which JAX pairs donated arguments as the plan does."""
+    avals_out = traced.jaxpr.out_avals
+    natural = tuple(range(len(avals_out)))
+    used = {argument for _, argument in aliases}
+    donated = [i in used for i in range(len(traced.donated))]
+    if sorted(_pairs(donated, traced.jaxpr.in_avals, avals_out)) == sorted(aliases):
+        return natural
+    first = [result for result, _ in sorted(aliases, key=lambda pair: pair[1])]
+    return (*first, *(i for i in natural if i not in set(first)))
+
+
+def _warn_of_unusable_donations(traced: Traced) -> None:
+    paired = {argument for _, argument in _pairs(traced.donated, traced.jaxpr.in_avals, traced.jaxpr.out_avals)}
+    unusable = [
+        aval.str_short()
+        for i, (flag, aval) in enumerate(zip(traced.donated, traced.jaxpr.in_avals, strict=True))
+        if flag and i not in paired
+    ]
+    if unusable:
+        warnings.warn(
+            f"Some donated buffers were not usable: {', '.join(unusable)}: no result has their shape and type.",
+            stacklevel=5,
+        )
+
+
+def _type(aval: Any) -> tuple[Any, Any]:
+    return aval.shape, aval.dtype
+
+
+# --- The primitive, applied to values ----------------------------------------------------------------------------
+
+
+@weakref_lru_cache(maxsize=256)
+def _compiled(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options) -> Any:
+    """A jitted function that binds the primitive: eager calls under jax.vmap and the like end here."""
+    aliases: tuple[tuple[int, int], ...] = ()
+    if any(donated):
+        aliases = pipeline.artifact(jaxpr, donated, name, plan_target(options)).aliases
+    out_tree = jax.tree_util.tree_structure([0] * len(jaxpr.out_avals))
+    order = _result_order(Traced(jaxpr, (), (), donated, out_tree), aliases)
+    # The cache holds the jaxpr weakly, and so must what it caches.
+    reference = weakref.ref(jaxpr)
+
+    def entry_point(*operands: Any) -> Any:
+        results = megakernel_p.bind(*operands, jaxpr=reference(), donated=donated, name=name, options=options)
+        return Reordered([results[i] for i in order], order, out_tree)
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    return jax.jit(entry_point, donate_argnums=tuple(sorted(argument for _, argument in aliases)))
+
+
+@megakernel_p.def_impl  # type: ignore[untyped-decorator]
+def _run(*operands: Any, jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options) -> Any:
+    with jax.disable_jit(False):
+        return _compiled(jaxpr, donated, name, options)(*operands).restore()

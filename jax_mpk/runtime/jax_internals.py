@@ -1,0 +1,49 @@
+"""The parts of JAX beyond its public interface that the runtime uses, for all supported versions.
+
+Nothing else in ``runtime``, ``debug`` and ``api`` imports ``jax._src``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax._src import config as jax_config
+from jax._src import core, mesh, sharding_impls, stages, tree_util
+from jax._src.ffi import ffi_lowering
+from jax._src.interpreters import ad, batching, mlir, partial_eval
+from jax._src.lib import jax_jit
+from jax._src.util import weakref_lru_cache
+
+__all__ = [
+    "ad",
+    "batching",
+    "core",
+    "eager",
+    "ffi_lowering",
+    "jax_config",
+    "mesh",
+    "mlir",
+    "parse_arguments",
+    "partial_eval",
+    "sharding_impls",
+    "stages",
+    "tree_util",
+    "weakref_lru_cache",
+]
+
+eager = core.trace_state_clean
+"""Whether no transformation is at work: what is called now runs now."""
+
+
+def parse_arguments(jitted: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The signature under which ``jax.jit`` looks a call up (static values included), and the dynamic leaves."""
+    info = jitted._jit_info
+    return jax_jit.parse_arguments(
+        args,
+        tuple(kwargs.values()),
+        tuple(kwargs.keys()),
+        info.static_argnums,
+        info.static_argnames,
+        tree_util.tracing_registry,
+    )

@@ -1,0 +1,177 @@
+"""``on_unsupported="split"``: megakernels for what can be compiled, XLA for the rest.
+
+The equations of a captured jaxpr are cut into *islands* of supported equations. Every equation gets a level: at least
+that of whatever it reads, and one more where a supported equation reads from an unsupported one. The supported
+equations of one level are an island. No value can leave an island and come back to it, since whatever reads it from
+outside pushes its readers to the next level; and there are no fewer islands than levels. Loops and branches that
+cannot be compiled whole are split inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.extend.core import Jaxpr, JaxprEqn, Var
+
+from jax_mpk.capture import jaxprs
+from jax_mpk.errors import UnsupportedError
+from jax_mpk.graph.build import build_graph
+from jax_mpk.runtime.call import Options, megakernel_p
+
+_NESTING = ("cond", "scan", "shard_map", "while")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A function in which islands have become ``megakernel`` equations.
+
+    Attributes:
+      jaxpr: the function.
+      islands: the ``megakernel`` equations, those in nested jaxprs included.
+      notes: for each equation left to XLA, why.
+    """
+
+    jaxpr: Jaxpr
+    islands: tuple[JaxprEqn, ...]
+    notes: tuple[str, ...]
+
+
+def is_whole(jaxpr: Jaxpr) -> bool:
+    """Whether a captured jaxpr can be compiled as it is."""
+    return _refusal(jaxpr) is None
+
+
+def split(jaxpr: Jaxpr, donated: Sequence[bool], name: str, options: Options) -> Split:
+    """Cuts a captured jaxpr into islands.
+
+    Args:
+      jaxpr: no calls, no constants.
+      donated: one flag per argument.
+      name: of the function; islands are called after it.
+      options: of the call site.
+    """
+    return _Splitter(name, options).run(jaxpr, donated)
+
+
+class _Splitter:
+    def __init__(self, name: str, options: Options):
+        self.name = name
+        self.options = options
+        self.islands: list[JaxprEqn] = []
+        self.notes: list[str] = []
+
+    def run(self, jaxpr: Jaxpr, donated: Sequence[bool]) -> Split:
+        return Split(self._split(jaxpr, donated), tuple(self.islands), tuple(dict.fromkeys(self.notes)))
+
+    def _split(self, jaxpr: Jaxpr, donated: Sequence[bool]) -> Jaxpr:
+        supported = [self._is_supported(eqn, jaxpr) for eqn in jaxpr.eqns]
+        levels = _levels(jaxpr, supported)
+        steps: list[list[JaxprEqn]] = []
+        for level in range(max(levels, default=-1) + 1):
+            here = [i for i, at in enumerate(levels) if at == level]
+            island = [jaxpr.eqns[i] for i in here if supported[i]]
+            if island:
+                steps.append(island)
+            steps += [[self._inside(jaxpr.eqns[i])] for i in here if not supported[i]]
+        # Per variable, the steps that read it; the end of the function counts as one more.
+        readers: dict[Var, set[int]] = {}
+        reads = [[atom for eqn in step for atom in eqn.invars] for step in steps]
+        for number, atoms in enumerate([*reads, jaxpr.outvars]):
+            for atom in atoms:
+                if isinstance(atom, Var):
+                    readers.setdefault(atom, set()).add(number)
+        kept = {v for v, flag in zip(jaxpr.invars, donated, strict=True) if not flag}
+        eqns = []
+        for number, step in enumerate(steps):
+            is_island = len(step) > 1 or any(step[0] is e and s for e, s in zip(jaxpr.eqns, supported, strict=True))
+            if is_island:
+                eqns.append(self._island(step, number, readers, kept, jaxpr))
+                self.islands.append(eqns[-1])
+            else:
+                eqns.append(step[0])
+        return jaxprs.make_jaxpr(jaxpr.invars, jaxpr.outvars, eqns, jaxpr)
+
+    def _is_supported(self, eqn: JaxprEqn, jaxpr: Jaxpr) -> bool:
+        refusal = _refusal(_single(eqn, jaxpr))
+        if refusal is not None and eqn.primitive.name not in _NESTING:
+            self.notes.append(f"left to XLA: {str(refusal).splitlines()[0]}")
+        return refusal is None
+
+    def _island(
+        self, eqns: list[JaxprEqn], number: int, readers: dict[Var, set[int]], kept: set[Var], like: Jaxpr
+    ) -> JaxprEqn:
+        made = {v for eqn in eqns for v in eqn.outvars}
+        inputs = dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in made)
+        outputs = [
+            v
+            for eqn in eqns
+            for v in eqn.outvars
+            if not isinstance(v, jaxprs.DropVar) and readers.get(v, set()) - {number}
+        ]
+        inner = jaxprs.make_jaxpr(list(inputs), outputs, eqns, like)
+        params = {
+            "jaxpr": jaxprs.close_jaxpr(inner),
+            # Whatever nobody reads after this island may be overwritten.
+            "donated": tuple(v not in kept and max(readers[v]) == number for v in inputs),
+            "name": f"{self.name}_{len(self.islands)}",
+            "options": self.options,
+        }
+        return eqns[0].replace(
+            primitive=megakernel_p, invars=list(inputs), outvars=outputs, params=params, effects=inner.effects
+        )
+
+    def _inside(self, eqn: JaxprEqn) -> JaxprEqn:
+        """Splits the jaxprs within a loop or branch that cannot be compiled whole."""
+        if eqn.primitive.name not in _NESTING:
+            return eqn
+        return eqn.replace(params={key: self._inside_value(value) for key, value in eqn.params.items()})
+
+    def _inside_value(self, value: Any) -> Any:
+        if isinstance(value, tuple) and value and all(_is_jaxpr(v) for v in value):
+            return tuple(self._inside_value(v) for v in value)
+        if not _is_jaxpr(value):
+            return value
+        inner, consts = jaxprs.open_jaxpr(value)
+        if consts:
+            raise AssertionError("captured jaxprs have no constants")
+        done = self._split(inner, [False] * len(inner.invars))
+        return done if isinstance(value, Jaxpr) else jaxprs.close_jaxpr(done)
+
+
+def _levels(jaxpr: Jaxpr, supported: Sequence[bool]) -> list[int]:
+    made: dict[Var, int] = {}
+    levels: list[int] = []
+    ordered = 0
+    for number, eqn in enumerate(jaxpr.eqns):
+        level = 0
+        for atom in eqn.invars:
+            if isinstance(atom, Var) and atom in made:
+                source = made[atom]
+                crossing = supported[number] and not supported[source]
+                level = max(level, levels[source] + crossing)
+        if eqn.effects:
+            # Side effects stay in their order.
+            level = ordered = max(level, ordered)
+        levels.append(level)
+        made.update((v, number) for v in eqn.outvars)
+    return levels
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, Jaxpr) or isinstance(getattr(value, "jaxpr", None), Jaxpr)
+
+
+def _single(eqn: JaxprEqn, like: Jaxpr) -> Jaxpr:
+    inputs = dict.fromkeys(v for v in eqn.invars if isinstance(v, Var))
+    outputs = [v for v in eqn.outvars if not isinstance(v, jaxprs.DropVar)]
+    return jaxprs.make_jaxpr(list(inputs), outputs, [eqn], like)
+
+
+def _refusal(jaxpr: Jaxpr) -> UnsupportedError | None:
+    try:
+        build_graph(jaxpr)
+    except UnsupportedError as error:
+        return error
+    return None

@@ -294,7 +294,7 @@ class Builder:
             terms, constant = self.linear(args[0])
             inner_node = nodes[args[0]]
             if name == "div" and inner_node.op == "div" and (by := self.const_value(inner_node.args[1])):
-                if by > 0:
+                if by > 0 and _fits((0, by * divisor), INDEX):
                     return self.op("div", inner_node.args[0], self.index(by * divisor))
             whole = {atom: c for atom, c in terms.items() if c % divisor == 0}
             rest = {atom: c for atom, c in terms.items() if c % divisor}
@@ -410,7 +410,9 @@ class Builder:
         elif name == "and" and ranges[0][0] >= 0 and ranges[1][0] >= 0:
             out = 0, min(ranges[0][1], ranges[1][1])
         elif name in ("shr_logical", "shr_arith") and ranges[0][0] >= 0:
-            out = 0, ranges[0][1]
+            # shr_arith copies the top bit, of unsigned values too.
+            if name == "shr_logical" or ranges[0][1] <= full[1] >> dtypes.is_unsigned(dtype):
+                out = 0, ranges[0][1]
         elif name in ("popcount", "clz"):
             out = 0, dtypes.itemsize(dtype) * 8
         elif name == "sign":

@@ -74,7 +74,7 @@ class Shadow:
         return self.random.choice(known)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", [*range(100), 596])
 def test_random_programs(seed: int) -> None:
     shadow = Shadow(seed)
     for _ in range(40):

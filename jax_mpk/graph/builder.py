@@ -28,6 +28,7 @@ from jax_mpk.graph.ir import (
     Value,
 )
 from jax_mpk.graph.scalar import LEAVES, Builder, Expr, inline
+from jax_mpk.graph.windows import factor
 
 #: Largest constant array that is written out as a chain of selects.
 MAX_INLINE_ARRAY = 64
@@ -203,7 +204,10 @@ class BlockBuilder:
         out_dtypes: Sequence[str],
         epilogue: Epilogue | None = None,
     ) -> tuple[Value, ...]:
-        """Sum over ``rspace`` of the product of ``body``'s two results (affine loads), each converted to ``acc``."""
+        """Sum over ``rspace`` of the product of ``body``'s two results, each converted to ``acc``.
+
+        Where a result is no load with affine index, the operator is a ``reduce``.
+        """
         return self._nest("contract", space, rspace, operands, body, Combine("dot"), (acc,), out_dtypes, epilogue)
 
     def cumulative(
@@ -379,6 +383,10 @@ class BlockBuilder:
             *(b.index(0) if size == 1 else next(reduced) for size in rspace),
         ]
         results = _as_list(body(b, coords, self._load(b, operands)))
+        if kind == "contract" and any(factor(b.build(r), 0) is None for r in results):
+            # A constant factor, say: nothing to stream.
+            kind, combine = "reduce", Combine("sum")
+            results = [b.mul(*_round(b, results, acc * 2))]
         if kind == "reduce":
             results = _round(b, results, acc[: len(results)])
         first = b.build(*results)

@@ -86,7 +86,7 @@ def _forward(op: Nest, known: dict[int, tuple[Update, WindowUpdate, int]]) -> Ne
 
     fused = rewrite_loads(op, rule, slots)
     assert isinstance(fused, Nest)
-    good = all(factor(fused.body, r) is not None for r in fused.body.results)
+    good = all(factor(fused.body, k) is not None for k in range(2))
     return fused if good else op
 
 

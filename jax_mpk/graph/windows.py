@@ -75,8 +75,9 @@ def window_update(graph: Graph, op: Update) -> WindowUpdate | None:
     return found if covered else None
 
 
-def factor(expr: Expr, result: int) -> Factor | None:
+def factor(expr: Expr, number: int) -> Factor | None:
     """One result of a contraction's body as a factor: a load with affine index, maybe windowed, maybe converted."""
+    result = expr.results[number]
     node = expr.nodes[result]
     while node.op == "convert":
         result = node.args[0]
@@ -114,6 +115,14 @@ def is_affine(expr: Expr, args: tuple[int, ...]) -> bool:
         return node.op == "mul" and affine(node.args[0]) and expr.nodes[node.args[1]].op == "const"
 
     return all(map(affine, args))
+
+
+def is_identity(expr: Expr, args: tuple[int, ...], space: tuple[int, ...]) -> bool:
+    """Whether an index is just the coordinates in order."""
+    return len(args) == len(space) and all(
+        extent == 1 or (expr.nodes[arg].op == "coord" and expr.nodes[arg].attr == axis)
+        for axis, (arg, extent) in enumerate(zip(args, space, strict=True))
+    )
 
 
 def is_uniform(expr: Expr, i: int) -> bool:

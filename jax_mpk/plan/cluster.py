@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
+from jax_mpk.graph.fuse_maps import VIEW, work
 from jax_mpk.graph.ir import Graph, Nest, Op, Sort, Update, reads
 from jax_mpk.plan.ir import Target
 from jax_mpk.plan.tile import Cut, Tiler
@@ -100,10 +101,26 @@ class Clusterer:
         own = groups.get(position)
         if not users or own is None or len(own.anchors) > 1 or (isinstance(op, Sort) and op.top_k is not None):
             return
-        local = not self.pinned.intersection(op.outputs) and not isinstance(op, Update)
-        if len(anchors) > (_MOST_COPIES if local else 1):
+        private = not self.pinned.intersection(op.outputs) and not isinstance(op, Update)
+        if private and len(anchors) <= _MOST_COPIES and self._try(position, anchors, set(), ops, after, groups, homes):
             return
-        stored = set() if local else set(op.outputs)
+        # Computed by one routine of its readers, in memory for the others.
+        for anchor in sorted(anchors):
+            if self._try(position, {anchor}, set(op.outputs), ops, after, groups, homes):
+                return
+
+    def _try(
+        self,
+        position: int,
+        anchors: set[int],
+        stored: set[int],
+        ops: list[Op],
+        after: list[set[int]],
+        groups: dict[int, _Group],
+        homes: dict[int, set[int]],
+    ) -> bool:
+        """Moves a routine into those of its readers named by ``anchors`` if that saves time; says whether it did."""
+        own = groups[position]
         trial: dict[int, _Group] = {}
         gain = self.tiler.seconds(*_pick(ops, own)) + self._handoff()
         for anchor in anchors:
@@ -112,7 +129,7 @@ class Clusterer:
             merged = _Group(members, group.anchors, group.stored | own.stored | stored)
             gain -= self.tiler.seconds(*_pick(ops, merged)) - self.tiler.seconds(*_pick(ops, group))
             if gain < 0:
-                return
+                return False
             trial[anchor] = merged
         joined = {anchor: group for anchor, group in groups.items() if anchor != position} | trial
         moved = dict(homes)
@@ -124,10 +141,11 @@ class Clusterer:
             not set(ops[m].outputs) & set(reads(ops[later])) for m in own.members for later in after[m]
         )
         if risky and not self._acyclic(joined, moved, after, set(trial)):
-            return
+            return False
         groups.clear()
         groups.update(joined)
         homes.update(moved)
+        return True
 
     def _successors(
         self, anchor: int, groups: dict[int, _Group], homes: dict[int, set[int]], after: list[set[int]]
@@ -181,38 +199,43 @@ def _pick(ops: list[Op], group: _Group) -> tuple[tuple[Op, ...], tuple[int, ...]
 
 
 def _siblings(ops: list[Op], after: list[set[int]]) -> list[list[int]]:
-    """Contractions of one operand that do not depend on each other, such as Q, K and V; all others alone.
+    """Reductions of one value over the same axes that do not depend on each other; all others alone.
 
-    They share a routine: its tasks then recompute what precedes them once, not once each.
+    Q, K and V of one normalised row share a routine, and so do the sum and the weighted sum of one softmax: its tasks
+    then compute what precedes them once, not once each.
     """
     families: dict[object, list[list[int]]] = {}
     out: list[list[int]] = []
     reach: dict[int, set[int]] = {}
+    made = {v: op for op in ops for v in op.outputs}
     for position, op in enumerate(ops):
-        factor = _common_factor(op)
-        if factor is None:
-            out.append([position])
-            continue
-        for family in families.get(factor, []):
-            if all(position not in _reach(after, i, reach) for i in family):
-                family.append(position)
-                break
-        else:
-            family = [position]
-            families.setdefault(factor, []).append(family)
+        keys = _common_values(op, made)
+        candidates = (family for key in keys for family in families.get(key, []))
+        family = next((f for f in candidates if all(position not in _reach(after, i, reach) for i in f)), None)
+        if family is None:
+            family = []
             out.append(family)
+        family.append(position)
+        for key in keys:
+            known = families.setdefault(key, [])
+            if family not in known:
+                known.append(family)
     return out
 
 
-def _common_factor(op: Op) -> object:
-    """What siblings have in common: the smaller factor of a contraction and the axes it is reduced over."""
-    if not isinstance(op, Nest) or op.kind != "contract":
-        return None
-    loads = [op.body.nodes[i] for i in op.body.loads()]
-    if len(loads) != 2:
-        return None
-    left, right = (op.operands[node.attr] for node in loads)  # type: ignore[index]
-    return left, op.rspace, len(op.space), loads[0].args if left == right else None
+def _common_values(op: Op, made: dict[int, Op]) -> list[object]:
+    """What siblings have in common: an operand computed in this stretch, and the axes it is reduced over."""
+    if not isinstance(op, Nest) or op.kind == "map":
+        return []
+    found: dict[int, None] = {}
+    for i in op.body.loads():
+        v = op.operands[op.body.nodes[i].attr]
+        if v in made:
+            found[v] = None
+            maker = made[v]
+            if isinstance(maker, Nest) and maker.kind == "map" and work(maker.body) < VIEW:  # a rounded copy, say
+                found.update((source, None) for source in maker.operands if source in made)
+    return [(v, op.rspace) for v in found]
 
 
 def _reach(after: list[set[int]], start: int, memo: dict[int, set[int]]) -> set[int]:

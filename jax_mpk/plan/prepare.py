@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Nest, Op, Source, Update, Value, reads, walk
 from jax_mpk.graph.rewrite import use_counts
 from jax_mpk.graph.scalar import Builder
-from jax_mpk.graph.windows import is_affine
+from jax_mpk.graph.windows import is_identity
 
 
 @dataclass(frozen=True)
@@ -258,19 +258,9 @@ def _candidates(op: Op) -> list[int]:
     own_index = []
     for slot, value in enumerate(op.operands):
         loads = [op.body.nodes[i] for i in op.body.loads() if op.body.nodes[i].attr == slot]
-        if all(node.op == "load" and _is_identity(op, node.args) for node in loads):
+        if all(node.op == "load" and is_identity(op.body, node.args, op.space) for node in loads):
             own_index.append(value)
     return own_index
-
-
-def _is_identity(op: Nest, args: tuple[int, ...]) -> bool:
-    if not is_affine(op.body, args):
-        return False
-    for axis, (arg, extent) in enumerate(zip(args, op.space, strict=False)):
-        node = op.body.nodes[arg]
-        if extent != 1 and (node.op != "coord" or node.attr != axis):
-            return False
-    return len(args) == len(op.space)
 
 
 def _readers(block: Block, value: int) -> list[int]:

@@ -17,7 +17,7 @@ import numpy as np
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.fuse_maps import programs, work
 from jax_mpk.graph.ir import Cumulative, Graph, Nest, Op, Sort, Source, Update, reads
-from jax_mpk.graph.regions import Touch, op_touches, shifted_coord
+from jax_mpk.graph.regions import Touch, op_touches, shifted_coord, update_boxes
 from jax_mpk.plan.ir import Target
 
 #: Low and high corners of boxes, int64 [tasks, axes] each.
@@ -208,9 +208,11 @@ class Tiler:
         regions: dict[int, np.ndarray] = {}  # value → elements each task moves; read twice, it is still in scratch
         for op, (lo, hi), found in zip(members, boxes, touches, strict=True):
             volume = _volume(lo, hi)
-            flops += volume * _element_work(op)
+            if isinstance(op, Update) and self.in_place(op):
+                volume = _volume(*update_boxes(op, lo, hi))
             if not all(v in inner for v in op.outputs):
                 regions.update((v, volume) for v in op.outputs)
+            flops += volume * _element_work(op)
             # An index known at run time reaches a whole axis, but no more elements than there are evaluations.
             evaluations = volume * math.prod(op.rspace) if isinstance(op, Nest) else np.inf
             for touch in found:
@@ -227,6 +229,7 @@ class Tiler:
             else:
                 seconds += nbytes * target.workers / target.bandwidth
         each = np.maximum(seconds, flops / target.flops * target.workers) + target.task_overhead
+        each += target.task_overhead * tasks / target.workers  # more tasks, more events: not for next to nothing
         if tasks > target.workers:
             each = np.bincount(spread(tasks, target.workers), weights=each).astype(np.float64)
         return float(each.max(initial=0.0))

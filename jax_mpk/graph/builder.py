@@ -383,7 +383,7 @@ class BlockBuilder:
             *(b.index(0) if size == 1 else next(reduced) for size in rspace),
         ]
         results = _as_list(body(b, coords, self._load(b, operands)))
-        if kind == "contract" and any(factor(b.build(r), 0) is None for r in results):
+        if kind == "contract" and any(factor(Expr(tuple(b.nodes), (), b.extents), r) is None for r in results):
             # A constant factor, say: nothing to stream.
             kind, combine = "reduce", Combine("sum")
             results = [b.mul(*_round(b, results, acc * 2))]

@@ -141,4 +141,4 @@ def _narrows(producer: Nest) -> bool:
 
 def has_factors(op: Nest) -> bool:
     """Whether both results of a contraction's body are factors its body can stream."""
-    return all(factor(op.body, k) is not None for k in range(2))
+    return all(factor(op.body, result) is not None for result in op.body.results)

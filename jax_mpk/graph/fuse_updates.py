@@ -86,7 +86,7 @@ def _forward(op: Nest, known: dict[int, tuple[Update, WindowUpdate, int]]) -> Ne
 
     fused = rewrite_loads(op, rule, slots)
     assert isinstance(fused, Nest)
-    good = all(factor(fused.body, k) is not None for k in range(2))
+    good = all(factor(fused.body, result) is not None for result in fused.body.results)
     return fused if good else op
 
 

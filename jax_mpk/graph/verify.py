@@ -177,8 +177,8 @@ class _Checker:
             if len(op.body.results) != 2:
                 raise Broken(f"a contraction of {len(op.body.results)} factors")
             check_expr(op.body, (*op.space, *op.rspace), kinds, leaves)
-            for k in range(2):
-                _check_factor(op, k)
+            for result in op.body.results:
+                _check_factor(op, result)
         else:
             kinds = list(op.acc[:1]) if op.combine.kind in _ARG else list(op.acc)
             check_expr(op.body, (*op.space, *op.rspace), kinds, leaves)
@@ -253,12 +253,12 @@ def _check_accumulators(combine: Combine, acc: Sequence[str]) -> None:
         raise Broken(f"{combine.kind} of {acc[0]}")
 
 
-def _check_factor(op: Nest, number: int) -> None:
+def _check_factor(op: Nest, result: int) -> None:
     """A factor is a load at affine indices, perhaps windowed, perhaps converted."""
-    if factor(op.body, number) is None:
+    if factor(op.body, result) is None:
         raise Broken("a factor of a contraction is not a plain load at affine indices")
-    if dtypes.is_float(op.body.result(number).dtype) and not dtypes.is_float(op.acc[0]):
-        raise Broken(f"{op.body.result(number).dtype} factors accumulate in {op.acc[0]}")
+    if dtypes.is_float(op.body.nodes[result].dtype) and not dtypes.is_float(op.acc[0]):
+        raise Broken(f"{op.body.nodes[result].dtype} factors accumulate in {op.acc[0]}")
 
 
 def _names(ids: Sequence[int]) -> str:

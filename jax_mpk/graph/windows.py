@@ -75,9 +75,8 @@ def window_update(graph: Graph, op: Update) -> WindowUpdate | None:
     return found if covered else None
 
 
-def factor(expr: Expr, number: int) -> Factor | None:
+def factor(expr: Expr, result: int) -> Factor | None:
     """One result of a contraction's body as a factor: a load with affine index, maybe windowed, maybe converted."""
-    result = expr.results[number]
     node = expr.nodes[result]
     while node.op == "convert":
         result = node.args[0]

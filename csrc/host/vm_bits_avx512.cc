@@ -1,0 +1,2 @@
+#define JAX_MPK_VM_ISA avx512
+#include "host/vm_bits.h"

@@ -1,0 +1,2 @@
+#define JAX_MPK_VM_ISA base
+#include "host/vm_convert.h"

@@ -38,7 +38,7 @@ constexpr int64_t kChain = kContractChain;
 constexpr int64_t kDotStep = 2048;           // k per pass of the dot-product form
 constexpr int64_t kFewRows = 8;              // up to here rhs is read where it lies, above it is packed
 constexpr int64_t kStreams = 16;             // rhs rows read side by side, see direct_form()
-constexpr int64_t kLongStreams = 8, kPrefetchRow = 8 * 1024;
+constexpr int64_t kLongStreams = 8, kLongRow = 8 * 1024, kPrefetchRow = 8 * 1024, kDistance = 2;
 constexpr int64_t kPartialBytes = 16 * 1024; // partial sums of a pass over k: half of the L1 cache
 constexpr int64_t kPackBytes = 512 * 1024;   // packed rhs: half of the L2 cache
 
@@ -49,7 +49,9 @@ struct Split {
   int64_t count, size, larger;
 
   constexpr Split(int64_t total, int64_t limit)
-      : count((total + limit - 1) / limit), size(total / count), larger(total % count) {}
+      : count((total + limit - 1) / limit),
+        size(count > 0 ? total / count : 0),
+        larger(total - size * count) {}
   constexpr int64_t start(int64_t i) const { return i * size + least(i, larger); }
   constexpr int64_t at(int64_t i) const { return size + (i < larger); }
   constexpr int64_t most() const { return size + (larger > 0); }
@@ -362,37 +364,42 @@ void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after, Pack<typena
   const Split panels(m, F::kMaxRows);
   const int64_t limit = max_blocks<F>(panels.most());
   const int64_t blocks = n / B;
-  const int64_t pass = least(blocks, kPartialBytes / (m * B * static_cast<int64_t>(sizeof(T))));
+  const int64_t fit = kPartialBytes / (m * B * static_cast<int64_t>(sizeof(T)));
+  const Split passes(blocks, fit);
 
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.start(p), rows = panels.at(p);
     pack_lhs(ws.rows + first * depth, rows, lhs.from(first, 0), rows, depth);
   }
-  for (int64_t j0 = 0; j0 < blocks; j0 += pass) {
-    const int64_t width = least(pass, blocks - j0) * B;
+  for (int64_t pass = 0; pass < passes.count; ++pass) {
+    const int64_t j0 = passes.start(pass) * B, width = passes.at(pass) * B;
     const Split groups(width / B, limit);
     // A single group of columns keeps its sums in registers for the whole chain.
-    const int64_t bytes = width * S::kSize;
-    const bool prefetch = groups.count > 1 && bytes <= kPrefetchRow && width / B == blocks;
-    const int64_t step = groups.count == 1 ? depth : prefetch ? kStreams : kLongStreams;
-    const int64_t chunk = groups.most() * B * S::kSize;
-    const Output<T> here = out.from(0, j0 * B);
+    const int64_t streams = width * S::kSize > kLongRow ? kLongStreams : kStreams;
+    const int64_t step = groups.count == 1 ? depth : streams;
+    const Output<T> here = out.from(0, j0);
     for (int64_t k = 0; k < depth; k += step) {
       const bool last = k + step >= depth, store = last && out.column == 1;
       const End end = !last ? End::kKeep : store && out.add ? End::kAdd : End::kSet;
-      Ahead ahead(rhs.from(j0 * B, k + 2 * step).data, bytes, chunk, rhs.k);
+      // Two steps on: in this pass, in the next one or in the next chain.
+      int64_t later = k + kDistance * step, next = pass;
+      if (later >= depth && next + 1 < passes.count) later -= depth, ++next;
+      if (later >= depth) next = 0;
+      const int64_t ahead_width = passes.at(next) * S::kSize * B;
+      Ahead ahead(rhs.from(passes.start(next) * B, later).data, ahead_width, groups.most() * B * S::kSize,
+                  rhs.k);
+      const bool fetch = groups.count > 1 && later < depth + after && width * S::kSize <= kPrefetchRow;
       for (int64_t p = 0; p < panels.count; ++p) {
-        const bool fetch = prefetch && p == 0 && k + 2 * step < depth + after;
         const int64_t first = panels.start(p), rows = panels.at(p);
         const Micro<S> kernels[2] = {pick<S>(rows, groups.size), pick<S>(rows, groups.most())};
         const T* x = ws.rows + first * depth + k * rows;
         for (int64_t g = 0; g < groups.count; ++g) {
           const int64_t j = groups.start(g) * B;
           T* partial = ws.partial + first * width + j;
-          kernels[g < groups.larger](least(step, depth - k), x, rhs.from(j0 * B + j, k).data, rhs.k,
+          kernels[g < groups.larger](least(step, depth - k), x, rhs.from(j0 + j, k).data, rhs.k,
                                      k > 0 ? partial : nullptr, width,
                                      store ? here.from(first, j).pointer() : partial,
-                                     store ? out.row : width, end, fetch ? &ahead : nullptr);
+                                     store ? out.row : width, end, fetch && p == 0 ? &ahead : nullptr);
         }
       }
     }
@@ -538,7 +545,7 @@ void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Fa
       const int64_t first = panels.start(p), rows = panels.at(p);
       T sums[F::kDotRows * 4];
       pick_dot<S>(rows)(blocks, ws.rows + first * padded, padded, w, rest > 0 ? tails : nullptr, sums,
-                        in_order ? nullptr : &ahead);
+                        in_order || p > 0 ? nullptr : &ahead);
       scatter<F>(out.from(first, j), rows, least(4, n - j), sums, 4);
     }
   }

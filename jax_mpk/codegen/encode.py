@@ -1,4 +1,4 @@
-"""encode_plan: a Plan becomes a Program, one stream of 64-bit words.
+"""encode: a Plan becomes a Program, one stream of 64-bit words.
 
 The stream, in order; csrc/host/program.cc, decode_code.cc and decode_routine.cc read it. "List" is a count and the
 items; "packed" a count and 32-bit integers, two per word; "text" a length in bytes and eight bytes per word; names are
@@ -53,7 +53,7 @@ MAX_AXES = 32
 Array = tuple[bool, int, str, tuple[int, ...], tuple[int, ...]]
 
 
-def encode_plan(plan: Plan) -> Program:
+def encode(plan: Plan) -> Program:
     """Encodes a verified plan."""
     w = Writer()
     tail = Writer()

@@ -35,9 +35,6 @@ Choice = tuple[int, int]  # worker, task or -1
 #: Picks one of the possible next steps; they are given in order of worker.
 Choose = Callable[[Sequence[Choice]], Choice]
 
-#: Steps after which a replay is taken to be endless.
-MAX_STEPS = 1_000_000
-
 
 class _Barrier:
     """Marks the place in a worker's program where it waits for all others."""
@@ -70,6 +67,7 @@ class Simulator:
       seed: for a random interleaving.
       poison: seed of the bytes that unwritten memory holds; None: NaN, or -1.
       strict: what a task reads beyond its declared accesses is poison.
+      max_steps: tasks, and points of control passed, after which the replay is taken to be endless.
     """
 
     def __init__(
@@ -81,6 +79,7 @@ class Simulator:
         seed: int | None = None,
         poison: int | None = None,
         strict: bool = True,
+        max_steps: int = 1_000_000,
     ):
         self.plan = plan
         self.done: list[int] = []
@@ -105,7 +104,7 @@ class Simulator:
         self._accumulator_storage = [s for split in plan.splits for s in split.storages]
         self._accumulator_op = {name: op for op, names in self._accumulators.items() for name in names}
         self._workers = [_Worker(self._program(w)) for w in range(plan.target.workers)]
-        self._steps = 0
+        self._steps, self._max_steps = 0, max_steps
 
     # -- running -----------------------------------------------------------------------------------------------
 
@@ -127,8 +126,8 @@ class Simulator:
         """Runs one task; returns it, or None at the end."""
         while True:
             self._steps += 1
-            if self._steps > MAX_STEPS:
-                raise DeadlockError(f"the replay has not ended after {MAX_STEPS} steps")
+            if self._steps > self._max_steps:
+                raise DeadlockError(f"the replay has not ended after {self._max_steps} steps")
             choices = self._possible()
             if not choices:
                 if all(worker.at == "end" for worker in self._workers):

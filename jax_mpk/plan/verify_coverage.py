@@ -143,6 +143,8 @@ def partition_fault(lo: np.ndarray, hi: np.ndarray, space: tuple[int, ...]) -> t
     rank = len(space)
     filled = np.flatnonzero(np.all(hi > lo, axis=1))
     lo, hi = lo[filled], hi[filled]
+    if rank == 0:
+        return None if len(filled) == 1 else (np.zeros((2, 0), np.int64), filled)
     cuts, first, last = [], [], []
     for d in range(rank):
         edges = np.unique(np.concatenate([lo[:, d], hi[:, d], [0, space[d]]]))
@@ -162,11 +164,8 @@ def partition_fault(lo: np.ndarray, hi: np.ndarray, space: tuple[int, ...]) -> t
     inner = counts[tuple(slice(0, n - 1) for n in shape)]
     if np.all(inner == 1):
         return None
-    at = np.unravel_index(int(np.argmax(inner != 1)), inner.shape) if rank else ()
-    cell = np.array(
-        [[cuts[d][i] for d, i in enumerate(at)], [cuts[d][i + 1] for d, i in enumerate(at)]],
-        np.int64,
-    ).reshape(2, rank)
+    at = np.unravel_index(int(np.argmax(inner != 1)), inner.shape)
+    cell = np.array([[cuts[d][i] for d, i in enumerate(at)], [cuts[d][i + 1] for d, i in enumerate(at)]], np.int64)
     inside = np.all((lo <= cell[0]) & (hi >= cell[1]), axis=1)
     return cell, filled[inside]
 

@@ -311,7 +311,7 @@ class _Segment:
                 self._refuse_pair(*fault, "overwrites what is perhaps still needed")
             return [u] if u in self.defined else []
         if v in self._lineage(u):
-            return [v]
+            return self._check_turns(v, u)
         if self._is_before(u, v) and not (self._is_before(v, u) and self._first(v, u)):
             return [u]
         if self._is_before(v, u):

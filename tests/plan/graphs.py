@@ -25,14 +25,20 @@ class Case:
     Attributes:
       name: for messages.
       graph: its graph, not fused: many small operators are what tests of order need.
-      inputs: arguments, small integers in whatever type.
-      expected: results by the graph's reference.
+      samples: arguments (small integers in whatever type) and results by the graph's reference, several times.
     """
 
     name: str
     graph: Graph
-    inputs: tuple[np.ndarray, ...]
-    expected: tuple[np.ndarray, ...]
+    samples: tuple[tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]], ...]
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        return self.samples[0][0]
+
+    @property
+    def expected(self) -> tuple[np.ndarray, ...]:
+        return self.samples[0][1]
 
 
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], tuple[int, ...]]] = {}
@@ -53,12 +59,23 @@ def names() -> list[str]:
 @functools.cache
 def case(name: str) -> Case:
     fn, shapes, donated = _FUNCTIONS[name]
-    rng = np.random.default_rng(len(name))
-    args = [np.asarray(rng.integers(-4, 5, shape), np.float32 if shape else np.int32) for shape in shapes]
+    args = _arguments(shapes, 0)
     captured = capture(jax.make_jaxpr(fn)(*args))
     assert not captured.consts
     graph = build_graph(captured.jaxpr, donated=frozenset(donated))
-    return Case(name, graph, tuple(args), tuple(evaluate(graph, args)))
+    samples = [(args, tuple(evaluate(graph, args))) for args in (_arguments(shapes, k) for k in range(SAMPLES))]
+    return Case(name, graph, tuple(samples))
+
+
+SAMPLES = 3
+
+
+def _arguments(shapes: tuple[tuple[int, ...], ...], sample: int) -> tuple[np.ndarray, ...]:
+    """Scalars count the samples, so that every arm of a branch on one is taken."""
+    rng = np.random.default_rng(sample)
+    return tuple(
+        rng.integers(-4, 5, shape).astype(np.float32) if shape else np.array(sample, np.int32) for shape in shapes
+    )
 
 
 @_case((12, 6))

@@ -1,0 +1,127 @@
+"""What conflicts with what, element by element: slow, obvious, and independent of the verifier."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from math import prod
+
+import numpy as np
+
+from jax_mpk.graph import dtypes
+from jax_mpk.plan.ir import READ, LoopNode, Plan, Schedule, Segment
+
+
+class Order:
+    """Happens-before of the tasks of a plan, as sets of ancestors.
+
+    Attributes:
+      segment: per task, the number of its segment in schedule order.
+      ancestors: per task, a bit set of the tasks of its segment that happen before it.
+      cyclic: whether some segment cannot finish.
+    """
+
+    def __init__(self, plan: Plan):
+        tasks = plan.tasks
+        count = len(tasks.table)
+        self.segment = [-1] * count
+        self.ancestors = [0] * count
+        self.cyclic = False
+        for number, segment in enumerate(segments(plan.schedule)):
+            queues = [queue.tolist() for queue in segment.queues]
+            mine = list(itertools.chain.from_iterable(queues))
+            needs: dict[int, set[int]] = {t: set() for t in mine}
+            signallers: dict[int, list[int]] = {}
+            for t in mine:
+                self.segment[t] = number
+                for e in tasks.signal_event[tasks.signal_start[t] : tasks.signal_start[t + 1]].tolist():
+                    signallers.setdefault(e, []).append(t)
+            for queue in queues:
+                for a, b in itertools.pairwise(queue):
+                    needs[b].add(a)
+            for t in mine:
+                for e in tasks.wait_event[tasks.wait_start[t] : tasks.wait_start[t + 1]].tolist():
+                    needs[t].update(signallers.get(e, ()))
+            done: set[int] = set()
+            while len(done) < len(mine):
+                ready = [t for t in mine if t not in done and needs[t] <= done]
+                if not ready:
+                    self.cyclic = True
+                    break
+                for t in ready:
+                    done.add(t)
+                    for a in needs[t]:
+                        self.ancestors[t] |= self.ancestors[a] | 1 << a
+
+    def before(self, a: int, b: int) -> bool:
+        if self.segment[a] != self.segment[b]:
+            return self.segment[a] < self.segment[b]
+        return bool(self.ancestors[b] >> a & 1)
+
+
+def segments(schedule: Schedule) -> Iterator[Segment]:
+    for item in schedule:
+        if isinstance(item, Segment):
+            yield item
+        elif isinstance(item, LoopNode):
+            yield from segments(item.cond)
+            yield from segments(item.body)
+        else:
+            for arm in item.arms:
+                yield from segments(arm)
+
+
+def conflicting_pairs(plan: Plan) -> list[tuple[int, int]]:
+    """Pairs (a, b) of tasks of one segment that touch the same byte, at least one writing, a before b in the plan.
+
+    Values of different shape that share bytes are taken to touch everything between their first and last byte.
+    """
+    start, end = [], plan.workspace_bytes
+    for storage in plan.storages:
+        if storage.kind == "workspace":
+            start.append(storage.offset)
+        else:
+            start.append(end)
+            end += storage.nbytes
+    accumulators = [
+        (storage, (len(split.bounds) - 1, *plan.ops[split.op].space), acc)
+        for split in plan.splits
+        for storage, acc in zip(split.storages, plan.ops[split.op].acc)
+    ]
+    masks: dict[tuple[object, bytes], tuple[int, int]] = {}
+
+    def touch(value: int, box: np.ndarray) -> tuple[tuple[object, ...], int, int]:
+        """Layout, exact bytes and spanned bytes."""
+        if value >= 0:
+            it = plan.graph.values[value]
+            storage, shape, dtype = int(plan.value_storage[value]), it.shape, it.dtype
+        else:
+            storage, shape, dtype = accumulators[-1 - value]
+        item = dtypes.itemsize(dtype)
+        layout = start[storage], shape, item
+        key = layout, box.tobytes()
+        if key not in masks:
+            mask = np.zeros(shape, bool)
+            mask[tuple(slice(int(a), int(b)) for a, b in zip(*box[:, : len(shape)]))] = True
+            flat = np.repeat(mask.reshape(prod(shape)), item)
+            exact = int.from_bytes(np.packbits(flat, bitorder="little").tobytes(), "little") << start[storage]
+            low = exact & -exact
+            span = (1 << exact.bit_length()) - low if exact else 0
+            masks[key] = exact, span
+        return layout, *masks[key]
+
+    order = Order(plan)
+    found: list[list[tuple[bool, tuple[object, ...], int, int]]] = [[] for _ in plan.tasks.table]
+    accesses = plan.accesses
+    for t, value, kind, box in zip(accesses.task, accesses.value, accesses.kind, accesses.box):
+        found[t].append((bool(kind != READ), *touch(int(value), box)))
+    out = []
+    for segment in segments(plan.schedule):
+        mine = [t for queue in segment.queues for t in queue.tolist()]
+        for a, b in itertools.combinations(mine, 2):
+            if any(
+                (x[0] or y[0]) and (x[2] & y[2] if x[1] == y[1] else x[3] & y[3])
+                for x, y in itertools.product(found[a], found[b])
+            ):
+                out.append((a, b) if order.before(a, b) else (b, a))
+    return out

@@ -1,0 +1,52 @@
+"""The verifier against mutated plans, judged by adversarial replays and by an element-wise check of order."""
+
+import random
+
+import pytest
+
+from tests.plan import graphs
+from tests.plan.campaign import plans, refusal, run
+from tests.plan.mutations import ORDER_ONLY, Skip, mutate
+from tests.plan.naive import Order, conflicting_pairs
+
+#: Verdicts wanted of each function; there are enough functions for more than 1,000 of each.
+WANTED = 75
+
+
+def test_there_are_enough_functions() -> None:
+    assert len(graphs.names()) * WANTED >= 1000
+
+
+@pytest.mark.parametrize("name", graphs.names())
+def test_harmful_refused_and_harmless_accepted(name: str) -> None:
+    tally = run(graphs.case(name), seed=graphs.names().index(name), refused=WANTED, accepted=WANTED)
+    print(f"\n{name}\n{tally.table()}")
+    assert not tally.faults, "\n".join(tally.faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", graphs.names())
+def test_many_more(name: str) -> None:
+    tally = run(graphs.case(name), seed=hash(name) % 1000, refused=10 * WANTED, accepted=10 * WANTED, seeds=4)
+    print(f"\n{name}\n{tally.table()}")
+    assert not tally.faults, "\n".join(tally.faults)
+
+
+@pytest.mark.parametrize("name", graphs.names())
+def test_order_agrees_with_an_elementwise_check(name: str) -> None:
+    """Where only the order of tasks changes, the verdict is exactly that of a slow and obvious check."""
+    rng = random.Random(name)
+    source = plans(graphs.case(name), rng)
+    for _ in range(5):
+        plan = next(source)
+        pairs = conflicting_pairs(plan)
+        for kind in ORDER_ONLY * 2:
+            try:
+                new = mutate(plan, kind, rng).plan
+            except Skip:
+                continue
+            order = Order(new)
+            signalled = set(new.tasks.signal_event.tolist())
+            good = not order.cyclic and signalled.issuperset(new.tasks.wait_event.tolist())
+            good &= all(order.before(a, b) for a, b in pairs)
+            assert (refusal(new) is None) == good, f"{kind}: {refusal(new)}"

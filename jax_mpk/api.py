@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.export
 
 from jax_mpk import debug
 from jax_mpk.errors import ConfigError
@@ -16,6 +17,7 @@ from jax_mpk.runtime import pipeline, targets
 from jax_mpk.runtime.call import Options, plan_target
 from jax_mpk.runtime.dispatch import CallSite, Traced
 from jax_mpk.runtime.jax_internals import eager
+from jax_mpk.runtime.native import CPU_TARGET
 from jax_mpk.stages import MegakernelLowered
 
 _BACKENDS = (None, "cpu")
@@ -172,3 +174,11 @@ def megakernelize(
         )
 
     return wrap if function is None else wrap(function)
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What to pass to ``jax.export.export`` as ``disabled_checks``, so that it accepts megakernels.
+
+    A megakernel is stored whole in the exported function. The process that runs it has to import jax_mpk.
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(CPU_TARGET)]

@@ -27,7 +27,7 @@ LAYERS = (
     ("plan",),
     ("codegen",),
     ("runtime",),
-    ("debug", "sharding"),
+    ("debug", "sharding", "stages"),
     ("api",),
     ("__init__",),
 )

@@ -23,7 +23,7 @@ import numpy as np
 from jax_mpk.capture import jaxprs
 from jax_mpk.runtime import pipeline
 from jax_mpk.runtime.call import Options, lift, megakernel_p, plan_target
-from jax_mpk.runtime.jax_internals import core, jax_config, parse_arguments, tree_util, weakref_lru_cache
+from jax_mpk.runtime.jax_internals import core, eager, jax_config, parse_arguments, tree_util, weakref_lru_cache
 from jax_mpk.runtime.split import Split, is_whole, split
 
 #: NumPy constants up to this size stay in the HLO: functions often make them anew in every trace.
@@ -207,6 +207,9 @@ class CallSite:
         def entry_point(*operands: Any) -> Any:
             own, arguments = operands[: len(consts)], operands[len(consts) :]
             new_args, new_kwargs = rebuild(arguments)
+            if eager():
+                # JAX looks for the operation that made a NaN: it has to see them all.
+                return self.tracer.__wrapped__(*new_args, **new_kwargs)
             now, all_arguments = self.trace(new_args, new_kwargs)
             if self._donated_leaves(now) != donated:
                 raise _Respecialise
@@ -322,7 +325,12 @@ def _compiled(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options
     reference = weakref.ref(jaxpr)
 
     def entry_point(*operands: Any) -> Any:
-        results = megakernel_p.bind(*operands, jaxpr=reference(), donated=donated, name=name, options=options)
+        closed = reference()
+        if eager():
+            # As in CallSite: JAX looks for the operation that made a NaN.
+            results = jax.core.eval_jaxpr(jaxprs.open_jaxpr(closed)[0], [], *operands)
+        else:
+            results = megakernel_p.bind(*operands, jaxpr=closed, donated=donated, name=name, options=options)
         return Reordered([results[i] for i in order], order, out_tree)
 
     entry_point.__name__ = entry_point.__qualname__ = name

@@ -1,0 +1,53 @@
+"""jax_mpk turns a JAX function into one persistent kernel: a single XLA custom call per device."""
+
+from jax_mpk import config
+from jax_mpk._version import __version__
+from jax_mpk.api import Megakernelized, export_checks, megakernelize
+from jax_mpk.errors import (
+    BatchingError,
+    CompileError,
+    ConfigError,
+    DeadlockError,
+    DifferentiationError,
+    DonationError,
+    GraphVerificationError,
+    JaxMpkError,
+    LaunchError,
+    NativeModuleError,
+    PlanVerificationError,
+    ProgramVerificationError,
+    ShardedInputError,
+    TargetError,
+    UnsupportedDtypeError,
+    UnsupportedError,
+    UnsupportedPrimitiveError,
+)
+from jax_mpk.plan.ir import Target
+from jax_mpk.stages import MegakernelLowered
+
+__all__ = [
+    "BatchingError",
+    "CompileError",
+    "ConfigError",
+    "DeadlockError",
+    "DifferentiationError",
+    "DonationError",
+    "GraphVerificationError",
+    "JaxMpkError",
+    "LaunchError",
+    "MegakernelLowered",
+    "Megakernelized",
+    "NativeModuleError",
+    "PlanVerificationError",
+    "ProgramVerificationError",
+    "ShardedInputError",
+    "Target",
+    "TargetError",
+    "UnsupportedDtypeError",
+    "UnsupportedError",
+    "UnsupportedPrimitiveError",
+    "__version__",
+    "config",
+    "export_checks",
+    "megakernelize",
+]

@@ -1,0 +1,317 @@
+"""Eager calls: arguments, results, caching and errors are those of jax.jit."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.api.support import assert_same, integers
+
+import jax_mpk
+from jax_mpk import megakernelize
+
+
+def test_result_equals_jit() -> None:
+    def f(x, w):
+        return jnp.maximum(x @ w, 0) + 1
+
+    x, w = integers(0, 3, 5), integers(1, 5, 4)
+    assert_same(megakernelize(f)(x, w), jax.jit(f)(x, w))
+
+
+def test_decorator_with_and_without_arguments() -> None:
+    @megakernelize
+    def plain(x):
+        """Adds one."""
+        return x + 1
+
+    @megakernelize(static_argnames="n")
+    def with_options(x, n):
+        return x * n
+
+    x = integers(0, 4)
+    assert_same(plain(x), x + 1)
+    assert_same(with_options(x, n=3), x * 3)
+    assert plain.__name__ == "plain" and plain.__doc__ == "Adds one."
+    assert "plain" in repr(plain)
+
+
+def test_keyword_arguments_and_defaults() -> None:
+    def f(x, y=2.0, *, scale=3, shift):
+        return x * y * scale + shift
+
+    x = integers(0, 4)
+    compiled, reference = megakernelize(f), jax.jit(f)
+    assert_same(compiled(x, shift=1), reference(x, shift=1))
+    assert_same(compiled(x, 4.0, shift=x), reference(x, 4.0, shift=x))
+    assert_same(compiled(shift=x, x=x, scale=x), reference(shift=x, x=x, scale=x))
+
+
+def test_variable_arguments() -> None:
+    def f(*xs, **named):
+        return sum(xs) + named["a"] - named["b"]
+
+    x = integers(0, 4)
+    assert_same(megakernelize(f)(x, 2, x, b=x, a=3), jax.jit(f)(x, 2, x, b=x, a=3))
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["label"])
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    value: Any
+    label: str
+
+
+@jax.tree_util.register_pytree_node_class
+class Custom:
+    def __init__(self, a, b):
+        self.a, self.b = a, b
+
+    def tree_flatten(self):
+        return (self.a, self.b), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_pytrees() -> None:
+    def f(tree, other=None):
+        doubled = jax.tree.map(lambda x: x * 2, tree)
+        return {"out": doubled, "none": None, "empty": (), "other": other}
+
+    x = integers(0, 4)
+    tree = [Pair(x, None), Labelled({"k": x}, "name"), Custom(x, (x, 1)), {}]
+    assert_same(megakernelize(f)(tree), jax.jit(f)(tree))
+    assert_same(megakernelize(f)(tree, other=Pair(None, x)), jax.jit(f)(tree, other=Pair(None, x)))
+
+
+def test_methods() -> None:
+    class Model:
+        def __init__(self, w):
+            self.w = w
+
+        @functools.partial(megakernelize, static_argnums=0)
+        def step(self, x):
+            return x @ self.w
+
+    w, x = integers(0, 3, 3), integers(1, 3)
+    model = Model(w)
+    assert_same(model.step(x), x @ w)
+    assert_same(Model(w + 1).step(x), x @ (w + 1))
+
+
+def test_static_arguments() -> None:
+    traces = []
+
+    def f(n, x, mode="add"):
+        traces.append((n, mode))
+        return x + n if mode == "add" else x * n
+
+    compiled = megakernelize(f, static_argnums=0, static_argnames="mode")
+    x = integers(0, 4)
+    for n, mode in [(1, "add"), (2, "add"), (1, "mul"), (1, "add")]:
+        assert_same(compiled(n, x, mode=mode), x + n if mode == "add" else x * n)
+    assert_same(compiled(1, x), x + 1)
+    assert_same(compiled(1, mode="mul", x=x), x * 1)
+    assert traces == [(1, "add"), (2, "add"), (1, "mul"), (1, "add"), (1, "mul")]
+
+
+def test_weak_types() -> None:
+    def f(x, s):
+        return x + s, s, s * 2, x.astype(jnp.bfloat16) * s, jnp.float32(1), 1
+
+    for x in (integers(0, 3), integers(0, 3, dtype=np.int32), np.arange(3), np.float64(2) * np.ones(2)):
+        for s in (2, 2.5, True, np.float32(2), np.int8(2), jnp.bfloat16(3)):
+            assert_same(megakernelize(f)(x, s), jax.jit(f)(x, s))
+
+
+def test_no_results_and_no_arguments() -> None:
+    assert megakernelize(lambda x: None)(1.0) is None
+    assert megakernelize(lambda: ())() == ()
+    assert_same(megakernelize(lambda: jnp.arange(3))(), jnp.arange(3))
+    assert_same(megakernelize(lambda x: jnp.zeros((0, 3)) + x)(1.0), jnp.ones((0, 3)))
+
+
+def test_unused_and_repeated_arguments_and_results() -> None:
+    def f(unused, x, y):
+        z = x + y
+        return z, z, x, (z, 3)
+
+    x = integers(0, 4)
+    assert_same(megakernelize(f)("no array" and x, x, x), jax.jit(f)(x, x, x))
+
+
+def test_unused_arguments_may_have_any_type() -> None:
+    z = jnp.ones(3, jnp.complex64)
+    assert_same(megakernelize(lambda x, z: x + 1)(1.0, z), jax.jit(lambda x, z: x + 1)(1.0, z))
+
+
+def test_keys() -> None:
+    def f(key, x):
+        key, sub = jax.random.split(key)
+        return key, jax.random.bits(sub, (3,)), jax.random.fold_in(key, x)
+
+    key = jax.random.key(7)
+    assert_same(megakernelize(f)(key, 3), jax.jit(f)(key, 3))
+    keys = jax.random.split(key, 4)
+    assert_same(megakernelize(lambda k: k[::-1])(keys), keys[::-1])
+
+
+def test_traced_once_for_each_signature() -> None:
+    traces = []
+
+    @megakernelize
+    def f(x, y):
+        traces.append(None)
+        return x + y
+
+    x = integers(0, 4)
+    for _ in range(3):
+        f(x, x)
+    assert len(traces) == 1
+    f(x, 2.0)
+    f(x, 3.0)
+    assert len(traces) == 2  # weakly typed scalar
+    f(np.asarray(x), np.ones(4, np.float32))
+    assert len(traces) == 2
+    f(integers(0, 2, 4), x)
+    assert len(traces) == 3
+    f(x.astype(jnp.int32), x)
+    assert len(traces) == 4
+    f(x, y=x)
+    assert len(traces) == 5
+    f(x, x)
+    assert len(traces) == 5
+    f.clear_cache()
+    f(x, x)
+    assert len(traces) == 6
+
+
+def test_traced_anew_when_jax_is_configured_otherwise() -> None:
+    traces = []
+
+    @megakernelize
+    def f(x):
+        traces.append(None)
+        return x @ x, jnp.arange(3) + 1
+
+    x = integers(0, 4, 4)
+    assert f(x)[1].dtype == jnp.int32
+    with jax.enable_x64(True):
+        assert f(x)[1].dtype == jnp.int64
+    assert len(traces) == 2
+    with jax.default_matmul_precision("highest"):
+        f(x)
+    assert len(traces) == 3
+    f(x)
+    assert len(traces) == 3
+
+
+def test_closed_over_arrays_become_arguments() -> None:
+    w = integers(0, 64, 64)
+    small = integers(1, 64)
+    table = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
+
+    @megakernelize
+    def f(x):
+        return x @ w + small + x @ table
+
+    x = integers(2, 64)
+    assert_same(f(x), jax.jit(lambda x: x @ w + small + x @ table)(x))
+    text = f.lower(x).compile().as_text()
+    assert "constant({" not in text.replace(" ", "")
+    assert text.count(" parameter(") >= 3
+    assert_same(f.lower(x).compile()(x), f(x))
+
+
+def test_closed_over_array_made_anew_in_every_trace() -> None:
+    @megakernelize
+    def f(x):
+        big = jax.device_put(np.arange(4096.0, dtype=np.float32))
+        return (x[:, None] * big[: 1024 * x.shape[0]].reshape(x.shape[0], -1)).sum(1)
+
+    for size in (1, 2, 1, 3):
+        x = integers(size, size)
+        expected = [float(v) * sum(range(1024 * i, 1024 * (i + 1))) for i, v in enumerate(x)]
+        np.testing.assert_array_equal(f(x), np.array(expected, np.float32))
+
+
+def test_bad_arguments_raise_what_jit_raises() -> None:
+    def f(x, n=1):
+        return x * n
+
+    x = integers(0, 4)
+    cases = [
+        (dict(), ("text",), {}),
+        (dict(), (object(),), {}),
+        (dict(), (), {}),
+        (dict(), (x,), {"unknown": 1}),
+        (dict(static_argnums=1), (x, [1]), {}),
+        (dict(static_argnums=0), (x,), {}),
+    ]
+    for options, args, kwargs in cases:
+        with pytest.raises(Exception) as expected:
+            jax.jit(f, **options)(*args, **kwargs)
+        with pytest.raises(expected.type) as actual:
+            megakernelize(f, **options)(*args, **kwargs)
+        assert str(actual.value).splitlines()[0] == str(expected.value).splitlines()[0]
+    for options in (dict(static_argnames="unknown"), dict(donate_argnums=0, static_argnums=0), dict(static_argnums=9)):
+        with pytest.raises(ValueError) as expected:
+            jax.jit(f, **options)
+        with pytest.raises(ValueError) as actual:
+            megakernelize(f, **options)
+        assert str(actual.value) == str(expected.value)
+    with pytest.raises(TypeError):
+        megakernelize(3)
+
+
+def test_bad_options() -> None:
+    for options in (
+        dict(on_unsupported="ignore"),
+        dict(backend="tpu"),
+        dict(target="cpu-0"),
+        dict(target="cpu-x"),
+        dict(target="toaster"),
+    ):
+        with pytest.raises(jax_mpk.ConfigError, match=next(iter(options))):
+            megakernelize(lambda x: x, **options)
+    with pytest.raises(jax_mpk.TargetError, match="h100-sxm"):
+        megakernelize(lambda x: x + 1, target="h100-sxm")(1.0)
+
+
+@pytest.mark.parametrize("target", ["cpu-1", "cpu-2", "cpu-3", "cpu-8", "cpu-64"])
+def test_any_number_of_workers(target) -> None:
+    def f(x, w):
+        return (x @ w).sum(0) + jnp.cumsum(x[:, 0])[-1]
+
+    x, w = integers(0, 17, 33), integers(1, 33, 65)
+    assert_same(megakernelize(f, target=target)(x, w), jax.jit(f)(x, w))
+
+
+def test_unsupported_primitive_names_the_line() -> None:
+    @megakernelize
+    def f(x):
+        y = x + 1
+        return jnp.linalg.qr(y)[0]
+
+    with pytest.raises(jax_mpk.UnsupportedPrimitiveError, match=r"test_calls\.py:\d+") as error:
+        f(integers(0, 4, 4))
+    assert 'on_unsupported="split"' in str(error.value)
+
+
+def test_tracing_from_several_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    f = megakernelize(lambda x: x * 2 + 1)
+    with ThreadPoolExecutor(4) as pool:
+        for size, result in zip([1, 2, 3, 4] * 5, pool.map(lambda n: f(jnp.ones(n)), [1, 2, 3, 4] * 5), strict=True):
+            assert_same(result, jnp.ones(size) * 3)

@@ -1,0 +1,133 @@
+"""Several devices: eight forced CPU devices, as tests/conftest.py sets them up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tests.api.support import assert_same, integers
+
+import jax_mpk
+from jax_mpk import megakernelize
+
+
+def layer(x, w):
+    return jnp.maximum(x @ w, 0) + x.sum()
+
+
+compiled = megakernelize(layer)
+X, W = integers(0, 16, 4), integers(1, 4, 8)
+
+
+@pytest.fixture(params=["auto", "explicit"])
+def mesh(request) -> jax.sharding.Mesh:
+    kind = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[request.param]
+    return jax.make_mesh((8,), ("d",), axis_types=(kind,))
+
+
+def test_shard_map(mesh) -> None:
+    def run(f):
+        return jax.shard_map(f, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d"))
+
+    expected = jax.jit(run(layer))(X, W)
+    np.testing.assert_array_equal(jax.jit(run(compiled))(X, W), expected)
+    np.testing.assert_array_equal(run(compiled)(X, W), expected)
+    # Each device saw its own two rows.
+    np.testing.assert_array_equal(expected[2:4], layer(X[2:4], W))
+
+
+def test_varying_axes(mesh) -> None:
+    @megakernelize
+    def f(x, w):
+        return x + 1, w * 2, x @ w, jnp.zeros(2)
+
+    def inner(x, w):
+        kinds = [jax.typeof(r) for r in f(x, w)]
+        for kind, reference in zip(kinds, (x + 1, w * 2, x @ w, jnp.zeros(2)), strict=True):
+            assert str(kind) == str(jax.typeof(reference))
+        return f(x, w)[:3]
+
+    sharded = jax.shard_map(inner, mesh=mesh, in_specs=(P("d"), P()), out_specs=(P("d"), P(), P("d")))
+    results = jax.jit(sharded)(X, W)
+    np.testing.assert_array_equal(results[1], W * 2)
+
+
+def test_wrong_out_specs_are_refused(mesh) -> None:
+    def run(f):
+        return jax.shard_map(f, mesh=mesh, in_specs=(P("d"), P()), out_specs=P())
+
+    with pytest.raises(ValueError) as expected:
+        jax.jit(run(layer))(X, W)
+    with pytest.raises(ValueError) as actual:
+        jax.jit(run(compiled))(X, W)
+    assert str(actual.value).splitlines()[0] == str(expected.value).splitlines()[0]
+
+
+def test_shard_map_with_donation_loops_and_vmap(mesh) -> None:
+    def step(cache, x):
+        return cache.at[0].set(x), cache.sum() + x
+
+    def run(f):
+        def body(cache, xs):
+            return jax.lax.scan(jax.vmap(f), cache, xs)
+
+        return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(P("d"), P(None, "d")), out_specs=(P("d"), P(None, "d"))))
+
+    caches, xs = integers(0, 8, 4), integers(1, 3, 8)
+    expected = run(step)(caches, xs)
+    actual = run(megakernelize(step, donate_argnums=0))(caches, xs)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
+def test_many_launches_on_all_devices(mesh) -> None:
+    @megakernelize
+    def f(x, w):
+        return jax.lax.fori_loop(0, 20, lambda _, x: jnp.clip(x @ w, -9, 9), x)
+
+    w = integers(1, 4, 4)
+    step = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d")))
+    x = jax.device_put(X, NamedSharding(mesh, P("d")))
+    expected = np.asarray(jax.jit(f.__wrapped__)(X, w))
+    for _ in range(20):
+        result = step(x, w)
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_sharded_arguments_are_refused(mesh) -> None:
+    x = jax.device_put(X, NamedSharding(mesh, P("d")))
+    w = jax.device_put(W, NamedSharding(mesh, P()))
+    for call in (compiled, jax.jit(compiled), jax.jit(lambda x, w: compiled(x * 2, w) + 1)):
+        with pytest.raises(jax_mpk.ShardedInputError, match="shard_map"):
+            call(x, w)
+    with pytest.raises(jax_mpk.ShardedInputError, match="shard_map"):
+        compiled.lower(x, w).compile()
+
+
+def test_replicated_and_single_device_arguments_work(mesh) -> None:
+    replicated = NamedSharding(mesh, P())
+    x, w = jax.device_put(X, replicated), jax.device_put(W, replicated)
+    for call in (compiled, jax.jit(compiled)):
+        np.testing.assert_array_equal(call(x, w), layer(X, W))
+    there = jax.devices()[5]
+    x, w = jax.device_put(X, there), jax.device_put(W, there)
+    result = compiled(x, w)
+    assert result.devices() == {there}
+    assert_same(jax.device_put(result, jax.devices()[0]), jax.jit(layer)(X, W))
+    # The same function, back on the first device.
+    assert compiled(X, W).devices() == {jax.devices()[0]}
+
+
+def test_axes_that_are_not_manual_are_refused() -> None:
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Auto))
+    run = jax.shard_map(compiled, mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"), axis_names={"a"})
+    with pytest.raises(jax_mpk.ShardedInputError, match="b are not manual"):
+        jax.jit(run)(X, W)
+
+
+def test_different_devices_run_at_the_same_time() -> None:
+    f = megakernelize(lambda x: jax.lax.fori_loop(0, 1000, lambda _, x: x * 1.0 + 1.0, x))
+    inputs = [jax.device_put(jnp.float32(i), d) for i, d in enumerate(jax.devices())]
+    results = [f(x) for x in inputs for _ in range(5)]
+    assert [float(r) for r in results[::5]] == [1000.0 + i for i in range(len(inputs))]

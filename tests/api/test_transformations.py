@@ -1,0 +1,188 @@
+"""Megakernels under JAX's transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.api.support import assert_same, integers, operations
+
+import jax_mpk
+from jax_mpk import megakernelize
+
+
+def layer(x, w):
+    return jnp.maximum(x @ w, 0) - 1
+
+
+compiled = megakernelize(layer)
+
+
+@pytest.fixture
+def x() -> jax.Array:
+    return integers(0, 5, 4)
+
+
+@pytest.fixture
+def w() -> jax.Array:
+    return integers(1, 4, 4)
+
+
+def test_jit(x, w) -> None:
+    assert_same(jax.jit(compiled)(x, w), layer(x, w))
+    assert_same(jax.jit(lambda x, w: compiled(x + 1, w) * 2)(x, w), layer(x + 1, w) * 2)
+    assert operations(jax.jit(compiled).lower(x, w).compile()) == ["custom-call"]
+
+
+def test_scan_while_cond(x, w) -> None:
+    def scanned(f):
+        return jax.lax.scan(lambda c, s: (f(c, w) * s, c[0]), x, jnp.arange(-1.0, 2.0))
+
+    def looped(f):
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1], w)), (0, x))
+
+    def branched(f):
+        return [jax.lax.cond(p, lambda x: f(x, w), lambda x: x, x) for p in (True, False)]
+
+    for use in (scanned, looped, branched):
+        assert_same(use(compiled), use(layer))
+        assert_same(jax.jit(use, static_argnums=0)(compiled), use(layer))
+
+
+def test_fori_loop_with_a_predicate_inside() -> None:
+    f = megakernelize(lambda x: x + 1 < 10)
+    assert_same(jax.lax.while_loop(lambda x: f(x), lambda x: x + 1, 0), jnp.asarray(9))
+
+
+@pytest.mark.parametrize("axes", [(0, None), (1, None), (None, 0), (0, 0), (1, 2)])
+def test_vmap(axes, x, w) -> None:
+    def batched(a, axis):
+        return a if axis is None else jnp.stack([a, a + 1, a * 2], axis)
+
+    args = [batched(a, axis) for a, axis in zip((x, w), axes, strict=True)]
+    expected = jax.vmap(layer, axes)(*args)
+    assert_same(jax.vmap(compiled, axes)(*args), expected)
+    assert_same(jax.jit(jax.vmap(compiled, axes))(*args), expected)
+    assert_same(megakernelize(jax.vmap(layer, axes))(*args), expected)
+    assert_same(jax.vmap(compiled, axes, out_axes=1)(*args), jnp.moveaxis(expected, 0, 1))
+    # The batched function is one kernel, not a loop of calls.
+    found = operations(jax.jit(jax.vmap(compiled, axes)).lower(*args).compile())
+    assert found.count("custom-call") == 1 and "while" not in found
+
+
+def test_vmap_of_vmap_and_scan_inside(w) -> None:
+    def f(x):
+        return jax.lax.scan(lambda c, _: (jnp.minimum(layer(c, w), 50), c[0]), x, None, length=3)
+
+    x = integers(2, 2, 3, 5, 4)
+    assert_same(jax.vmap(jax.vmap(megakernelize(f)))(x), jax.vmap(jax.vmap(f))(x))
+
+
+def test_vmap_with_results_that_are_not_batched(x) -> None:
+    f = megakernelize(lambda x, y: (x + 1, y + 1))
+    assert_same(jax.vmap(f, (0, None), (0, None))(x, 3.0), (x + 1, jnp.asarray(3.0) + 1))
+
+
+def test_closing_over_tracers(x, w) -> None:
+    def outer(x, w):
+        return megakernelize(lambda y: layer(y, w) + x)(x * 2)
+
+    expected = layer(x * 2, w) + x
+    assert_same(jax.jit(outer)(x, w), expected)
+    assert_same(jax.vmap(outer, (0, None))(x, w), jax.vmap(lambda x, w: layer(x * 2, w) + x, (0, None))(x, w))
+
+
+def test_differentiation_is_refused_clearly(x, w) -> None:
+    def loss(f, x):
+        return f(x, w).sum()
+
+    for attempt in (
+        lambda: jax.grad(lambda x: loss(compiled, x))(x),
+        lambda: jax.jit(jax.grad(lambda x: loss(compiled, x)))(x),
+        lambda: jax.jvp(lambda x: loss(compiled, x), (x,), (x,)),
+        lambda: jax.linearize(lambda x: loss(compiled, x), x),
+        lambda: jax.vjp(lambda x: loss(compiled, x), x),
+    ):
+        with pytest.raises(jax_mpk.DifferentiationError, match=r"megakernelize\(jax\.grad\(f\)\)") as error:
+            attempt()
+        assert "layer" in str(error.value)
+    gradient = megakernelize(jax.grad(lambda x: loss(layer, x)))
+    assert_same(gradient(x), jax.grad(lambda x: loss(layer, x))(x))
+
+
+def test_differentiation_around_what_has_no_gradient(x, w) -> None:
+    tokens = megakernelize(lambda x: jnp.argmax(x, -1))
+
+    def loss(x, pick, f):
+        return jnp.take_along_axis(x * x, pick(x)[:, None], 1).sum() + f(jax.lax.stop_gradient(x), w).sum()
+
+    expected = jax.grad(lambda x: loss(x, lambda x: jnp.argmax(x, -1), layer))(x)
+    assert_same(jax.grad(lambda x: loss(x, tokens, compiled))(x), expected)
+
+
+def test_nested_megakernels_are_one(x, w) -> None:
+    @megakernelize
+    def outer(x, w):
+        def body(c, _):
+            return jnp.minimum(compiled(c, w), 50), None
+
+        return jax.lax.scan(body, jax.jit(compiled)(compiled(x, w), w), None, length=2)[0]
+
+    expected = layer(jnp.minimum(layer(layer(layer(x, w), w), w), 50), w)
+    assert_same(outer(x, w), jnp.minimum(expected, 50))
+    assert operations(outer.lower(x, w).compile()) == ["custom-call"]
+    assert "megakernel" not in str(outer.lower(x, w).jaxpr)
+
+
+def test_eval_shape_and_make_jaxpr(x, w) -> None:
+    for f in (compiled, jax.jit(compiled)):
+        shape = jax.eval_shape(f, x, w)
+        assert (shape.shape, shape.dtype) == ((5, 4), jnp.float32)
+    assert compiled.eval_shape(x, w).shape == (5, 4)
+    jaxpr = jax.make_jaxpr(compiled)(x, w)
+    assert [eqn.primitive.name for eqn in jaxpr.eqns] == ["megakernel"]
+    assert_same(jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x, w)[0], layer(x, w))
+    # Only traced, never compiled.
+    assert megakernelize(jnp.linalg.qr).eval_shape(x)[0].shape == (5, 4)
+
+
+def test_remat_and_custom_derivatives_inside(x, w) -> None:
+    @jax.custom_jvp
+    def clip(x):
+        return jnp.clip(x, -3, 3)
+
+    clip.defjvp(lambda p, t: (clip(*p), t[0]))
+
+    def f(x, w):
+        return clip(jax.checkpoint(layer)(x, w)) + jax.nn.relu(x)
+
+    assert_same(megakernelize(f)(x, w), jax.jit(f)(x, w))
+    assert_same(jax.checkpoint(compiled)(x, w), layer(x, w))
+
+
+def test_unused_results_are_not_computed(x, w) -> None:
+    both = megakernelize(lambda x, w: (layer(x, w), jnp.sort(x.sum(0))))
+    lowered = jax.jit(lambda x, w: both(x, w)[1]).lower(x, w)
+    assert lowered.compile().as_text().count(" parameter(") == 1
+    assert_same(lowered.compile()(x, w), jnp.sort(x.sum(0)))
+
+
+def test_disable_jit(x, w) -> None:
+    seen = []
+
+    @megakernelize
+    def f(x):
+        seen.append(x)
+        return compiled(x, w)
+
+    with jax.disable_jit():
+        assert_same(f(x), layer(x, w))
+        assert_same(jax.vmap(compiled, (0, None))(x, w), layer(x, w))
+    assert isinstance(seen[0], jax.Array) and not isinstance(seen[0], jax.core.Tracer)
+
+
+def test_debug_nans() -> None:
+    f = megakernelize(lambda x: jnp.log(x))
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(f(jnp.ones(3)), np.zeros(3))
+        with pytest.raises(FloatingPointError):
+            f(-jnp.ones(3))

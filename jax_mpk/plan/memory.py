@@ -16,7 +16,7 @@ _ALIGN = 128
 _SMALL = 4096
 
 
-@dataclass
+@dataclass(eq=False)
 class Life:
     """When a workspace storage is in use.
 

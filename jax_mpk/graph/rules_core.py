@@ -35,10 +35,17 @@ def _broadcast_in_dim(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Seque
 
 @rule("reshape")
 def _reshape(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
-    if len(xs) != 1 or eqn.params.get("dimensions") is not None:
-        raise unsupported(eqn, "only reshapes of fixed shapes in row-major order are supported")
+    if len(xs) != 1:
+        raise unsupported(eqn, "shapes known only at run time are not supported")
     old, new = logical_shape(eqn.invars[0]), logical_shape(eqn.outvars[0])
-    return [reindex(bb, eqn, xs[0], lambda b, at: reshape_indices(b, at, new, old))]
+    # ``dimensions`` is a transposition that comes first.
+    order: Sequence[int] = eqn.params.get("dimensions") or range(len(old))
+
+    def index(b: Builder, at: list[int]) -> list[int]:
+        transposed = reshape_indices(b, at, new, [old[axis] for axis in order])
+        return [transposed[order.index(axis)] for axis in range(len(old))]
+
+    return [reindex(bb, eqn, xs[0], index)]
 
 
 @rule("squeeze")

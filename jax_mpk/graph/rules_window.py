@@ -29,6 +29,8 @@ _SCALAR = {
     "or": "or",
     "xor": "xor",
 }
+#: What a combination is called on truth values.
+_ON_BOOLS = {"sum": "or", "prod": "and", "max": "or", "min": "and"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _windows(eqn: JaxprEqn, operand: Value, out: Sequence[int]) -> Windows:
 def _element(b: Builder, load: Load, slot: int, at: list[int], inside: int, dtype: str, kind: str) -> int:
     """An operand's element in its compute type, or outside it what does not change a combination."""
     found = b.compute(load(slot, at, inside))
-    if kind == "sum":
+    if kind in ("sum", "or", "xor"):
         return found  # a load that is switched off reads 0
     acc = dtypes.compute_type(dtype)
     return b.op("select", inside, found, b.const(identity(kind, acc), acc))
@@ -164,6 +166,8 @@ def _skipping(join: Join) -> Join:
 def _familiar(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value], kind: str) -> Sequence[Value]:
     """A reduction over windows by a combination with an identity; xs may end in an initial value."""
     operand = xs[0]
+    if operand.dtype == "b1":
+        kind = _ON_BOOLS.get(kind, kind)
     aval: Any = eqn.outvars[0].aval
     windows = _windows(eqn, operand, aval.shape)
     rank = len(aval.shape)

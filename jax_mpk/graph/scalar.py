@@ -135,7 +135,8 @@ class Builder:
         return self._add(Node("const", (), dtype, bits), known)
 
     def index(self, value: int) -> int:
-        return self.const(_wrapped(value), INDEX)
+        # Shapes and parameters in jaxprs may be NumPy integers, which do not wrap.
+        return self.const(_wrapped(int(value)), INDEX)
 
     def load(self, slot: int, indices: Sequence[int], dtype: str, pred: int | None = None) -> int:
         """Element of operand ``slot``. ``pred`` None: the indices are always in bounds."""

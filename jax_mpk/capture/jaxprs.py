@@ -6,6 +6,7 @@ The only module of ``capture`` and ``graph`` that imports JAX internals; what di
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from jax._src.lax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 Atom = Var | Literal
+
+# Frames of this package are not the user's.
+source_info_util.register_exclusion(str(Path(__file__).parent.parent))
 
 DropVar = core.DropVar
 

@@ -46,6 +46,7 @@ __all__ = [
     "element_type",
     "identity",
     "load_rules",
+    "refusal",
     "reindex",
     "rule",
     "run",
@@ -124,7 +125,11 @@ def run(bb: BlockBuilder, jaxpr: Jaxpr, args: Sequence[Value]) -> list[Value]:
             apply = RULES.get(eqn.primitive.name)
             if apply is None:
                 raise unsupported(eqn)
-            results = apply(bb, eqn, [read(atom) for atom in eqn.invars])
+            try:
+                results = apply(bb, eqn, [read(atom) for atom in eqn.invars])
+            except Exception as error:
+                _name_equation(error, eqn)
+                raise
         for var, value in zip(eqn.outvars, results, strict=True):
             _check_result(eqn, var, value)
             env[var] = value
@@ -180,6 +185,31 @@ def decompose(
     consts = [bb.constant_array(np.asarray(const)) for const in captured.consts]
     with bb.built_from(bb.source, pin=True):
         return run(bb, captured.jaxpr, [*consts, *values])
+
+
+def refusal(eqn: JaxprEqn) -> errors.UnsupportedPrimitiveError | None:
+    """Why an equation of a captured jaxpr cannot be lowered, or None if it can."""
+    load_rules()
+    bb = BlockBuilder()
+    try:
+        _check_types(eqn)
+        if eqn.primitive.name not in RULES:
+            return unsupported(eqn)
+        operands = []
+        for atom in eqn.invars:
+            dtype = element_type(atom.aval)
+            assert dtype is not None
+            operands.append(bb.value(jaxprs.physical(atom.aval)[0], dtype))
+        RULES[eqn.primitive.name](bb, eqn, operands)
+    except errors.UnsupportedPrimitiveError as error:
+        return error
+    return None
+
+
+def _name_equation(error: Exception, eqn: JaxprEqn) -> None:
+    """Says in an unexpected error which equation a rule failed on; the innermost one is enough."""
+    if not isinstance(error, errors.JaxMpkError) and not getattr(error, "__notes__", None):
+        error.add_note(f"while lowering {eqn.primitive.name} at {jaxprs.user_line(eqn)}: {eqn}")
 
 
 def _check_types(eqn: JaxprEqn) -> None:

@@ -1,8 +1,8 @@
 """The Graph in NumPy: what every operator computes, for a whole graph or for one box of one operator.
 
 Slow and plain; plans and executors are compared with it. Sums and products of factors of floats are accumulated in f64
-and rounded once, so that no order of summation is preferred. The scalar operations are those of
-:mod:`jax_mpk.graph.semantics`.
+and rounded once, so that no order of summation is preferred. Updates that add to the same element of an f16 or bf16
+value likewise add up in f32 and are rounded once. The scalar operations are those of :mod:`jax_mpk.graph.semantics`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from jax import lax
 
 from jax_mpk import errors
 from jax_mpk.capture import capture
-from jax_mpk.graph.build import RULES, BlockBuilder, build_graph, decompose, load_rules, rule
+from jax_mpk.graph.build import RULES, BlockBuilder, build_graph, decompose, load_rules, refusal, rule
 from jax_mpk.graph.ir import Combine, Graph, Nest, Update
 from jax_mpk.graph.reference import evaluate
 from jax_mpk.graph.scalar import Builder
@@ -115,6 +115,25 @@ def test_results_are_checked_against_jax(monkeypatch) -> None:
     monkeypatch.setitem(RULES, "sin", lambda bb, eqn, xs: [bb.constant(0, "f32", (7,))])
     with pytest.raises(errors.GraphVerificationError, match=r"f32\[7\] where JAX says f32\[3, 4\]"):
         build(jnp.sin, X)
+
+
+def test_errors_in_rules_name_the_equation(monkeypatch) -> None:
+    load_rules()
+    monkeypatch.setitem(RULES, "sin", lambda bb, eqn, xs: 1 // 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        build(lambda x: lax.fori_loop(0, 3, lambda i, c: jnp.sin(c), x), X)
+    (note,) = caught.value.__notes__
+    assert "while lowering sin at" in note and "test_build.py" in note
+
+
+def test_refusals() -> None:
+    jaxpr = capture(
+        jax.make_jaxpr(
+            lambda x: (jnp.linalg.cholesky(x[:3, :3]), lax.cond(x[0, 0] > 0, jnp.fft.fft, lambda x: x + 0j, x))
+        )(X)
+    ).jaxpr
+    refused = {eqn.primitive.name: error for eqn in jaxpr.eqns if (error := refusal(eqn))}
+    assert {"cholesky", "cond"} <= set(refused) and "slice" not in refused
 
 
 # -- the block builder -----------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from jax_mpk.plan.ir import (
 )
 from jax_mpk.plan.verify_coverage import check_coverage
 from jax_mpk.plan.verify_facts import STAGE_NAMES, Facts, SegmentFacts, build_facts, refuse
-from jax_mpk.plan.verify_memory import check_flow, check_storages
+from jax_mpk.plan.verify_memory import check_flow, check_storages, check_wiring
 from jax_mpk.plan.verify_order import check_order
 
 
@@ -66,6 +66,7 @@ def verify_plan(plan: Plan) -> None:
         _check_routine(facts, number, routine)
     _check_schedule(facts)
     _check_events(facts)
+    check_wiring(facts)
     check_coverage(facts)
     check_flow(facts, check_order(facts))
 

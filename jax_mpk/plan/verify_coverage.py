@@ -201,7 +201,7 @@ def _check_scratch(facts: Facts, number: int, routine: Routine) -> None:
     born: dict[int, int] = {}
     dies: dict[int, int] = {}
     for at, member in enumerate(routine.members):
-        for v in _operands(plan.ops[member.op]):
+        for v in _operands(plan.ops[member.op], member.stage):
             if v in routine.local_values:
                 if v not in born:
                     refuse(f"routine {number}: op {member.op} reads local value {v} before it is computed")
@@ -227,8 +227,15 @@ def _check_scratch(facts: Facts, number: int, routine: Routine) -> None:
         spans.append((v, offset, end))
 
 
-def _operands(op: Op) -> tuple[int, ...]:
-    return (*op.operands, op.base) if isinstance(op, Update) else op.operands
+def _operands(op: Op, stage: int) -> set[int]:
+    """Values that a stage of an operator reads."""
+    if isinstance(op, Update):
+        return {*op.operands, op.base}
+    if not isinstance(op, Nest) or stage == WHOLE:
+        return set(op.operands)
+    expr = op.body if stage == PARTIAL else op.epilogue
+    assert expr is not None
+    return {op.operands[expr.nodes[i].attr] for i in expr.loads()}  # type: ignore[index]
 
 
 # -- accesses --------------------------------------------------------------------------------------------------

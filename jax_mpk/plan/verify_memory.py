@@ -117,12 +117,10 @@ def _nbytes(plan: Plan, value: int) -> int:
 # -- the schedule ----------------------------------------------------------------------------------------------
 
 
-def check_flow(facts: Facts, summaries: list[Summary]) -> None:
-    """Walks the schedule; raises where a value is used that its bytes do not hold."""
-    _check_writes(facts)
+def check_wiring(facts: Facts) -> None:
+    """What loops and branches pass on has the same bytes on both sides."""
     for position, op in enumerate(facts.plan.ops):
         if isinstance(op, Loop):
-            assert op.body is not None
             for k, p in enumerate(op.params):
                 names = [("init", op.inits[k]), ("result of its body", op.body.results[k])]
                 if facts.start[p] >= 0:
@@ -132,6 +130,11 @@ def check_flow(facts: Facts, summaries: list[Summary]) -> None:
             for k, v in enumerate(op.outputs):
                 names = [(f"result of arm {a}", arm.results[k]) for a, arm in enumerate(op.arms)]
                 _check_same_bytes(facts, position, f"output {k}", v, names)
+
+
+def check_flow(facts: Facts, summaries: list[Summary]) -> None:
+    """Walks the schedule; raises where a value is used that its bytes do not hold."""
+    _check_writes(facts)
     _Flow(facts, summaries).run()
 
 

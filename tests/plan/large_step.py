@@ -21,6 +21,7 @@ class Shape:
     Attributes:
       layers, width, heads, kv_heads, head_dim, ffn, vocab: as usual.
       cache: positions.
+      time_axis: whether attention keeps an axis of new positions (of extent 1), as code does that also reads prompts.
     """
 
     layers: int = 36
@@ -31,6 +32,7 @@ class Shape:
     ffn: int = 12288
     vocab: int = 151_936
     cache: int = 1024
+    time_axis: bool = False
 
     def avals(self) -> tuple[Params, Cache, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Abstract parameters (bf16), cache (bf16), token (s32[1]) and position (s32)."""
@@ -90,10 +92,17 @@ class Shape:
         k = rotate(rms_norm(k, p["k_norm"]), pos)
         keys = lax.dynamic_update_slice(cache[0], k[:, None], (0, pos, 0, 0))
         values = lax.dynamic_update_slice(cache[1], v, (0, pos, 0, 0))
-        scores = jnp.einsum("bkgd,bskd->bkgs", q, keys, preferred_element_type=jnp.float32)
-        scores = jnp.where(jnp.arange(self.cache) <= pos, scores * self.head_dim**-0.5, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        out = jnp.einsum("bkgs,bskd->bkgd", weights, values).reshape(1, -1)
+        if self.time_axis:
+            scores = jnp.einsum("btkgd,bskd->bkgts", q[:, None], keys, preferred_element_type=jnp.float32)
+            visible = jnp.arange(self.cache)[None, :] <= pos + jnp.arange(1)[:, None]
+            scores = jnp.where(visible, scores * self.head_dim**-0.5, -jnp.inf)
+            weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+            out = jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(1, -1)
+        else:
+            scores = jnp.einsum("bkgd,bskd->bkgs", q, keys, preferred_element_type=jnp.float32)
+            scores = jnp.where(jnp.arange(self.cache) <= pos, scores * self.head_dim**-0.5, -jnp.inf)
+            weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+            out = jnp.einsum("bkgs,bskd->bkgd", weights, values).reshape(1, -1)
         return out @ p["out"], (keys, values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -23,17 +24,18 @@ SHAPE = Shape()
 
 
 @functools.cache
-def plan() -> Plan:
-    avals = SHAPE.avals()
-    captured = capture(jax.make_jaxpr(SHAPE.step())(*avals))
+def plan(shape: Shape = SHAPE) -> Plan:
+    avals = shape.avals()
+    captured = capture(jax.make_jaxpr(shape.step())(*avals))
+    assert not captured.consts
     params, cache = (len(jax.tree.leaves(a)) for a in avals[:2])
     graph = build_graph(captured.jaxpr, donated=frozenset(range(params, params + cache)))
     return make_plan(fuse(graph), targets.H100)
 
 
 @functools.cache
-def stats() -> PlanStats:
-    return plan_stats(plan())
+def stats(shape: Shape = SHAPE) -> PlanStats:
+    return plan_stats(plan(shape))
 
 
 def test_verified() -> None:
@@ -59,6 +61,12 @@ def test_every_weight_is_read_once() -> None:
 
 def test_dependent_phases() -> None:
     assert stats().phases <= 5 * SHAPE.layers + 3
+
+
+@pytest.mark.xfail(reason="scores that einsum computes keys first are not joined with the weighted sum", strict=True)
+def test_dependent_phases_with_a_time_axis() -> None:
+    shape = dataclasses.replace(SHAPE, layers=3, time_axis=True)
+    assert stats(shape).phases <= 5 * shape.layers + 3
 
 
 def test_every_sm_is_busy_in_every_large_contraction() -> None:

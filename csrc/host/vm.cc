@@ -58,6 +58,21 @@ void Walk::setup(const int64_t* low, const int64_t* high, int cut0, int cut1, bo
   flat_p0_ = -1;
 }
 
+void Walk::setup_uniform() {
+  int64_t none[kMaxAxes] = {}, one[kMaxAxes], extent[kMaxAxes];
+  std::fill(one, one + kMaxAxes, 1);
+  place(none, one, -1, extent);
+  for (size_t a = 0; a < code_.accesses.size(); ++a) {
+    // Others are not read, and element 0 of their space may lie outside what the task holds.
+    const int64_t* strides = code_.accesses[a].strides;
+    if (std::all_of(strides, strides + code_.rank, [](int64_t s) { return s == 0; })) check_bounds(a, extent);
+  }
+  merge_axes(0, 0, extent);
+  choose_lanes(0, false);
+  dirty_ = 0;
+  flat_p0_ = -1;
+}
+
 // Offsets at the box's first element and, in group_stride_, one group per loop position.
 void Walk::place(const int64_t* low, const int64_t* high, int reversed, int64_t* extent) {
   const size_t accesses = code_.accesses.size();

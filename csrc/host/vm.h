@@ -28,6 +28,8 @@ class Walk {
   // `reversed`: a loop position that runs downwards, or −1. Throws where an access would leave its operand.
   void setup(const int64_t* low, const int64_t* high, int cut0 = 0, int cut1 = 0, bool all_lanes = false,
              int reversed = -1);
+  // For run_uniform() alone.
+  void setup_uniform();
 
   bool empty() const { return empty_; }
   int64_t lanes() const { return lanes_; }  // elements along the lane groups

@@ -94,9 +94,7 @@ class Updates {
     bool needs_uniform = false;
     for (const TargetIndex& target : member_.target) needs_uniform |= target.uniform_register >= 0;
     if (needs_uniform) {
-      int64_t none[kMaxAxes] = {}, one[kMaxAxes];
-      std::fill(one, one + kMaxAxes, 1);
-      walk.setup(none, one);
+      walk.setup_uniform();
       walk.run_uniform();
     }
     for (size_t d = 0; d < member_.target.size(); ++d) {

@@ -25,7 +25,7 @@ struct Family {
   using Scalar = T;
   typedef T Vec __attribute__((vector_size(16)));
   using Own = OwnSource;
-  static constexpr int kLanes = 16 / sizeof(T), kMaxRows = 4, kDotRows = 1;
+  static constexpr int kLanes = 16 / sizeof(T), kMaxRows = 4, kDotRows = 4;
 
   static Vec zero() { return Vec{}; }
   static Vec broadcast(const T* p) { return *p - Vec{}; }

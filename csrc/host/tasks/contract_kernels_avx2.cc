@@ -18,7 +18,7 @@ struct F32 {
   using Scalar = float;
   using Vec = __m256;
   using Own = FromF32;
-  static constexpr int kLanes = 8, kMaxRows = 6, kDotRows = 1;
+  static constexpr int kLanes = 8, kMaxRows = 6, kDotRows = 4;
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -46,7 +46,7 @@ struct F64 {
   using Scalar = double;
   using Vec = __m256d;
   using Own = FromF64;
-  static constexpr int kLanes = 4, kMaxRows = 6, kDotRows = 1;
+  static constexpr int kLanes = 4, kMaxRows = 6, kDotRows = 4;
 
   static Vec zero() { return _mm256_setzero_pd(); }
   static Vec broadcast(const double* p) { return _mm256_broadcast_sd(p); }
@@ -67,7 +67,7 @@ struct S32 {
   using Scalar = int32_t;
   using Vec = __m256i;
   using Own = FromS32;
-  static constexpr int kLanes = 8, kMaxRows = 6, kDotRows = 1;
+  static constexpr int kLanes = 8, kMaxRows = 6, kDotRows = 4;
 
   static Vec zero() { return _mm256_setzero_si256(); }
   static Vec broadcast(const int32_t* p) { return _mm256_set1_epi32(*p); }

@@ -21,7 +21,7 @@ struct F32 {
   using Scalar = float;
   using Vec = __m512;
   using Own = FromF32;
-  static constexpr int kLanes = 16, kMaxRows = 14, kDotRows = 3;
+  static constexpr int kLanes = 16, kMaxRows = 14, kDotRows = 8;
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
@@ -52,7 +52,7 @@ struct F64 {
   using Scalar = double;
   using Vec = __m512d;
   using Own = FromF64;
-  static constexpr int kLanes = 8, kMaxRows = 14, kDotRows = 3;
+  static constexpr int kLanes = 8, kMaxRows = 14, kDotRows = 8;
 
   static Vec zero() { return _mm512_setzero_pd(); }
   static Vec broadcast(const double* p) { return _mm512_set1_pd(*p); }
@@ -75,7 +75,7 @@ struct S32 {
   using Scalar = int32_t;
   using Vec = __m512i;
   using Own = FromS32;
-  static constexpr int kLanes = 16, kMaxRows = 14, kDotRows = 3;
+  static constexpr int kLanes = 16, kMaxRows = 14, kDotRows = 8;
 
   static Vec zero() { return _mm512_setzero_si512(); }
   static Vec broadcast(const int32_t* p) { return _mm512_set1_epi32(*p); }

@@ -6,7 +6,7 @@
 //   Scalar, Vec, kLanes
 //   Own        the source of its own type, which packed operands are read as
 //   kMaxRows   rows of a micro-kernel of two vectors of columns: 2 * kMaxRows + 3 registers or so
-//   kDotRows   lhs rows of a dot-product kernel of four rhs rows: 8 * kDotRows + 2 registers or so
+//   kDotRows   lhs rows of a dot-product kernel, at most 8: 2 * kDotRows + 3 registers or so
 //   zero(), broadcast(const Scalar*), load(p), store(p, v), add(a, b), fma(a, b, c) = a * b + c
 //   plus(Scalar, Scalar)
 //   interleave(a, b)   a, b = their elements in turn: a0 b0 a1 b1 ...
@@ -38,6 +38,7 @@ constexpr int64_t kChain = kContractChain;
 constexpr int64_t kDotStep = 2048;           // k per pass of the dot-product form
 constexpr int64_t kFewRows = 8;              // up to here rhs is read where it lies, above it is packed
 constexpr int64_t kStreams = 16;             // rhs rows read side by side, see direct_form()
+constexpr int64_t kDirectRows = 32;
 constexpr int64_t kLongStreams = 8, kLongRow = 8 * 1024, kPrefetchRow = 8 * 1024, kDistance = 2;
 constexpr int64_t kPartialBytes = 16 * 1024; // partial sums of a pass over k: half of the L1 cache
 constexpr int64_t kPackBytes = 512 * 1024;   // packed rhs: half of the L2 cache
@@ -132,12 +133,12 @@ struct Workspace {
   using T = typename F::Scalar;
   static constexpr int64_t kBlock = 2 * F::kLanes;  // columns of the smallest micro-kernel
   static constexpr int64_t kPackColumns = kPackBytes / (kChain * sizeof(T)) / kBlock * kBlock;
-  static constexpr int64_t kMostRows = F::kMaxRows > kFewRows ? F::kMaxRows : kFewRows;
+  static constexpr int64_t kMostRows = F::kMaxRows > kDirectRows ? F::kMaxRows : kDirectRows;
   static constexpr int64_t kRowsBytes = (kFewRows * kDotStep + F::kLanes) * sizeof(T);
   static constexpr int64_t kTileBytes = F::kMaxRows * kBlock * sizeof(T);
   static constexpr int64_t kBytes = kPackBytes + kPartialBytes + kTileBytes + kRowsBytes;
   static_assert(kMostRows * kChain <= kFewRows * kDotStep && kPackColumns >= kBlock);
-  static_assert(kFewRows * kBlock * sizeof(T) <= kPartialBytes);
+  static_assert(kDirectRows * kBlock * sizeof(T) <= kPartialBytes);
 
   explicit Workspace(void* memory)
       : pack(static_cast<T*>(memory)),
@@ -313,8 +314,7 @@ Micro<S> pick_blocks(int64_t blocks) {
 template <class S, int M = 1>
 Micro<S> pick(int64_t rows, int64_t blocks) {
   using F = typename S::Family;
-  constexpr int64_t limit = S::kType == F::Own::kType ? F::kMaxRows : least(kFewRows, F::kMaxRows);
-  if constexpr (M < limit) {
+  if constexpr (M < F::kMaxRows) {
     if (rows != M) return pick<S, M + 1>(rows, blocks);
   }
   return pick_blocks<S, M>(blocks);
@@ -446,56 +446,44 @@ void packed_form(int64_t m, int64_t n, int64_t depth, Pack<F> pack_lhs, Pack<F> 
 
 // --- Dot-product form: few rows, rhs contiguous along k -----------------------------------------------------
 
-// M rows of x times four rows of w. x[i * x_row ...] is in the order of load2 and zero past the end;
-// `tails` are the last elements of w, padded likewise, or null.
+// Rows of w whose sums are reduced together, and how many vectors of sums that makes.
+constexpr int dot_group(int m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
+
+// M rows of x times dot_group(M) rows of w, one row of w after the other: memory is read in its order, and each
+// row once. x[i * x_row ...] is in the order of load2 and zero past the end; `tails` are the last elements of the
+// rows of w, padded likewise, or null. out[r * M + i] is x row i times w row r.
 template <class S, int M>
 void dot(int64_t blocks, const typename S::Family::Scalar* x, int64_t x_row, const char* const* w,
-         const char* const* tails, typename S::Family::Scalar* out, Ahead* ahead) {
+         const char* const* tails, typename S::Family::Scalar* out) {
   using F = typename S::Family;
   using T = typename F::Scalar;
   using Vec = typename F::Vec;
   constexpr int64_t L = F::kLanes, B = 2 * L;
-  Vec c[M][4][2];
+  constexpr int R = dot_group(M);
+  Vec sums[(R * M + 3) / 4 * 4];
 #pragma GCC unroll 4
-  for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) c[i][r][0] = c[i][r][1] = F::zero();
+  for (int r = 0; r < R; ++r) {
+    Vec c[M][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) c[i][0] = c[i][1] = F::zero();
+    const auto add = [&](const char* p, const T* xs) __attribute__((always_inline)) {
+      Vec lo, hi;
+      load2<S>(p, lo, hi);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) {
+        c[i][0] = F::fma(F::load(xs + i * x_row), lo, c[i][0]);
+        c[i][1] = F::fma(F::load(xs + i * x_row + L), hi, c[i][1]);
+      }
+    };
+    for (int64_t k = 0; k < blocks; ++k) add(w[r] + k * B * S::kSize, x + k * B);
+    if (tails) add(tails[r], x + blocks * B);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) sums[r * M + i] = F::add(c[i][0], c[i][1]);
   }
-  // Four rows side by side, or one after the other: see dots_form().
-  const auto add = [&](int r, const char* p, const T* xs) __attribute__((always_inline)) {
-    Vec lo, hi;
-    load2<S>(p, lo, hi);
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) {
-      c[i][r][0] = F::fma(F::load(xs + i * x_row), lo, c[i][r][0]);
-      c[i][r][1] = F::fma(F::load(xs + i * x_row + L), hi, c[i][r][1]);
-    }
-  };
-  if (ahead) {
-    Ahead local = *ahead;
-    const char* const rows[4] = {w[0], w[1], w[2], w[3]};
-    for (int64_t k = 0; k < blocks; ++k) {
-      local.template step<3>(4 * B * S::kSize);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) add(r, rows[r] + k * B * S::kSize, x + k * B);
-    }
-    *ahead = local;
-  } else {
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      for (int64_t k = 0; k < blocks; ++k) add(r, w[r] + k * B * S::kSize, x + k * B);
-    }
-  }
-  if (tails) {
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) add(r, tails[r], x + blocks * B);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < M; ++i) {
-    const Vec sums[4] = {F::add(c[i][0][0], c[i][0][1]), F::add(c[i][1][0], c[i][1][1]),
-                         F::add(c[i][2][0], c[i][2][1]), F::add(c[i][3][0], c[i][3][1])};
-    F::sum4(sums, out + 4 * i);
-  }
+#pragma GCC unroll 8
+  for (int i = R * M; i < (R * M + 3) / 4 * 4; ++i) sums[i] = F::zero();
+#pragma GCC unroll 2
+  for (int i = 0; i < R * M; i += 4) F::sum4(sums + i, out + i);
 }
 
 template <class S, int M = 1>
@@ -507,9 +495,9 @@ auto pick_dot(int64_t rows) -> decltype(&dot<S, M>) {
 }
 
 template <class S>
-void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Family> pack_lhs, const Matrix& lhs,
-          const Matrix& rhs, const Output<typename S::Family::Scalar>& out,
-          const Workspace<typename S::Family>& ws) {
+void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Family> pack_lhs,
+               const Matrix& lhs, const Matrix& rhs, const Output<typename S::Family::Scalar>& out,
+               const Workspace<typename S::Family>& ws) {
   using F = typename S::Family;
   using T = typename F::Scalar;
   constexpr int64_t L = F::kLanes, B = Workspace<F>::kBlock;
@@ -530,9 +518,6 @@ void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Fa
   char tail[4][B * S::kSize];
   const char* tails[4] = {tail[0], tail[1], tail[2], tail[3]};
   __builtin_memset(tail, 0, sizeof(tail));
-  const bool in_order = m <= 2;
-  const int64_t bytes = depth * S::kSize, chunk = 4 * B * S::kSize;
-  const int64_t distance = bytes >= 1024 ? 4 : 16;
   for (int64_t j = 0; j < n; j += 4) {
     const char* w[4];
     for (int64_t r = 0; r < 4; ++r) {
@@ -540,13 +525,15 @@ void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Fa
       const char* from = w[r] + blocks * B * S::kSize;
       for (int64_t byte = 0; byte < rest * S::kSize; ++byte) tail[r][byte] = from[byte];
     }
-    Ahead ahead(rhs.from(j + distance, 0).data, bytes, chunk, rhs.row);
     for (int64_t p = 0; p < panels.count; ++p) {
-      const int64_t first = panels.start(p), rows = panels.at(p);
-      T sums[F::kDotRows * 4];
-      pick_dot<S>(rows)(blocks, ws.rows + first * padded, padded, w, rest > 0 ? tails : nullptr, sums,
-                        in_order || p > 0 ? nullptr : &ahead);
-      scatter<F>(out.from(first, j), rows, least(4, n - j), sums, 4);
+      const int64_t first = panels.start(p), rows = panels.at(p), group = dot_group(static_cast<int>(rows));
+      const Output<T> here = out.from(first, j);
+      for (int64_t r = 0; r < least(4, n - j); r += group) {
+        T sums[F::kDotRows + 4];
+        pick_dot<S>(rows)(blocks, ws.rows + first * padded, padded, w + r, rest > 0 ? tails + r : nullptr, sums);
+        const Output<T> across = {here.from(0, r).data, here.column, here.row, here.add};
+        scatter<F>(across, least(group, n - j - r), rows, sums, rows);
+      }
     }
   }
 }
@@ -593,6 +580,8 @@ bool run(const ContractArgs& a, void* memory) {
   bool swap = row == 1 && column != 1;
   if (m <= kFewRows || n <= kFewRows) {
     swap = n < m && (m > kFewRows || n == 1 || (rhs.row != 1 && rhs.k != 1));
+  } else if (n < m && n <= kDirectRows && lhs.row == 1 && rhs.row != 1) {
+    swap = true;
   }
   if (swap) {
     const Side side = lhs;
@@ -605,7 +594,7 @@ bool run(const ContractArgs& a, void* memory) {
 
   const Workspace<F> ws(memory);
   const bool few = m <= kFewRows && right.direct != nullptr;
-  const bool by_columns = few && rhs.row == 1 && n > 1;
+  const bool by_columns = right.direct != nullptr && m <= kDirectRows && rhs.row == 1 && n > 1;
   const bool by_dots = few && !by_columns && (rhs.k == 1 || a.k == 1);
   const int64_t step = by_dots ? kDotStep : kChain;
   for (int64_t b = 0; b < a.b; ++b) {

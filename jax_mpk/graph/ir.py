@@ -169,8 +169,9 @@ class Sort:
       outputs: one per operand; for top-k two: values and s32 positions.
       num_keys: number of keys.
       stable: equal elements keep their order (always honoured; kept for the record).
-      top_k: None, or k: only the k largest, descending, ties to the smaller position; ``space`` is then the
-        operand's shape and the outputs have extent k along ``axis``.
+      top_k: None, or k: only the k largest, descending in XLA's total order (NaN, inf, …, +0, −0, …, −inf, −NaN),
+        ties to the smaller position; ``space`` is then the operand's shape and the outputs have extent k along
+        ``axis``.
     """
 
     space: tuple[int, ...]

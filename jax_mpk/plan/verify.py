@@ -79,6 +79,8 @@ def _check_tables(plan: Plan) -> None:
     tasks, accesses, values = plan.tasks, plan.accesses, len(plan.graph.values)
     if plan.target.workers < 1:
         refuse(f"target {plan.target.name} has {plan.target.workers} workers")
+    if plan.events < 0 or plan.scratch_bytes < 0:
+        refuse(f"the plan has {plan.events} events and {plan.scratch_bytes} bytes of scratch")
     if tuple(v.id for v in plan.graph.values) != tuple(range(values)):
         refuse("Graph.values are not numbered by position")
     if plan.value_storage.shape != (values,):

@@ -254,6 +254,7 @@ def _routine_rows(facts: Facts, number: int, routine: Routine) -> list[tuple[np.
     extents = dict(zip(routine.local_values, routine.local_extents))
     local: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     mine: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # stored by an earlier member
+    later = {v for at in facts.stored[number] for v in plan.ops[routine.members[at].op].outputs}
     for at, member in enumerate(routine.members):
         lo, hi = facts.member_boxes(number, at)
         op, stored = plan.ops[member.op], at in facts.stored[number]
@@ -278,6 +279,8 @@ def _routine_rows(facts: Facts, number: int, routine: Routine) -> list[tuple[np.
             else:
                 if touch.value in mine:
                     _check_held(facts, tasks, touch.value, mine[touch.value], touch.lo, touch.hi)
+                elif touch.value in later:
+                    refuse(f"routine {number}: op {member.op} reads value {touch.value}, which a later member stores")
                 add(touch.value, READ, touch.lo, touch.hi, touch.value in last_reads)
         if member.stage == FINISH:
             splits = len(facts.split_of[member.op].bounds) - 1

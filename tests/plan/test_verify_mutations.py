@@ -6,8 +6,9 @@ import pytest
 
 from tests.plan import graphs
 from tests.plan.campaign import plans, refusal, run
-from tests.plan.mutations import ORDER_ONLY, Skip, mutate
+from tests.plan.mutations import ORDER_ONLY, Mutation, Skip, corrupt, mutate
 from tests.plan.naive import Order, conflicting_pairs
+from tests.plan.oracle import harm
 
 #: Verdicts wanted of each function; there are enough functions for more than 1,000 of each.
 WANTED = 75
@@ -30,6 +31,25 @@ def test_many_more(name: str) -> None:
     tally = run(graphs.case(name), seed=hash(name) % 1000, refused=10 * WANTED, accepted=10 * WANTED, seeds=4)
     print(f"\n{name}\n{tally.table()}")
     assert not tally.faults, "\n".join(tally.faults)
+
+
+@pytest.mark.parametrize("name", graphs.names())
+def test_any_wrong_number_is_refused_or_harmless(name: str) -> None:
+    """One number anywhere in a plan changes: the verifier never fails in another way than by refusing."""
+    rng = random.Random(name)
+    case = graphs.case(name)
+    source = plans(case, rng)
+    refusals = 0
+    for _ in range(6):
+        plan = next(source)
+        for _ in range(20):
+            new, what = corrupt(plan, rng)
+            if refusal(new) is not None:
+                refusals += 1
+                continue
+            fault = harm(case, Mutation(what, new), seeds=1)
+            assert fault is None, f"{what}: {fault}"
+    assert refusals > 60
 
 
 @pytest.mark.parametrize("name", graphs.names())

@@ -51,7 +51,7 @@ VERIFIERS_MAY_IMPORT = (
 )
 
 # Users of the public interface: what `import jax_mpk` offers and nothing below it.
-PUBLIC_ONLY = ("models", "benchmarks")
+PUBLIC_ONLY = ("models",)
 
 ENVIRONMENT_READERS = {"jax_mpk/config.py"}
 

@@ -90,9 +90,7 @@ def _forward(op: Nest, known: dict[int, tuple[Update, WindowUpdate, int]]) -> Ne
     return fused if good else op
 
 
-def _update_coords(
-    builder: Builder, update: Update, window: WindowUpdate, indices: list[int], start: int
-) -> list[int]:
+def _update_coords(builder: Builder, update: Update, window: WindowUpdate, indices: list[int], start: int) -> list[int]:
     """Coordinates of the update that hit an element of the base."""
     at = [builder.index(0)] * len(update.space)
     for axis, result in enumerate(update.index.results[:-1]):
@@ -101,4 +99,3 @@ def _update_coords(
                 shifted = builder.sub(indices[axis], start) if axis == window.axis else indices[axis]
                 at[node.attr] = shifted
     return at
-

@@ -96,9 +96,7 @@ def _match(out: Op, makers: dict[int, Op], uses: dict[int, int]) -> _Attention |
     return None
 
 
-def _match_shares(
-    out: Nest, shares: Nest, axis: int, makers: dict[int, Op], uses: dict[int, int]
-) -> _Attention | None:
+def _match_shares(out: Nest, shares: Nest, axis: int, makers: dict[int, Op], uses: dict[int, int]) -> _Attention | None:
     body = shares.body
     node = body.nodes[_unconverted(body, body.results[0])]
     if shares.kind != "map" or len(shares.outputs) != 1 or node.op != "div":
@@ -300,7 +298,7 @@ def _merge(
     row = inline(b, out.body.only(*row_args), [*at, b.index(0)], _no_load)
     split = b.coord(len(out.space))
     piece = b.compute(b.load(0, [split, *at], make.dtype(part)))
-    body = b.build(b.mul(piece, b.load(1, [split, *row], "f32")))
+    weighted = b.build(b.mul(piece, b.load(1, [split, *row], "f32")))
 
     slots, after = Slots(), Builder(out.space)
     for v in (part, weight):
@@ -317,7 +315,7 @@ def _merge(
     )
     ops.append(
         Nest(
-            "reduce", out.space, (chunks,), tuple(slots.values), out.outputs, body, Combine("sum"), ("f32",),
+            "reduce", out.space, (chunks,), tuple(slots.values), out.outputs, weighted, Combine("sum"), ("f32",),
             after.build(*results), out.source,
         )
     )  # fmt: skip
@@ -325,13 +323,16 @@ def _merge(
 
 
 def _reduce(
-    like: Nest, space: tuple[int, ...], rspace: tuple[int, ...], operands: tuple[int, ...], outputs: tuple[int, ...], body: Expr
+    like: Nest,
+    space: tuple[int, ...],
+    rspace: tuple[int, ...],
+    operands: tuple[int, ...],
+    outputs: tuple[int, ...],
+    body: Expr,
 ) -> Nest:
     after = Builder(space)
     epilogue = after.build(after.acc(0, "f32"))
-    return replace(
-        like, space=space, rspace=rspace, operands=operands, outputs=outputs, body=body, epilogue=epilogue
-    )
+    return replace(like, space=space, rspace=rspace, operands=operands, outputs=outputs, body=body, epilogue=epilogue)
 
 
 def _no_load(*_: object) -> int:

@@ -9,6 +9,8 @@ JAX_MPK_THREADS     OS threads that run megakernels on the CPU, the caller's inc
 JAX_MPK_CHAOS       seed (an integer from 0 to 2**63 - 1): run the CPU executor in chaos mode;
                     default: off
 JAX_MPK_DUMP_TO     folder for numbered dumps of every stage; default: none
+JAX_MPK_MODELS      folder the example models' weights are kept in; read by ``models``, not by the
+                    package
 ==================  ===========================================================================
 """
 
@@ -48,7 +50,7 @@ def from_environment(environ: Mapping[str, str]) -> Config:
     Raises:
       ConfigError: a variable has a value that cannot be used, or is not one of ours.
     """
-    known = {_PREFIX + name for name in ("THREADS", "CHAOS", "DUMP_TO")}
+    known = {_PREFIX + name for name in ("THREADS", "CHAOS", "DUMP_TO", "MODELS")}
     for name in environ:
         if name.startswith(_PREFIX) and name not in known:
             raise ConfigError(f"{name} is not a variable of jax_mpk; it knows {', '.join(sorted(known))}")

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.api.support import assert_same, integers
 
 import jax_mpk
 from jax_mpk import megakernelize
+from tests.api.support import assert_same, integers
 
 
 def test_result_equals_jit() -> None:

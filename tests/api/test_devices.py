@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tests.api.support import assert_same, integers
 
 import jax_mpk
 from jax_mpk import megakernelize
+from tests.api.support import assert_same, integers
 
 
 def layer(x, w):
@@ -26,13 +26,18 @@ def mesh(request) -> jax.sharding.Mesh:
     return jax.make_mesh((8,), ("d",), axis_types=(kind,))
 
 
+def put(mesh, array, *spec) -> jax.Array:
+    return jax.device_put(array, NamedSharding(mesh, P(*spec)))
+
+
 def test_shard_map(mesh) -> None:
     def run(f):
         return jax.shard_map(f, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d"))
 
-    expected = jax.jit(run(layer))(X, W)
-    np.testing.assert_array_equal(jax.jit(run(compiled))(X, W), expected)
-    np.testing.assert_array_equal(run(compiled)(X, W), expected)
+    x, w = put(mesh, X, "d"), put(mesh, W)
+    expected = np.asarray(jax.jit(run(layer))(x, w))
+    np.testing.assert_array_equal(jax.jit(run(compiled))(x, w), expected)
+    np.testing.assert_array_equal(run(compiled)(x, w), expected)
     # Each device saw its own two rows.
     np.testing.assert_array_equal(expected[2:4], layer(X[2:4], W))
 
@@ -49,7 +54,7 @@ def test_varying_axes(mesh) -> None:
         return f(x, w)[:3]
 
     sharded = jax.shard_map(inner, mesh=mesh, in_specs=(P("d"), P()), out_specs=(P("d"), P(), P("d")))
-    results = jax.jit(sharded)(X, W)
+    results = jax.jit(sharded)(put(mesh, X, "d"), put(mesh, W))
     np.testing.assert_array_equal(results[1], W * 2)
 
 
@@ -58,9 +63,9 @@ def test_wrong_out_specs_are_refused(mesh) -> None:
         return jax.shard_map(f, mesh=mesh, in_specs=(P("d"), P()), out_specs=P())
 
     with pytest.raises(ValueError) as expected:
-        jax.jit(run(layer))(X, W)
+        jax.jit(run(layer))(put(mesh, X, "d"), put(mesh, W))
     with pytest.raises(ValueError) as actual:
-        jax.jit(run(compiled))(X, W)
+        jax.jit(run(compiled))(put(mesh, X, "d"), put(mesh, W))
     assert str(actual.value).splitlines()[0] == str(expected.value).splitlines()[0]
 
 
@@ -72,9 +77,11 @@ def test_shard_map_with_donation_loops_and_vmap(mesh) -> None:
         def body(cache, xs):
             return jax.lax.scan(jax.vmap(f), cache, xs)
 
-        return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(P("d"), P(None, "d")), out_specs=(P("d"), P(None, "d"))))
+        return jax.jit(
+            jax.shard_map(body, mesh=mesh, in_specs=(P("d"), P(None, "d")), out_specs=(P("d"), P(None, "d")))
+        )
 
-    caches, xs = integers(0, 8, 4), integers(1, 3, 8)
+    caches, xs = put(mesh, integers(0, 8, 4), "d"), put(mesh, integers(1, 3, 8), None, "d")
     expected = run(step)(caches, xs)
     actual = run(megakernelize(step, donate_argnums=0))(caches, xs)
     for a, e in zip(actual, expected, strict=True):
@@ -88,16 +95,16 @@ def test_many_launches_on_all_devices(mesh) -> None:
 
     w = integers(1, 4, 4)
     step = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d")))
-    x = jax.device_put(X, NamedSharding(mesh, P("d")))
+    x = put(mesh, X, "d")
     expected = np.asarray(jax.jit(f.__wrapped__)(X, w))
+    w = put(mesh, w)
     for _ in range(20):
         result = step(x, w)
     np.testing.assert_array_equal(result, expected)
 
 
 def test_sharded_arguments_are_refused(mesh) -> None:
-    x = jax.device_put(X, NamedSharding(mesh, P("d")))
-    w = jax.device_put(W, NamedSharding(mesh, P()))
+    x, w = put(mesh, X, "d"), put(mesh, W)
     for call in (compiled, jax.jit(compiled), jax.jit(lambda x, w: compiled(x * 2, w) + 1)):
         with pytest.raises(jax_mpk.ShardedInputError, match="shard_map"):
             call(x, w)
@@ -106,8 +113,7 @@ def test_sharded_arguments_are_refused(mesh) -> None:
 
 
 def test_replicated_and_single_device_arguments_work(mesh) -> None:
-    replicated = NamedSharding(mesh, P())
-    x, w = jax.device_put(X, replicated), jax.device_put(W, replicated)
+    x, w = put(mesh, X), put(mesh, W)
     for call in (compiled, jax.jit(compiled)):
         np.testing.assert_array_equal(call(x, w), layer(X, W))
     there = jax.devices()[5]

@@ -1,12 +1,14 @@
 """Buffers of donated arguments are reused, and nothing else is overwritten."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.api.support import assert_same, integers, operations, pointer
 
 from jax_mpk import megakernelize
+from tests.api.support import assert_same, integers, operations, pointer
 
 
 def write(cache, row, pos):
@@ -83,7 +85,8 @@ def test_scan_carry() -> None:
     result = loop(in_place, cache)
     assert pointer(result[0]) == where
     assert_same(result, expected)
-    assert "copy" not in operations(loop.lower(in_place, fresh()).compile())
+    # XLA copies its loop counter, but not the cache.
+    assert not re.search(r"f32\[16,8\]\S* copy\(", loop.lower(in_place, fresh()).compile().as_text())
 
 
 def test_caller_that_does_not_donate_keeps_its_array() -> None:

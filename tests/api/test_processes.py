@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from tests.api.support import run_python
 
 from jax_mpk import megakernelize
+from tests.api.support import run_python
 
 EXPORT = """
     import sys

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.api.support import assert_same, integers, operations, pointer
 
 import jax_mpk
 from jax_mpk import megakernelize
+from tests.api.support import assert_same, integers, operations, pointer
 
 
 def unsupported(x):

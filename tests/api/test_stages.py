@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from tests.api.support import assert_same, integers, operations
 
 import jax_mpk
 from jax_mpk import config, megakernelize
+from tests.api.support import assert_same, integers, operations
 
 
 def layer(x, w):
@@ -59,7 +59,7 @@ def test_keywords_static_arguments_and_constants() -> None:
 
     lowered = megakernelize(f, static_argnames="n").lower(X, w=W, n=3)
     assert_same(lowered.compile()(X, w=W), jax.jit(f, static_argnames="n")(X, w=W, n=3))
-    assert_same(lowered.compile()(w=W, x=X) if False else lowered.compile()(X, w=W), f(X, w=W, n=3))
+    assert_same(lowered.compile()(X, w=W), f(X, w=W, n=3))
 
 
 def test_shapes_instead_of_arrays() -> None:
@@ -101,11 +101,15 @@ def test_explain() -> None:
 def test_dumps(tmp_path) -> None:
     folder = tmp_path / "dumps"
     with config.override(dump_to=folder):
-        megakernelize(layer)(X, W)
         megakernelize(lambda x: x + 1)(X)
-        compiled.lower(X[:2], W).compile()
+        fresh = megakernelize(lambda x, w: layer(x * 2, w))
+        fresh.__wrapped__.__name__ = "doubled"
+        megakernelize(fresh.__wrapped__).lower(X, W).compile()
+        megakernelize(fresh.__wrapped__)(X[:2], W)
     stages = ["1_jaxpr", "2_graph", "3_fused_graph", "4_plan", "5_program", "6_explain"]
-    names = [f"{number}.{stage}.txt" for number in ("0001_layer", "0002__lambda_", "0003_layer") for stage in stages]
+    names = [
+        f"{number}.{stage}.txt" for number in ("0001__lambda_", "0002_doubled", "0003_doubled") for stage in stages
+    ]
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     assert all(path.read_text().strip() for path in folder.iterdir())
     with config.override(dump_to=folder):

@@ -1,0 +1,80 @@
+"""Many launches at once, with fewer threads than launches."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_mpk import config, megakernelize
+
+
+def work(x, n):
+    return jax.lax.fori_loop(0, n, lambda _, x: jnp.clip(x @ x.T, -3, 3), x)
+
+
+def integers(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_executables_run_side_by_side(threads) -> None:
+    sizes = [3, 8, 17, 33]
+    inputs = [integers(s, s, s) for s in sizes]
+    expected = [np.asarray(jax.jit(work)(x, 30)) for x in inputs]
+    compiled = [megakernelize(work, target=f"cpu-{w}") for w in (1, 2, 5, 16)]
+    with config.override(threads=threads), ThreadPoolExecutor(8) as pool:
+
+        def run(i: int) -> None:
+            np.testing.assert_array_equal(compiled[i % 4](inputs[i % 4], 30), expected[i % 4])
+
+        list(pool.map(run, range(80)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_all_devices_at_once(threads) -> None:
+    f = megakernelize(work, target="cpu-3")
+    inputs = [jax.device_put(integers(i, 9, 9), d) for i, d in enumerate(jax.devices())]
+    with config.override(threads=threads):
+        results = [f(x, 50) for x in inputs for _ in range(3)]
+        jax.block_until_ready(results)
+    for i, x in enumerate(inputs):
+        np.testing.assert_array_equal(results[3 * i], jax.jit(work)(x, 50))
+
+
+def test_same_bits_whatever_runs_beside_and_however_interleaved() -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((40, 40)), jnp.float32)
+
+    def f(x):
+        return jax.lax.fori_loop(0, 10, lambda _, x: jax.nn.softmax(x @ x.T) + jnp.tanh(x), x)
+
+    g = megakernelize(f, target="cpu-5")
+    expected = np.asarray(g(x))
+    for seed in range(10):
+        for threads in (1, 2, 3):
+            with config.override(threads=threads, chaos=seed):
+                results = jax.block_until_ready([g(x) for _ in range(3)])
+            for result in results:
+                np.testing.assert_array_equal(np.asarray(result).view(np.uint32), expected.view(np.uint32))
+
+
+def test_denormals_are_flushed_on_every_thread_and_the_caller_is_left_alone() -> None:
+    tiny = jnp.full((64, 64), 1e-39, jnp.float32)
+    f = megakernelize(lambda x: x * 1.0 + 0.0, target="cpu-8")
+    assert not np.asarray(f(tiny)).any()
+    assert np.float32(1e-39) * np.float32(1.0) != 0
+
+
+def test_thread_count_stays_put() -> None:
+    import os
+
+    def count() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    x = integers(0, 5, 5)
+    jax.block_until_ready(megakernelize(work)(x, 3))
+    before = count()
+    for i in range(20):
+        jax.block_until_ready(megakernelize(lambda x, i=i: x + i)(x))
+    assert count() <= before + 1

@@ -10,6 +10,7 @@ namespace nb = nanobind;
 
 // One file each, ffi/module_*.cc.
 void register_executor(nb::module_& m);
+void register_vm(nb::module_& m);
 
 NB_MODULE(_native, m) {
   m.doc() = "XLA FFI handlers of jax_mpk.";
@@ -27,4 +28,5 @@ NB_MODULE(_native, m) {
     return type;
   }, "The state type of jax_mpk_cpu, for jax.ffi.register_ffi_type.");
   register_executor(m);
+  register_vm(m);
 }

@@ -137,7 +137,8 @@ double lgamma(double x) {
 double digamma(double x) {
   if (std::isnan(x) || x == -kInf) return kNan;
   if (x == kInf) return kInf;
-  if (x <= 0 && std::floor(x) == x) return kNan;
+  if (x == 0) return -kInf;
+  if (x < 0 && std::floor(x) == x) return kNan;
   double extra = 0;
   if (x < 0.5) {  // reflection, with the fraction taken first so that tan is accurate
     double fraction = x - std::nearbyint(x);
@@ -181,7 +182,8 @@ double erf_inv(double x) {
 }
 
 double igamma(double a, double x) {
-  if (std::isnan(a) || std::isnan(x) || x < 0 || a <= 0) return kNan;
+  if (std::isnan(a) || std::isnan(x) || x < 0 || a < 0) return kNan;
+  if (a == 0) return x == 0 ? kNan : 1;
   if (x == 0) return 0;
   if (std::isinf(a)) return std::isinf(x) ? kNan : 0;
   if (std::isinf(x)) return 1;
@@ -189,7 +191,8 @@ double igamma(double a, double x) {
 }
 
 double igammac(double a, double x) {
-  if (std::isnan(a) || std::isnan(x) || x < 0 || a <= 0) return kNan;
+  if (std::isnan(a) || std::isnan(x) || x < 0 || a < 0) return kNan;
+  if (a == 0) return x == 0 ? kNan : 0;
   if (x == 0) return 1;
   if (std::isinf(a)) return std::isinf(x) ? kNan : 1;
   if (std::isinf(x)) return 0;
@@ -257,7 +260,8 @@ double polygamma(double n, double x) {
 }
 
 double betainc(double a, double b, double x) {
-  if (std::isnan(a) || std::isnan(b) || std::isnan(x) || a <= 0 || b <= 0 || x < 0 || x > 1) return kNan;
+  if (std::isnan(a) || std::isnan(b) || std::isnan(x) || a < 0 || b < 0 || x < 0 || x > 1) return kNan;
+  if (a == 0 || b == 0) return a == b ? kNan : b == 0 ? 0 : 1;
   if (x == 0) return 0;
   if (x == 1) return 1;
   long double wa = a, wb = b, wx = x;

@@ -203,23 +203,6 @@ template <class T> struct Rem;
 template <> struct Rem<float> { static float apply(float a, float b) { return __builtin_fmodf(a, b); } };
 template <> struct Rem<double> { static double apply(double a, double b) { return __builtin_fmod(a, b); } };
 
-// Integer powers by squaring; a negative exponent gives the truncated inverse.
-template <class T> struct IntPow {
-  static T apply(T base, T exponent) {
-    if (kIsSigned<T> && exponent < 0) {
-      if (base == 1) return 1;
-      if (base == static_cast<T>(-1)) return exponent & 1 ? static_cast<T>(-1) : T(1);
-      return 0;
-    }
-    W<T> result = 1, power = static_cast<W<T>>(base);
-    for (UnsignedOf<T> e = static_cast<UnsignedOf<T>>(exponent); e != 0; e >>= 1) {
-      if (e & 1) result *= power;
-      power *= power;
-    }
-    return static_cast<T>(result);
-  }
-};
-
 #define JAX_MPK_INTS int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 #define JAX_MPK_FLOATS float, double
 #define JAX_MPK_NUMBERS JAX_MPK_INTS, JAX_MPK_FLOATS
@@ -261,7 +244,6 @@ void add_arithmetic(KernelTable& t) {
   slot(t, Op::k_rem, Type::k_u64) = &divide_wide<uint64_t, true>;
   add_binary<Div, JAX_MPK_FLOATS>(t, Op::k_div);
   add_binary_each<Rem, JAX_MPK_FLOATS>(t, Op::k_rem);
-  add_binary_each<IntPow, JAX_MPK_INTS>(t, Op::k_pow);
 
   add_fold<Add, JAX_MPK_NUMBERS>(t, Fold::kSum);
   add_fold<Mul, JAX_MPK_NUMBERS>(t, Fold::kProd);

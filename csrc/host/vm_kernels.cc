@@ -1,5 +1,6 @@
 #include "host/vm_kernels.h"
 
+#include <atomic>
 #include <cstring>
 
 namespace jax_mpk::host {
@@ -50,13 +51,27 @@ const KernelTable* kernels_for(Isa isa) {
   return supported(isa) ? &tables[static_cast<int>(isa)] : nullptr;
 }
 
-const KernelTable& kernels() {
-  static const KernelTable& best = *[] {
-    if (const KernelTable* table = kernels_for(Isa::kAvx512)) return table;
-    if (const KernelTable* table = kernels_for(Isa::kAvx2)) return table;
-    return kernels_for(Isa::kBase);
-  }();
-  return best;
+namespace {
+
+const KernelTable* best() {
+  if (const KernelTable* table = kernels_for(Isa::kAvx512)) return table;
+  if (const KernelTable* table = kernels_for(Isa::kAvx2)) return table;
+  return kernels_for(Isa::kBase);
+}
+
+std::atomic<const KernelTable*>& chosen() {
+  static std::atomic<const KernelTable*> table{best()};
+  return table;
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+bool use_kernels(Isa isa) {
+  const KernelTable* table = kernels_for(isa);
+  if (table != nullptr) chosen().store(table, std::memory_order_relaxed);
+  return table != nullptr;
 }
 
 }  // namespace jax_mpk::host

@@ -31,8 +31,10 @@ enum class Isa : uint8_t { kBase, kAvx2, kAvx512 };
 
 // Null where this machine cannot run the instruction set.
 const KernelTable* kernels_for(Isa isa);
-// The best one that the machine can run.
+// The best one that the machine can run, or the one chosen by use_kernels().
 const KernelTable& kernels();
+// For tests: programs parsed from now on use this instruction set. False where the machine has it not.
+bool use_kernels(Isa isa);
 
 // What the files per instruction set provide; each adds its part of the table.
 #define JAX_MPK_VM_PARTS(suffix)            \

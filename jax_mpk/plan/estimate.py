@@ -37,12 +37,13 @@ class Traffic:
       nbytes: float64 per row: what the task moves. A load at an index only known at run time may reach a whole axis,
         but moves no more elements than it is evaluated for.
       argument: bool per row: the bytes are an argument's (or those of a result that shares its buffer).
-      reread: bool per row: tasks of one routine read the same bytes, so most reads find them in the last-level cache.
+      shared: float64 per row: 0, or, where tasks of one routine read the same bytes, how many bytes they read of this
+        value when each is counted once. All but the first read of a byte may find it in the last-level cache.
     """
 
     nbytes: np.ndarray
     argument: np.ndarray
-    reread: np.ndarray
+    shared: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,15 @@ def traffic(plan: Plan) -> Traffic:
                 limit = _evaluations(plan, plan.routines[routine[at[0]]], rows.task[some], value)
                 elements[some] = np.minimum(elements[some], limit)
     nbytes = elements * size[rows.value]
-    reread = np.zeros(len(nbytes), bool)
+    shared = np.zeros(len(nbytes))
     for group in _runs(routine[order], rows.value[order]):
         at = order[group]
         at = at[rows.kind[at] == READ]
-        if len(at) > 1 and nbytes[at].sum() > 1.5 * _union(rows.box[at]) * size[rows.value[at[0]]]:
-            reread[at] = True
-    return Traffic(nbytes, argument[home[rows.value]] & (home[rows.value] >= 0), reread)
+        if len(at) > 1:
+            once = _union(rows.box[at]) * size[rows.value[at[0]]]
+            # A task may read a value in several rows.
+            shared[at] = once * len(np.unique(rows.task[at])) / len(at) if nbytes[at].sum() > 1.5 * once else 0
+    return Traffic(nbytes, argument[home[rows.value]] & (home[rows.value] >= 0), shared)
 
 
 def unique_bytes(plan: Plan, moved: Traffic, rows: np.ndarray) -> float:
@@ -207,10 +210,12 @@ def task_seconds(plan: Plan, moved: Traffic) -> np.ndarray:
     rows = plan.accesses
     sizes = np.array([s.nbytes for s in plan.storages] or [0])
     small = sizes[home[rows.value]] <= target.l2_bytes
-    cached = small & (moved.reread | ~moved.argument)
-    rate = np.where(cached, target.cache_bandwidth, target.bandwidth) / target.workers
+    cached = small & ((moved.shared > 0) | ~moved.argument)
+    each = moved.nbytes * target.workers / np.where(cached, target.cache_bandwidth, target.bandwidth)
+    # However often it is read, an argument has to come from memory once.
+    each = np.where(cached & moved.argument, np.maximum(each, moved.shared / target.bandwidth), each)
     seconds = np.zeros(len(plan.tasks.table))
-    np.add.at(seconds, rows.task, moved.nbytes / rate)
+    np.add.at(seconds, rows.task, each)
     return np.maximum(seconds, _flops(plan) * target.workers / target.flops) + target.task_overhead
 
 
@@ -221,9 +226,14 @@ def _flops(plan: Plan) -> np.ndarray:
     for group in _runs(table["routine"][order]):
         tasks = order[group]
         for position, member in enumerate(plan.routines[table["routine"][tasks[0]]].members):
+            op = plan.ops[member.op]
             rows = table["box"][tasks] + position
-            volume = _volume(plan.tasks.boxes[rows, 0], plan.tasks.boxes[rows, 1])
-            flops[tasks] += volume * _element_flops(plan.ops[member.op], member.stage)
+            lo, hi = plan.tasks.boxes[rows, 0], plan.tasks.boxes[rows, 1]
+            if isinstance(op, Update):
+                # The box is searched for updates, not computed.
+                rank = len(op.index.results) - 1
+                lo, hi = update_boxes(op, lo[:, :rank], hi[:, :rank])
+            flops[tasks] += _volume(lo, hi) * _element_flops(op, member.stage)
     return flops
 
 

@@ -68,7 +68,7 @@ class PlanStats:
       weight_bytes: bytes of arguments read, each counted once per segment, but those of ``cache_bytes``.
       cache_bytes: the same for donated arguments that results share the buffer of. A read bounded by a run-time
         scalar counts in full.
-      activation_bytes: bytes that tasks read and write elsewhere, repeated reads included.
+      activation_bytes: bytes that tasks read and write in between, repeated reads included.
       written_bytes: bytes written into results.
       workspace_bytes: memory for values between tasks.
       scratch_bytes: most scratch memory a task uses.
@@ -131,7 +131,8 @@ def plan_stats(plan: Plan) -> PlanStats:
         cache += count * unique_bytes(plan, moved, np.flatnonzero(reads & (where == "output")))
     every = moved.nbytes * times[rows.task]
     written = every[(rows.kind != READ) & (where == "output")].sum()
-    passed = every[~moved.argument].sum()
+    # A result that tasks read again is an activation too.
+    passed = every[(where == "workspace") | (where == "output") & (rows.kind == READ) & ~moved.argument].sum()
     return PlanStats(
         workers=plan.target.workers,
         operators=len(plan.ops),
@@ -274,7 +275,7 @@ def _notes(plan: Plan, stats: PlanStats) -> list[str]:
     if any(isinstance(op, Loop) and op.trips is None for op in plan.ops):
         found["a loop's number of rounds is only known at run time; the figures count one"] += 1
     if not found:
-        return ["  everything was captured; no notes"]
+        return ["  no notes"]
     return [f"  note: {note}" + (f" ({times} ×)" if times > 1 else "") for note, times in found.items()]
 
 

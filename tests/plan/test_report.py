@@ -48,6 +48,8 @@ def test_bytes_of_a_chain() -> None:
     assert stats.weight_bytes == 4 * (640 + 640 * 1280 + 1280 * 320)
     assert stats.cache_bytes == 0
     assert stats.written_bytes == 4 * 320
+    # Written once, read by each of eight workers.
+    assert stats.activation_bytes == 9 * 4 * 1280
     assert stats.phases == 2
     assert stats.workers == 8
     assert stats.tasks == len(plan.tasks.table)
@@ -179,7 +181,6 @@ def test_reads_of_workspace_are_no_weights() -> None:
     plan = plan_of(lambda x: (jnp.tanh(x) @ x.T) @ x, f32(64, 256))
     stats = plan_stats(plan)
     assert stats.weight_bytes == 4 * 64 * 256
-    assert stats.activation_bytes > 0
 
 
 def test_union_of_boxes() -> None:
@@ -235,7 +236,7 @@ def test_explain_says_what_a_person_asks() -> None:
     assert sum("test_report.py:" in line for line in lines) <= 3
     assert sum(int(n) for n in re.findall(r"test_report\.py:\d+ +(\d+) ×", text)) == 6
     assert "contract 1×2048×2048" in text
-    assert lines[-1] == "  everything was captured; no notes"
+    assert lines[-1] == "  no notes"
     # Shares of the time add up to most of it.
     shares = [float(found) for found in re.findall(r"([\d.]+)% of the time", text)]
     assert 80 < sum(shares) <= 100.5

@@ -121,6 +121,8 @@ class Clusterer:
     ) -> bool:
         """Moves a routine into those of its readers named by ``anchors`` if that saves time; says whether it did."""
         own = groups[position]
+        if own.stored and len(anchors) > 1:
+            return False  # what it stores must be stored once
         trial: dict[int, _Group] = {}
         gain = self.tiler.seconds(*_pick(ops, own)) + self._handoff()
         for anchor in anchors:
@@ -157,9 +159,11 @@ class Clusterer:
             outputs = set(self.ops[member].outputs)
             provided = member in group.anchors or bool(group.stored & outputs)
             for later in after[member]:
-                # A reader of a local value holds its own copy of the producer.
-                if later not in group.members and (provided or not outputs & set(reads(self.ops[later]))):
+                if not outputs & set(reads(self.ops[later])):
                     out |= homes[later]
+                elif provided:
+                    # A routine with a copy of its own of the producer needs nothing from this one.
+                    out.update(home for home in homes[later] if member not in groups[home].members)
         return out - {anchor}
 
     def _edges(

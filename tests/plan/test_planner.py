@@ -124,6 +124,15 @@ def shared_operands(x, w):
     return h @ x, h @ x.T, h + 1
 
 
+@case(aval(6, 8), aval(8, 8), aval(8, 8), aval(4, 6, 8), INT, donate=(3,))
+def stored_and_copied(x, w, u, cache, p):
+    """A value stored by one routine that another, which recomputes its readers, takes from memory."""
+    h = jnp.tanh(x @ w)
+    cache = lax.dynamic_update_slice(cache, h[None] * 2, (p, 0, 0))
+    s = jax.nn.softmax(h @ h.T + cache.sum(0)[:, :6], -1)
+    return s @ h @ u, (s * s).sum(-1), h.sum(0), cache
+
+
 def attention(q, k, v, cache_k, cache_v, pos):
     """One step of grouped-query attention over a cache: 2 KV heads of 3 queries each."""
     cache_k = lax.dynamic_update_slice(cache_k, k, (0, pos, 0, 0))

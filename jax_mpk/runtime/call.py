@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jax.extend.core import JaxprEqn, Primitive
@@ -40,12 +41,15 @@ class Options:
 
     Attributes:
       target: the device to plan for, or None: the one the call is lowered for.
+      site: refers to the CallSite, which keeps what is compiled for eager calls. Weakly: JAX caches jaxprs, and
+        with them these options, for as long as the function they were traced from lives, which is the CallSite's.
     """
 
     target: Target | None = None
+    site: weakref.ref[Any] | None = field(default=None, compare=False, repr=False)
 
 
-megakernel_p = Primitive("megakernel")
+megakernel_p: Any = Primitive("megakernel")
 megakernel_p.multiple_results = True
 
 

@@ -9,10 +9,11 @@ is the plan's: any other pair would cost a copy.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import warnings
 import weakref
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,10 +121,11 @@ class CallSite:
 
     def __init__(self, function: Callable[..., Any], name: str, options: Options, may_split: bool, **jit_options: Any):
         self.name = name
-        self.options = options
+        self.options = dataclasses.replace(options, site=weakref.ref(self))
         self.may_split = may_split
         # Used to trace only. All checks of arguments, all their error messages and the trace cache are JAX's.
         self.tracer: Any = jax.jit(function, **jit_options)
+        self.compiled: OrderedDict[Any, Any] = OrderedDict()
         self._entries: dict[Any, Entry | dict[Any, Entry]] = {}
         self._lock = threading.Lock()
 
@@ -169,6 +171,7 @@ class CallSite:
     def clear_cache(self) -> None:
         """Forgets all entry points and traces."""
         self._entries.clear()
+        self.compiled.clear()
         self.tracer.clear_cache()
 
     # -- entry points ------------------------------------------------------------------------------------------
@@ -313,31 +316,40 @@ def _type(aval: Any) -> tuple[Any, Any]:
 # --- The primitive, applied to values ----------------------------------------------------------------------------
 
 
-@weakref_lru_cache(maxsize=256)
-def _compiled(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options) -> Any:
-    """A jitted function that binds the primitive: eager calls under jax.vmap and the like end here."""
+#: Compiled functions of call sites that no longer exist.
+_orphans: OrderedDict[Any, Any] = OrderedDict()
+_MAX_COMPILED = 64
+
+
+@megakernel_p.def_impl  # type: ignore[untyped-decorator]
+def _run(*operands: Any, jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options) -> Any:
+    """Applies the primitive to arrays: eager calls under jax.vmap and the like end here."""
+    site = options.site() if options.site is not None else None
+    cache = _orphans if site is None else site.compiled
+    key = (id(jaxpr), donated, name, options)
+    if key not in cache:
+        if len(cache) >= _MAX_COMPILED:
+            cache.popitem(last=False)
+        # The function keeps the jaxpr, so its id stays its own.
+        cache[key] = _compile(jaxpr, donated, name, options)
+    with jax.disable_jit(False):
+        return cache[key](*operands).restore()
+
+
+def _compile(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options) -> Any:
     aliases: tuple[tuple[int, int], ...] = ()
     if any(donated):
         aliases = pipeline.artifact(jaxpr, donated, name, plan_target(options)).aliases
     out_tree = jax.tree_util.tree_structure([0] * len(jaxpr.out_avals))
     order = _result_order(Traced(jaxpr, (), (), donated, out_tree), aliases)
-    # The cache holds the jaxpr weakly, and so must what it caches.
-    reference = weakref.ref(jaxpr)
 
     def entry_point(*operands: Any) -> Any:
-        closed = reference()
         if eager():
             # As in CallSite: JAX looks for the operation that made a NaN.
-            results = jax.core.eval_jaxpr(jaxprs.open_jaxpr(closed)[0], [], *operands)
+            results = jax.core.eval_jaxpr(jaxprs.open_jaxpr(jaxpr)[0], [], *operands)
         else:
-            results = megakernel_p.bind(*operands, jaxpr=closed, donated=donated, name=name, options=options)
+            results = megakernel_p.bind(*operands, jaxpr=jaxpr, donated=donated, name=name, options=options)
         return Reordered([results[i] for i in order], order, out_tree)
 
     entry_point.__name__ = entry_point.__qualname__ = name
     return jax.jit(entry_point, donate_argnums=tuple(sorted(argument for _, argument in aliases)))
-
-
-@megakernel_p.def_impl  # type: ignore[untyped-decorator]
-def _run(*operands: Any, jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options) -> Any:
-    with jax.disable_jit(False):
-        return _compiled(jaxpr, donated, name, options)(*operands).restore()

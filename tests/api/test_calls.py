@@ -251,12 +251,12 @@ def test_bad_arguments_raise_what_jit_raises() -> None:
 
     x = integers(0, 4)
     cases = [
-        (dict(), ("text",), {}),
-        (dict(), (object(),), {}),
-        (dict(), (), {}),
-        (dict(), (x,), {"unknown": 1}),
-        (dict(static_argnums=1), (x, [1]), {}),
-        (dict(static_argnums=0), (x,), {}),
+        ({}, ("text",), {}),
+        ({}, (object(),), {}),
+        ({}, (), {}),
+        ({}, (x,), {"unknown": 1}),
+        ({"static_argnums": 1}, (x, [1]), {}),
+        ({"static_argnums": 0}, (x,), {}),
     ]
     for options, args, kwargs in cases:
         with pytest.raises(Exception) as expected:
@@ -264,7 +264,7 @@ def test_bad_arguments_raise_what_jit_raises() -> None:
         with pytest.raises(expected.type) as actual:
             megakernelize(f, **options)(*args, **kwargs)
         assert str(actual.value).splitlines()[0] == str(expected.value).splitlines()[0]
-    for options in (dict(static_argnames="unknown"), dict(donate_argnums=0, static_argnums=0), dict(static_argnums=9)):
+    for options in ({"static_argnames": "unknown"}, {"donate_argnums": 0, "static_argnums": 0}, {"static_argnums": 9}):
         with pytest.raises(ValueError) as expected:
             jax.jit(f, **options)
         with pytest.raises(ValueError) as actual:
@@ -276,11 +276,11 @@ def test_bad_arguments_raise_what_jit_raises() -> None:
 
 def test_bad_options() -> None:
     for options in (
-        dict(on_unsupported="ignore"),
-        dict(backend="tpu"),
-        dict(target="cpu-0"),
-        dict(target="cpu-x"),
-        dict(target="toaster"),
+        {"on_unsupported": "ignore"},
+        {"backend": "tpu"},
+        {"target": "cpu-0"},
+        {"target": "cpu-x"},
+        {"target": "toaster"},
     ):
         with pytest.raises(jax_mpk.ConfigError, match=next(iter(options))):
             megakernelize(lambda x: x, **options)

@@ -141,9 +141,9 @@ def test_same_array_twice() -> None:
         return a.at[0].add(1.0), b.at[1].add(1.0)
 
     for argnums in (0, (0, 1)):
-        with pytest.raises(Exception, match="[Dd]onate"):
+        with pytest.raises(Exception, match=r"[Dd]onate"):
             jax.jit(swap, donate_argnums=argnums)(x, x)
-        with pytest.raises(Exception, match="[Dd]onate"):
+        with pytest.raises(Exception, match=r"[Dd]onate"):
             megakernelize(swap, donate_argnums=argnums)(x, x)
         x = fresh()
     # Under an outer jit that donates nothing, one array may stand for both.

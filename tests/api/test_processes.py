@@ -80,7 +80,7 @@ CACHED = """
 def test_persistent_compilation_cache(tmp_path) -> None:
     first = int(run_python(CACHED, JAX_COMPILATION_CACHE_DIR=str(tmp_path)))
     second = int(run_python(CACHED, JAX_COMPILATION_CACHE_DIR=str(tmp_path)))
-    files = len([path for path in tmp_path.rglob("*-cache")])
+    files = len(list(tmp_path.rglob("*-cache")))
     assert second > first
     assert second == files or second >= first + 1
 

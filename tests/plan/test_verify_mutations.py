@@ -28,7 +28,8 @@ def test_harmful_refused_and_harmless_accepted(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", graphs.names())
 def test_many_more(name: str) -> None:
-    tally = run(graphs.case(name), seed=100 + graphs.names().index(name), refused=10 * WANTED, accepted=10 * WANTED, seeds=4)
+    seed = 100 + graphs.names().index(name)
+    tally = run(graphs.case(name), seed, refused=10 * WANTED, accepted=10 * WANTED, seeds=4)
     print(f"\n{name}\n{tally.table()}")
     assert not tally.faults, "\n".join(tally.faults)
 

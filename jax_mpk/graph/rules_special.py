@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from jax.extend.core import JaxprEqn
 
-from jax_mpk.graph.build import BlockBuilder, Load, rule
+from jax_mpk.graph.build import BlockBuilder, rule
 from jax_mpk.graph.ir import Value
+from jax_mpk.graph.rules_elementwise import elementwise
 from jax_mpk.graph.scalar import Builder
 
 #: Primitive → scalar operation.
@@ -31,7 +32,7 @@ _OPS = {
 def _special(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     name = _OPS[eqn.primitive.name]
 
-    def body(b: Builder, at: list[int], load: Load) -> int:
-        return b.op(name, *(b.compute(load(slot, at)) for slot in range(len(xs))))
+    def formula(b: Builder, *args: int) -> int:
+        return b.op(name, *args)
 
-    return bb.map(xs[0].shape, xs, body, [xs[0].dtype])
+    return elementwise(bb, eqn, xs, formula)

@@ -87,6 +87,16 @@ def test_betainc(rng: np.random.Generator, dtype: str) -> None:
     check(lax.betainc, *args, **tolerance(dtype, 300))
 
 
+def test_broadcasting(rng: np.random.Generator) -> None:
+    """Scalars, and axes of extent 1, beside whole arrays."""
+    a, b = rng.uniform(0.5, 3, (1, 4)), rng.uniform(0.5, 3, (3, 4))
+
+    def fn(a: Any, b: Any) -> Any:
+        return [lax.igamma(a, b), lax.igamma(a[0, 0], b), lax.zeta(b + 1, a), lax.betainc(a[0, 0], b, a / 4)]
+
+    check(fn, a, b, atol=1e-12)
+
+
 @pytest.mark.slow
 def test_scipy_functions(rng: np.random.Generator) -> None:
     x = rng.uniform(0.2, 3, 50).astype(np.float32)

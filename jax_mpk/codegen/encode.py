@@ -115,9 +115,7 @@ class _Routines:
         w.text(label)
         local = dict(zip(routine.local_values, range(len(routine.local_values)), strict=True))
         w.put(len(local))
-        for v, offset, extents in zip(
-            routine.local_values, routine.local_offsets, routine.local_extents, strict=True
-        ):
+        for v, offset, extents in zip(routine.local_values, routine.local_offsets, routine.local_extents, strict=True):
             w.put(offset, math.prod(extents) * dtypes.itemsize(values[v].dtype))
             w.many(extents)
         w.put(len(ops))
@@ -249,8 +247,7 @@ class _Member:
         """The part of a split reduction: its outputs are the accumulators."""
         shape = (splits, *op.space)
         outputs = [
-            (False, storage, dtype, shape, _row_major(shape))
-            for storage, dtype in zip(storages, op.acc, strict=True)
+            (False, storage, dtype, shape, _row_major(shape)) for storage, dtype in zip(storages, op.acc, strict=True)
         ]
         return replace(op, epilogue=_accumulators(op.space, op.acc)), outputs
 
@@ -283,9 +280,7 @@ class _Member:
             layouts = tuple((dtype, strides[1:]) for dtype, strides in layouts)
         return self.routines.compiled(bodies.map_code, op.epilogue, _layouts(operands), layouts, op.acc)
 
-    def _reduce(
-        self, op: Nest, operands: list[Array], outputs: list[Array], bounds: tuple[int, ...] = ()
-    ) -> None:
+    def _reduce(self, op: Nest, operands: list[Array], outputs: list[Array], bounds: tuple[int, ...] = ()) -> None:
         assert op.combine is not None
         partial = self._extents(len(op.space) + len(op.rspace))
         extents = partial if bounds else [*partial[: len(op.space)], *op.rspace]
@@ -304,9 +299,7 @@ class _Member:
             fold = self.w.symbol(f"{bodies.OPERATION[kind]}.{op.acc[0]}")
         self.w.put(first, int(kind != "generic"), fold)
 
-    def _contract(
-        self, op: Nest, operands: list[Array], outputs: list[Array], bounds: tuple[int, ...]
-    ) -> None:
+    def _contract(self, op: Nest, operands: list[Array], outputs: list[Array], bounds: tuple[int, ...]) -> None:
         arrays = len(operands) + len(outputs)
         code = self.routines.compiled(_contract, op, _layouts(operands), arrays)
         if code is None:
@@ -331,9 +324,7 @@ class _Member:
         order = tuple(range(rank))
         if not lanes:
             order = (*(d for d in range(rank) if d != op.axis), op.axis)
-        code = self.routines.compiled(
-            bodies.cumulative_code, op, order, _layouts(operands), _layouts(outputs)
-        )
+        code = self.routines.compiled(bodies.cumulative_code, op, order, _layouts(operands), _layouts(outputs))
         self._head("cumulative", op.space, (), operands, outputs)
         self._codes(code, None, (), op.acc)
         self.w.put(op.axis + 1 if lanes else -1, op.axis, int(op.reverse))
@@ -386,8 +377,9 @@ def _put_code(w: Writer, code: Code) -> None:
     w.put(len(code.order), *code.order, code.lane_bytes, code.arrays, len(code.accesses))
     if code.lane_bytes > 65535:
         raise ValueError(f"an operator needs {code.lane_bytes} bytes of registers a lane, more than 65535")
-    for a in code.accesses:
-        w.put(a.slot, a.constant, *a.offset, *a.predicate, int(a.stepped_only), *a.strides)
+    for access in code.accesses:
+        w.put(access.slot, access.constant, *access.offset, *access.predicate)
+        w.put(int(access.stepped_only), *access.strides)
     w.packed(code.begin)
     w.put(len(code.instructions))
     for i in code.instructions:

@@ -78,9 +78,7 @@ class Compiler:
 
     # -- values ------------------------------------------------------------------------------------------------
 
-    def emit(
-        self, symbol: str, args: Sequence[int], dtype: str, immediate: int = 0, *, level: int = 0
-    ) -> int:
+    def emit(self, symbol: str, args: Sequence[int], dtype: str, immediate: int = 0, *, level: int = 0) -> int:
         """The value of an operation, at the deepest level of its arguments and ``level``."""
         level = max((self.values[a].level for a in args), default=0) if not level else level
         key = (symbol, tuple(args), dtype, immediate, level)
@@ -133,9 +131,7 @@ class Compiler:
 
     # -- expressions -------------------------------------------------------------------------------------------
 
-    def lower(
-        self, expr: Expr, roots: Sequence[int], leaf: Callable[[Node], int] | None = None
-    ) -> Lowered:
+    def lower(self, expr: Expr, roots: Sequence[int], leaf: Callable[[Node], int] | None = None) -> Lowered:
         """Emits the nodes ``roots`` of a program; ``leaf`` gives the values of its ``acc`` and ``arg`` nodes."""
         lowered = Lowered(self, expr, leaf)
         for root in roots:
@@ -185,9 +181,11 @@ class Compiler:
 
         accesses = []
         for i in used:
-            a = self.accesses[i]
-            offset, predicate = named(a.offset[0]), named(a.predicate[0])
-            accesses.append(Access(a.slot, a.constant, a.strides, offset, predicate, a.stepped_only))
+            access = self.accesses[i]
+            offset, predicate = named(access.offset[0]), named(access.predicate[0])
+            accesses.append(
+                Access(access.slot, access.constant, access.strides, offset, predicate, access.stepped_only)
+            )
         self.registers = registers
         self.access_position = position
         return Code(

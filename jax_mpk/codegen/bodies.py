@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -116,9 +117,7 @@ def combiner(combine: Combine, types: tuple[str, ...]) -> Expr:
     return b.build(*pick)
 
 
-def map_code(
-    body: Expr, operands: Sequence[Layout], outputs: Sequence[Layout], tiles: Sequence[str] = ()
-) -> Code:
+def map_code(body: Expr, operands: Sequence[Layout], outputs: Sequence[Layout], tiles: Sequence[str] = ()) -> Code:
     """Code that stores the results of a program over the axes of a box, in their natural order."""
     rank = len(body.extents)
     c = Compiler(range(rank), operands, outputs, tiles)
@@ -287,7 +286,7 @@ def _exact_conversions(body: Expr, root: int, acc: str) -> bool:
         node = body.nodes[node.args[0]]
     # All steps but the one to the accumulator's type must keep every value.
     steps = [node.dtype, *chain[::-1]]
-    return all(_keeps(a, b) for a, b in zip(steps[:-2], steps[1:-1], strict=True))
+    return all(_keeps(a, b) for a, b in itertools.pairwise(steps))
 
 
 def _keeps(a: str, b: str) -> bool:
@@ -318,9 +317,7 @@ def _rounded(c: Compiler, value: int, dtype: str) -> int:
     return value if source == dtype else c.emit(f"convert.{source}.{dtype}", (value,), dtype)
 
 
-def _combined(
-    c: Compiler, results: list[int], combine: Combine, types: Sequence[str], *, shared: bool = False
-) -> None:
+def _combined(c: Compiler, results: list[int], combine: Combine, types: Sequence[str], *, shared: bool = False) -> None:
     """Adds accumulators and the phase that combines ``results`` with them.
 
     ``shared``: other values of the code that are used after that phase may be the same as a result.
@@ -352,4 +349,3 @@ def _combined(
         if value != acc:
             copy = c.move(value, level)
             c.values[copy].into = acc
-

@@ -80,7 +80,7 @@ class Compiler:
 
     def emit(self, symbol: str, args: Sequence[int], dtype: str, immediate: int = 0, *, level: int = 0) -> int:
         """The value of an operation, at the deepest level of its arguments and ``level``."""
-        level = max((self.values[a].level for a in args), default=0) if not level else level
+        level = level if level else max((self.values[a].level for a in args), default=0)
         key = (symbol, tuple(args), dtype, immediate, level)
         found = self._memo.get(key)
         if found is None:
@@ -406,7 +406,8 @@ class _Registers(dict[int, int]):
 
 class _Allocator:
     """Linear scan. A value read at a deeper level than its own keeps its register for good: the deeper levels run
-    again without it. Within a level registers are reused."""
+    again without it. Within a level registers are reused.
+    """
 
     def __init__(self, compiler: Compiler, sequence: list[int]):
         self.compiler = compiler

@@ -286,7 +286,7 @@ def _exact_conversions(body: Expr, root: int, acc: str) -> bool:
         node = body.nodes[node.args[0]]
     # All steps but the one to the accumulator's type must keep every value.
     steps = [node.dtype, *chain[::-1]]
-    return all(_keeps(a, b) for a, b in itertools.pairwise(steps))
+    return all(_keeps(a, b) for a, b in itertools.pairwise(steps[:-1]))
 
 
 def _keeps(a: str, b: str) -> bool:

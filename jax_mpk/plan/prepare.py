@@ -203,9 +203,18 @@ class _Preparer:
         ops = list(body.ops)
         results = list(body.results)
         moved = self._parallel_copies(op, ops, results)
-        cond = None if op.cond is None else self._block(op.cond, set())
+        cond = None if op.cond is None else self._cond(op.cond)
         body = Block((*ops, *moved), tuple(results))
         return copies, replace(op, inits=tuple(inits), body=body, cond=cond)
+
+    def _cond(self, block: Block) -> Block:
+        """A condition whose result no round overwrites while some worker has yet to read it."""
+        block = self._block(block, set())
+        (predicate,) = block.results
+        if any(predicate in op.outputs for op in block.ops):
+            return block
+        copy = self._copy(predicate, "copy of a loop's condition")
+        return Block((*block.ops, copy), copy.outputs)
 
     def _parallel_copies(self, op: Loop, ops: list[Op], results: list[int]) -> list[Nest]:
         """Copies that bring a round's results into the carry's storage, safe for permuted carries."""

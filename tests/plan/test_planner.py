@@ -60,6 +60,11 @@ def while_loop(n, x):
     return lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] + c[0]), (0.0, x))
 
 
+@case(aval(3))
+def flag_carried(x):
+    return lax.while_loop(lambda c: c[0], lambda c: (c[1].sum() < 20, c[1] * 2 + 1), (x.sum() < 20, x))
+
+
 @case(aval(3), aval(4), aval(3))
 def permuted_carry(a, b, c):
     return lax.fori_loop(0, 3, lambda i, t: (t[2], t[1] + 1, t[0]), (a, b, c))

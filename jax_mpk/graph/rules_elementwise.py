@@ -9,7 +9,7 @@ from jax.extend.core import JaxprEqn
 
 from jax_mpk.capture import jaxprs
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.build import BlockBuilder, Load, element_type, rule, unsupported
+from jax_mpk.graph.build import BlockBuilder, Body, Load, element_type, rule, unsupported
 from jax_mpk.graph.ir import Value
 from jax_mpk.graph.scalar import Builder
 
@@ -274,7 +274,23 @@ def _reduce_precision(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Seque
     )
     if attr == full:
         return xs
+    if dtype == "f16" and attr[0] == full[0]:
+        return bb.map(xs[0].shape, xs, _rounded_f16(own[dtype][1] - mantissa), [dtype])
     return elementwise(bb, eqn, xs, lambda b, x: b.op("reduce_precision", x, attr=attr))
+
+
+def _rounded_f16(drop: int) -> Body:
+    """Rounds off the last bits of a significand; in f32, f16's subnormals would have more of them than they do."""
+
+    def body(b: Builder, at: list[int], load: Load) -> int:
+        x = load(0, at)
+        raw, wide = b.op("bitcast", x, dtype="u16"), b.compute(x)
+        odd = b.op("and", b.op("shr_logical", raw, b.const(drop, "u16")), b.const(1, "u16"))
+        out = b.add(b.add(raw, b.const((1 << (drop - 1)) - 1, "u16")), odd)
+        out = b.op("and", out, b.const(0x10000 - (1 << drop), "u16"))
+        return b.op("bitcast", b.op("select", b.op("ne", wide, wide), raw, out), dtype="f16")
+
+    return body
 
 
 @rule("bitcast_convert_type")

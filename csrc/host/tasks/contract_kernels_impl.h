@@ -30,21 +30,23 @@ void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after, Pack<typena
   for (int64_t pass = 0; pass < passes.count; ++pass) {
     const int64_t j0 = passes.start(pass) * B, width = passes.at(pass) * B;
     const Split groups(width / B, limit);
-    // A single group of columns keeps its sums in registers for the whole chain.
+    // A single group of columns keeps its sums in registers for the whole chain, or all but the last rows, for
+    // which there is nothing to prefetch.
     const int64_t streams = width * S::kSize > kLongRow ? kLongStreams : kStreams;
-    const int64_t step = groups.count == 1 ? depth : streams;
+    const bool single = groups.count == 1;
+    const int64_t step = !single ? streams : depth > 2 * kStreams ? depth - kStreams : depth;
     const Output<T> here = out.from(0, j0);
     for (int64_t k = 0; k < depth; k += step) {
       const bool last = k + step >= depth, store = last && out.column == 1;
       const End end = !last ? End::kKeep : store && out.add ? End::kAdd : End::kSet;
       // Two steps on: in this pass, in the next one or in the next chain.
-      int64_t later = k + kDistance * step, next = pass;
+      int64_t later = k + (single ? kStreams : kDistance * step), next = pass;
       if (later >= depth && next + 1 < passes.count) later -= depth, ++next;
       if (later >= depth) next = 0;
       const int64_t ahead_width = passes.at(next) * S::kSize * B;
       Ahead ahead(rhs.from(passes.start(next) * B, later).data, ahead_width, groups.most() * B * S::kSize,
                   rhs.k);
-      const bool fetch = groups.count > 1 && later < depth + after && width * S::kSize <= kPrefetchRow;
+      const bool fetch = later < depth + after && width * S::kSize <= kPrefetchRow;
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t first = panels.start(p), rows = panels.at(p);
         const Micro<S> kernels[2] = {pick<S>(rows, groups.size), pick<S>(rows, groups.most())};
@@ -102,26 +104,32 @@ void packed_form(int64_t m, int64_t n, int64_t depth, Pack<F> pack_lhs, Pack<F> 
 
 // --- Dot-product form: few rows, rhs contiguous along k -----------------------------------------------------
 
-// Rows of w whose sums are reduced together, and how many vectors of sums that makes.
-constexpr int dot_group(int m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
+// Rows of w whose sums are reduced together.
+constexpr int dot_group(int64_t m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
 
 // M rows of x times dot_group(M) rows of w, one row of w after the other: memory is read in its order, and each
 // row once. x[i * x_row ...] is in the order of load2 and zero past the end; `tails` are the last elements of the
-// rows of w, padded likewise, or null. out[r * M + i] is x row i times w row r.
+// rows of w, padded likewise, or null. Unless this is the first part of k, sums start from `state`; unless it is
+// the last, they end there; `out`, where out[r * M + i] is x row i times w row r, is null then. Memory is
+// prefetched `ahead` bytes on from what is read, into the L1 cache if that is near.
 template <class S, int M>
 void dot(int64_t blocks, const typename S::Family::Scalar* x, int64_t x_row, const char* const* w,
-         const char* const* tails, typename S::Family::Scalar* out) {
+         const char* const* tails, typename S::Family::Scalar* state, bool first,
+         typename S::Family::Scalar* out, int64_t ahead, bool near) {
   using F = typename S::Family;
   using T = typename F::Scalar;
   using Vec = typename F::Vec;
   constexpr int64_t L = F::kLanes, B = 2 * L;
-  constexpr int R = dot_group(M);
-  Vec sums[(R * M + 3) / 4 * 4];
+  constexpr int R = dot_group(M), N = (R * M + 3) / 4 * 4;
+  Vec sums[N];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     Vec c[M][2];
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) c[i][0] = c[i][1] = F::zero();
+    for (int i = 0; i < M; ++i) {
+      c[i][0] = first ? F::zero() : F::load(state + i * B);
+      c[i][1] = first ? F::zero() : F::load(state + i * B + L);
+    }
     const auto add = [&](const char* p, const T* xs) __attribute__((always_inline)) {
       Vec lo, hi;
       load2<S>(p, lo, hi);
@@ -131,15 +139,32 @@ void dot(int64_t blocks, const typename S::Family::Scalar* x, int64_t x_row, con
         c[i][1] = F::fma(F::load(xs + i * x_row + L), hi, c[i][1]);
       }
     };
-    for (int64_t k = 0; k < blocks; ++k) add(w[r] + k * B * S::kSize, x + k * B);
+    const char* p = w[r];
+    for (int64_t k = 0; k < blocks; ++k, p += B * S::kSize) {
+      for (int64_t line = 0; ahead != 0 && line < B * S::kSize; line += 64) {
+        if (near) {
+          __builtin_prefetch(p + ahead + line);
+        } else {
+          __builtin_prefetch(p + ahead + line, 0, 2);
+        }
+      }
+      add(p, x + k * B);
+    }
     if (tails) add(tails[r], x + blocks * B);
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) sums[r * M + i] = F::add(c[i][0], c[i][1]);
+    for (int i = 0; i < M; ++i) {
+      if (!out) {
+        F::store(state + i * B, c[i][0]);
+        F::store(state + i * B + L, c[i][1]);
+      }
+      sums[r * M + i] = F::add(c[i][0], c[i][1]);
+    }
   }
+  if (!out) return;
 #pragma GCC unroll 8
-  for (int i = R * M; i < (R * M + 3) / 4 * 4; ++i) sums[i] = F::zero();
+  for (int i = R * M; i < N; ++i) sums[i] = F::zero();
 #pragma GCC unroll 2
-  for (int i = 0; i < R * M; i += 4) F::sum4(sums + i, out + i);
+  for (int i = 0; i < N; i += 4) F::sum4(sums + i, out + i);
 }
 
 template <class S, int M = 1>
@@ -171,24 +196,45 @@ void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Fa
     }
   }
   const Split panels(m, F::kDotRows);
-  char tail[4][B * S::kSize];
-  const char* tails[4] = {tail[0], tail[1], tail[2], tail[3]};
+  // Parts of k for which x fits into the L1 cache, as far as that takes several rows of x.
+  const int64_t fit = kDotBytes / (m * B * static_cast<int64_t>(sizeof(T)));
+  const Split parts(m > 2 ? blocks : 1, m > 2 ? fit : 1);
+  constexpr int64_t kRows = 4;  // of rhs, that take turns part by part
+  char tail[kRows][B * S::kSize];
+  const char* tails[kRows] = {tail[0], tail[1], tail[2], tail[3]};
   __builtin_memset(tail, 0, sizeof(tail));
-  for (int64_t j = 0; j < n; j += 4) {
-    const char* w[4];
-    for (int64_t r = 0; r < 4; ++r) {
-      w[r] = rhs.from(least(j + r, n - 1), 0).data;
+  T* state = ws.partial;  // [kRows][m][B]
+  // What follows directly, the hardware prefetches best by itself, if arithmetic leaves it the time.
+  const int64_t bytes = depth * S::kSize;
+  const bool near = rhs.row != bytes;
+  const int64_t distance = near || m > 4 ? ((near ? kNearBytes : kFarBytes) / bytes + 1) * rhs.row : 0;
+  decltype(pick_dot<S>(1)) kernels[kFewRows];
+  for (int64_t p = 0; p < panels.count; ++p) kernels[p] = pick_dot<S>(panels.at(p));
+  for (int64_t j = 0; j < n; j += kRows) {
+    const int64_t live = least(kRows, n - j);
+    const char* w[kRows];
+    for (int64_t r = 0; r < kRows; ++r) w[r] = rhs.from(j + least(r, live - 1), 0).data;
+    for (int64_t r = 0; rest > 0 && r < live; ++r) {
       const char* from = w[r] + blocks * B * S::kSize;
       for (int64_t byte = 0; byte < rest * S::kSize; ++byte) tail[r][byte] = from[byte];
     }
-    for (int64_t p = 0; p < panels.count; ++p) {
-      const int64_t first = panels.start(p), rows = panels.at(p), group = dot_group(static_cast<int>(rows));
-      const Output<T> here = out.from(first, j);
-      for (int64_t r = 0; r < least(4, n - j); r += group) {
-        T sums[F::kDotRows + 4];
-        pick_dot<S>(rows)(blocks, ws.rows + first * padded, padded, w + r, rest > 0 ? tails + r : nullptr, sums);
-        const Output<T> across = {here.from(0, r).data, here.column, here.row, here.add};
-        scatter<F>(across, least(group, n - j - r), rows, sums, rows);
+    for (int64_t part = 0; part < parts.count || part == 0; ++part) {
+      const bool last = part + 1 >= parts.count;
+      const int64_t start = m > 2 ? parts.start(part) * B : 0, size = m > 2 ? parts.at(part) : blocks;
+      for (int64_t p = 0; p < panels.count; ++p) {
+        const int64_t first = panels.start(p), rows = panels.at(p), group = dot_group(rows);
+        T sums[kRows * F::kDotRows + 4];
+        for (int64_t r = 0; r < live; r += group) {
+          const char* at[kRows];
+          for (int64_t i = 0; i < group; ++i) at[i] = w[r + i] + start * S::kSize;
+          int64_t ahead = distance;
+          if (parts.count > 1) ahead = r + 1 < live ? rhs.row : size * B * S::kSize - r * rhs.row;
+          kernels[p](size, ws.rows + first * padded + start, padded, at, last && rest > 0 ? tails + r : nullptr,
+                     state + (r * m + first) * B, part == 0, last ? sums + r * rows : nullptr,
+                     p == 0 ? ahead : 0, near && parts.count == 1);
+        }
+        const Output<T> here = out.from(first, j);
+        if (last) scatter<F>({here.data, here.column, here.row, here.add}, live, rows, sums, rows);
       }
     }
   }
@@ -258,17 +304,15 @@ bool run(const ContractArgs& a, void* memory) {
     const Matrix r = {rhs.data + b * rhs.batch * right.size, rhs.row * right.size, rhs.k * right.size};
     Output<T> out = {static_cast<char*>(a.acc) + b * a.acc_b * static_cast<int64_t>(sizeof(T)), row, column,
                      a.accumulate};
-    if (a.k == 0 && !a.accumulate) {
-      for (int64_t i = 0; i < m; ++i) {
-        for (int64_t j = 0; j < n; ++j) __builtin_memset(out.from(i, j).data, 0, sizeof(T));
-      }
+    for (int64_t i = 0; a.k == 0 && !a.accumulate && i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) __builtin_memset(out.from(i, j).data, 0, sizeof(T));
     }
     for (int64_t k = 0; k < a.k; k += step) {
-      const int64_t depth = least(step, a.k - k);
+      const int64_t depth = least(step, a.k - k), after = a.k - k - depth;
       if (by_dots) {
-        right.dots(m, n, depth, a.k - k - depth, left.pack, l.from(0, k), r.from(0, k), out, ws);
+        right.dots(m, n, depth, after, left.pack, l.from(0, k), r.from(0, k), out, ws);
       } else if (by_columns) {
-        right.direct(m, n, depth, a.k - k - depth, left.pack, l.from(0, k), r.from(0, k), out, ws);
+        right.direct(m, n, depth, after, left.pack, l.from(0, k), r.from(0, k), out, ws);
       } else {
         packed_form<F>(m, n, depth, left.pack, right.pack, l.from(0, k), r.from(0, k), out, ws, rhs.k == 1);
       }

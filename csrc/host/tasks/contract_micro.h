@@ -39,6 +39,7 @@ constexpr int64_t kDotStep = 2048;           // k per pass of the dot-product fo
 constexpr int64_t kFewRows = 8;              // up to here rhs is read where it lies, above it is packed
 constexpr int64_t kStreams = 16;             // rhs rows read side by side, see direct_form()
 constexpr int64_t kDirectRows = 32;
+constexpr int64_t kNearBytes = 2048, kFarBytes = 8192, kDotBytes = 20 * 1024;
 constexpr int64_t kLongStreams = 8, kLongRow = 8 * 1024, kPrefetchRow = 8 * 1024, kDistance = 2;
 constexpr int64_t kPartialBytes = 16 * 1024; // partial sums of a pass over k: half of the L1 cache
 constexpr int64_t kPackBytes = 512 * 1024;   // packed rhs: half of the L2 cache

@@ -26,8 +26,9 @@ constexpr std::pair<const char*, ElementType> kTypes[] = {
     {"u8", ElementType::kU8},
 };
 
-constexpr std::pair<const char*, ContractIsa> kIsas[] = {
-    {"portable", ContractIsa::kPortable}, {"avx2", ContractIsa::kAvx2}, {"avx512", ContractIsa::kAvx512}};
+constexpr std::pair<const char*, ContractIsa> kIsas[] = {{"portable", ContractIsa::kPortable},
+                                                         {"avx2", ContractIsa::kAvx2},
+                                                         {"avx512", ContractIsa::kAvx512}};
 
 template <class Table>
 auto named(const Table& table, const std::string& name) {
@@ -37,10 +38,12 @@ auto named(const Table& table, const std::string& name) {
   throw std::invalid_argument("unknown name '" + name + "'");
 }
 
-bool contract_tile(const std::array<std::string, 3>& types, const std::array<uintptr_t, 3>& addresses,
-                   const std::array<int64_t, 4>& sizes, const std::array<int64_t, 3>& lhs_strides,
-                   const std::array<int64_t, 3>& rhs_strides, const std::array<int64_t, 3>& acc_strides,
-                   bool accumulate, const std::string& isa) {
+bool contract_tile(const std::array<std::string, 3>& types,
+                   const std::array<uintptr_t, 3>& addresses, const std::array<int64_t, 4>& sizes,
+                   const std::array<int64_t, 3>& lhs_strides,
+                   const std::array<int64_t, 3>& rhs_strides,
+                   const std::array<int64_t, 3>& acc_strides, bool accumulate,
+                   const std::string& isa) {
   ContractArgs args;
   args.lhs_type = named(kTypes, types[0]);
   args.rhs_type = named(kTypes, types[1]);
@@ -70,9 +73,10 @@ std::vector<std::string> contract_isas() {
 
 void register_contract(nb::module_& m) {
   m.def("contract_tile", contract_tile, nb::arg("types"), nb::arg("addresses"), nb::arg("sizes"),
-        nb::arg("lhs_strides"), nb::arg("rhs_strides"), nb::arg("acc_strides"), nb::arg("accumulate") = false,
-        nb::arg("isa") = "",
-        "acc[b, m, n] (+)= sum over k of lhs[b, m, k] * rhs[b, n, k]; sizes are b, m, n, k, strides in "
+        nb::arg("lhs_strides"), nb::arg("rhs_strides"), nb::arg("acc_strides"),
+        nb::arg("accumulate") = false, nb::arg("isa") = "",
+        "acc[b, m, n] (+)= sum over k of lhs[b, m, k] * rhs[b, n, k]; sizes are b, m, n, k, "
+        "strides in "
         "elements. False: refused. An empty isa takes the best one.");
   m.def("contract_isas", contract_isas, "Names of the implementations that this CPU can run.");
 }

@@ -1,5 +1,5 @@
-// Choice of the instruction set, and contract_kernels_impl.h without any: vectors of 16 bytes in the compiler's
-// own notation, which it maps to SSE2 or NEON.
+// Choice of the instruction set, and contract_kernels_impl.h without any: vectors of 16 bytes in
+// the compiler's own notation, which it maps to SSE2 or NEON.
 #include "host/tasks/contract_kernels.h"
 
 #include <cstddef>
@@ -96,7 +96,8 @@ struct FromBF16 : Loads<Direct<F32, uint16_t, ElementType::kBF16>, FromBF16> {
   static float get(const char* p) { return bf16_to_f32(peek<uint16_t>(p)); }
 };
 
-// With integers only: denormal halves are values like any other, whatever the mode of the floating-point unit.
+// With integers only: denormal halves are values like any other, whatever the mode of the
+// floating-point unit.
 struct FromF16 : Loads<Direct<F32, uint16_t, ElementType::kF16>, FromF16> {
   static float get(const char* p) {
     const uint32_t half = peek<uint16_t>(p), sign = (half & 0x8000) << 16;
@@ -118,9 +119,9 @@ struct FromF16 : Loads<Direct<F32, uint16_t, ElementType::kF16>, FromF16> {
   }
 };
 
-constexpr ContractKernels kPortable = {
-    run<F32, FromF32, FromBF16, FromF16>, run<F64, FromF64>, run<S32, FromS32, FromS8, FromU8>,
-    workspace_bytes<F32, F64, S32>()};
+constexpr ContractKernels kPortable = {run<F32, FromF32, FromBF16, FromF16>, run<F64, FromF64>,
+                                       run<S32, FromS32, FromS8, FromU8>,
+                                       workspace_bytes<F32, F64, S32>()};
 
 const ContractKernels* kernels(ContractIsa isa) {
   switch (isa) {
@@ -128,7 +129,8 @@ const ContractKernels* kernels(ContractIsa isa) {
       return &kPortable;
 #if defined(__x86_64__)
     case ContractIsa::kAvx2:
-      if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+          __builtin_cpu_supports("f16c")) {
         return &contract_kernels_avx2;
       }
       return nullptr;
@@ -153,7 +155,7 @@ const ContractKernels& best_kernels() {
 }
 
 struct Free {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+  void operator()(void* p) const { ::operator delete (p, std::align_val_t{64}); }
 };
 
 // One block a thread, large enough for any instruction set and kept for the thread's life.
@@ -163,7 +165,7 @@ void* workspace(int64_t bytes) {
   if (size < bytes) {
     memory.reset();
     size = 0;
-    memory.reset(::operator new(static_cast<size_t>(bytes), std::align_val_t{64}));
+    memory.reset(::operator new (static_cast<size_t>(bytes), std::align_val_t{64}));
     size = bytes;
   }
   return memory.get();
@@ -171,7 +173,8 @@ void* workspace(int64_t bytes) {
 
 bool run_with(const ContractKernels& kernels, const ContractArgs& a) {
   const bool empty = a.b <= 0 || a.m <= 0 || a.n <= 0;
-  const bool coincide = (a.b > 1 && a.acc_b == 0) || (a.m > 1 && a.acc_m == 0) || (a.n > 1 && a.acc_n == 0);
+  const bool coincide =
+      (a.b > 1 && a.acc_b == 0) || (a.m > 1 && a.acc_m == 0) || (a.n > 1 && a.acc_n == 0);
   if (a.k < 0 || (coincide && !empty)) return false;
   ContractKernels::Run run = nullptr;
   if (a.acc_type == ElementType::kF32) run = kernels.f32;

@@ -1,5 +1,6 @@
-// The algorithms of contract_kernels.h, once for all instruction sets: a file that defines the vectors of one
-// instruction set includes this and defines a ContractKernels (contract_micro.h says what vectors must offer).
+// The algorithms of contract_kernels.h, once for all instruction sets: a file that defines the
+// vectors of one instruction set includes this and defines a ContractKernels (contract_micro.h says
+// what vectors must offer).
 #pragma once
 
 #include "host/tasks/contract_micro.h"
@@ -7,13 +8,14 @@
 namespace jax_mpk::host {
 namespace {
 
-// --- Direct form: few rows, rhs contiguous along n and read where it lies -----------------------------------
+// --- Direct form: few rows, rhs contiguous along n and read where it lies ------------------------
 
 // rhs comes from memory once, so the order of reading decides.
 template <class S>
-void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after, Pack<typename S::Family> pack_lhs, const Matrix& lhs,
-            const Matrix& rhs, const Output<typename S::Family::Scalar>& out,
-            const Workspace<typename S::Family>& ws) {
+void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after,
+                 Pack<typename S::Family> pack_lhs, const Matrix& lhs, const Matrix& rhs,
+                 const Output<typename S::Family::Scalar>& out,
+                 const Workspace<typename S::Family>& ws) {
   using F = typename S::Family;
   using T = typename F::Scalar;
   constexpr int64_t B = Workspace<F>::kBlock;
@@ -30,8 +32,8 @@ void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after, Pack<typena
   for (int64_t pass = 0; pass < passes.count; ++pass) {
     const int64_t j0 = passes.start(pass) * B, width = passes.at(pass) * B;
     const Split groups(width / B, limit);
-    // A single group of columns keeps its sums in registers for the whole chain, or all but the last rows, for
-    // which there is nothing to prefetch.
+    // A single group of columns keeps its sums in registers for the whole chain, or all but the
+    // last rows, for which there is nothing to prefetch.
     const int64_t streams = width * S::kSize > kLongRow ? kLongStreams : kStreams;
     const bool single = groups.count == 1;
     const int64_t step = !single ? streams : depth > 2 * kStreams ? depth - kStreams : depth;
@@ -44,8 +46,8 @@ void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after, Pack<typena
       if (later >= depth && next + 1 < passes.count) later -= depth, ++next;
       if (later >= depth) next = 0;
       const int64_t ahead_width = passes.at(next) * S::kSize * B;
-      Ahead ahead(rhs.from(passes.start(next) * B, later).data, ahead_width, groups.most() * B * S::kSize,
-                  rhs.k);
+      Ahead ahead(rhs.from(passes.start(next) * B, later).data, ahead_width,
+                  groups.most() * B * S::kSize, rhs.k);
       const bool fetch = later < depth + after && width * S::kSize <= kPrefetchRow;
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t first = panels.start(p), rows = panels.at(p);
@@ -54,10 +56,10 @@ void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after, Pack<typena
         for (int64_t g = 0; g < groups.count; ++g) {
           const int64_t j = groups.start(g) * B;
           T* partial = ws.partial + first * width + j;
-          kernels[g < groups.larger](least(step, depth - k), x, rhs.from(j0 + j, k).data, rhs.k,
-                                     k > 0 ? partial : nullptr, width,
-                                     store ? here.from(first, j).pointer() : partial,
-                                     store ? out.row : width, end, fetch && p == 0 ? &ahead : nullptr);
+          kernels[g < groups.larger](
+              least(step, depth - k), x, rhs.from(j0 + j, k).data, rhs.k, k > 0 ? partial : nullptr,
+              width, store ? here.from(first, j).pointer() : partial, store ? out.row : width, end,
+              fetch && p == 0 ? &ahead : nullptr);
         }
       }
     }
@@ -67,23 +69,25 @@ void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after, Pack<typena
   pack_source<S>(ws.pack, B, rhs.from(blocks * B, 0), n % B, depth);
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.start(p);
-    block<F>(out.from(first, blocks * B), panels.at(p), n % B, depth, ws.rows + first * depth, ws.pack,
-             ws.tile);
+    block<F>(out.from(first, blocks * B), panels.at(p), n % B, depth, ws.rows + first * depth,
+             ws.pack, ws.tile);
   }
 }
 
-// --- Packed form: any sizes, types and strides --------------------------------------------------------------
+// --- Packed form: any sizes, types and strides ---------------------------------------------------
 
-// A packed panel of rows stays in the L1 cache while the packed rhs streams past it from the L2 cache.
+// A packed panel of rows stays in the L1 cache while the packed rhs streams past it from the L2
+// cache.
 template <class F>
-void packed_form(int64_t m, int64_t n, int64_t depth, Pack<F> pack_lhs, Pack<F> pack_rhs, const Matrix& lhs,
-            const Matrix& rhs, const Output<typename F::Scalar>& out, const Workspace<F>& ws,
-            bool transposed) {
+void packed_form(int64_t m, int64_t n, int64_t depth, Pack<F> pack_lhs, Pack<F> pack_rhs,
+                 const Matrix& lhs, const Matrix& rhs, const Output<typename F::Scalar>& out,
+                 const Workspace<F>& ws, bool transposed) {
   constexpr int64_t B = Workspace<F>::kBlock;
   const Split panels(m, F::kMaxRows);
   for (int64_t j0 = 0; j0 < n; j0 += Workspace<F>::kPackColumns) {
     const int64_t columns = least(Workspace<F>::kPackColumns, n - j0);
-    // kStreams rows side by side as in direct_form(); a transposed rhs has a stream per column by itself.
+    // kStreams rows side by side as in direct_form(); a transposed rhs has a stream per column by
+    // itself.
     const int64_t step = transposed ? depth : kStreams;
     for (int64_t k = 0; k < depth; k += step) {
       for (int64_t j = 0; j < columns; j += B) {
@@ -95,23 +99,24 @@ void packed_form(int64_t m, int64_t n, int64_t depth, Pack<F> pack_lhs, Pack<F> 
       const int64_t first = panels.start(p), rows = panels.at(p);
       pack_lhs(ws.rows, rows, lhs.from(first, 0), rows, depth);
       for (int64_t j = 0; j < columns; j += B) {
-        block<F>(out.from(first, j0 + j), rows, least(B, columns - j), depth, ws.rows, ws.pack + j * kChain,
-                 ws.tile);
+        block<F>(out.from(first, j0 + j), rows, least(B, columns - j), depth, ws.rows,
+                 ws.pack + j * kChain, ws.tile);
       }
     }
   }
 }
 
-// --- Dot-product form: few rows, rhs contiguous along k -----------------------------------------------------
+// --- Dot-product form: few rows, rhs contiguous along k ------------------------------------------
 
 // Rows of w whose sums are reduced together.
 constexpr int dot_group(int64_t m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
 
-// M rows of x times dot_group(M) rows of w, one row of w after the other: memory is read in its order, and each
-// row once. x[i * x_row ...] is in the order of load2 and zero past the end; `tails` are the last elements of the
-// rows of w, padded likewise, or null. Unless this is the first part of k, sums start from `state`; unless it is
-// the last, they end there; `out`, where out[r * M + i] is x row i times w row r, is null then. Memory is
-// prefetched `ahead` bytes on from what is read, into the L1 cache if that is near.
+// M rows of x times dot_group(M) rows of w, one row of w after the other: memory is read in its
+// order, and each row once. x[i * x_row ...] is in the order of load2 and zero past the end;
+// `tails` are the last elements of the rows of w, padded likewise, or null. Unless this is the
+// first part of k, sums start from `state`; unless it is the last, they end there; `out`, where
+// out[r * M + i] is x row i times w row r, is null then. Memory is prefetched `ahead` bytes on from
+// what is read, into the L1 cache if that is near.
 template <class S, int M>
 void dot(int64_t blocks, const typename S::Family::Scalar* x, int64_t x_row, const char* const* w,
          const char* const* tails, typename S::Family::Scalar* state, bool first,
@@ -204,10 +209,12 @@ void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Fa
   const char* tails[kRows] = {tail[0], tail[1], tail[2], tail[3]};
   __builtin_memset(tail, 0, sizeof(tail));
   T* state = ws.partial;  // [kRows][m][B]
-  // What follows directly, the hardware prefetches best by itself, if arithmetic leaves it the time.
+  // What follows directly, the hardware prefetches best by itself, if arithmetic leaves it the
+  // time.
   const int64_t bytes = depth * S::kSize;
   const bool near = rhs.row != bytes;
-  const int64_t distance = near || m > 4 ? ((near ? kNearBytes : kFarBytes) / bytes + 1) * rhs.row : 0;
+  const int64_t distance =
+      near || m > 4 ? ((near ? kNearBytes : kFarBytes) / bytes + 1) * rhs.row : 0;
   decltype(pick_dot<S>(1)) kernels[kFewRows];
   for (int64_t p = 0; p < panels.count; ++p) kernels[p] = pick_dot<S>(panels.at(p));
   for (int64_t j = 0; j < n; j += kRows) {
@@ -220,7 +227,8 @@ void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Fa
     }
     for (int64_t part = 0; part < parts.count || part == 0; ++part) {
       const bool last = part + 1 >= parts.count;
-      const int64_t start = m > 2 ? parts.start(part) * B : 0, size = m > 2 ? parts.at(part) : blocks;
+      const int64_t start = m > 2 ? parts.start(part) * B : 0,
+                    size = m > 2 ? parts.at(part) : blocks;
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t first = panels.start(p), rows = panels.at(p), group = dot_group(rows);
         T sums[kRows * F::kDotRows + 4];
@@ -229,9 +237,10 @@ void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Fa
           for (int64_t i = 0; i < group; ++i) at[i] = w[r + i] + start * S::kSize;
           int64_t ahead = distance;
           if (parts.count > 1) ahead = r + 1 < live ? rhs.row : size * B * S::kSize - r * rhs.row;
-          kernels[p](size, ws.rows + first * padded + start, padded, at, last && rest > 0 ? tails + r : nullptr,
-                     state + (r * m + first) * B, part == 0, last ? sums + r * rows : nullptr,
-                     p == 0 ? ahead : 0, near && parts.count == 1);
+          kernels[p](size, ws.rows + first * padded + start, padded, at,
+                     last && rest > 0 ? tails + r : nullptr, state + (r * m + first) * B, part == 0,
+                     last ? sums + r * rows : nullptr, p == 0 ? ahead : 0,
+                     near && parts.count == 1);
         }
         const Output<T> here = out.from(first, j);
         if (last) scatter<F>({here.data, here.column, here.row, here.add}, live, rows, sums, rows);
@@ -240,7 +249,7 @@ void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Fa
   }
 }
 
-// --- Choice of the form --------------------------------------------------------------------------------------
+// --- Choice of the form --------------------------------------------------------------------------
 
 template <class F>
 struct Source {
@@ -271,8 +280,8 @@ struct Side {
   int64_t batch, row, k;  // strides in elements
 };
 
-// lhs is the side of m. The side with few rows, if there is one, becomes lhs, else the one that leaves acc
-// contiguous along columns.
+// lhs is the side of m. The side with few rows, if there is one, becomes lhs, else the one that
+// leaves acc contiguous along columns.
 template <class F, class... S>
 bool run(const ContractArgs& a, void* memory) {
   using T = typename F::Scalar;
@@ -301,9 +310,10 @@ bool run(const ContractArgs& a, void* memory) {
   const int64_t step = by_dots ? kDotStep : kChain;
   for (int64_t b = 0; b < a.b; ++b) {
     const Matrix l = {lhs.data + b * lhs.batch * left.size, lhs.row * left.size, lhs.k * left.size};
-    const Matrix r = {rhs.data + b * rhs.batch * right.size, rhs.row * right.size, rhs.k * right.size};
-    Output<T> out = {static_cast<char*>(a.acc) + b * a.acc_b * static_cast<int64_t>(sizeof(T)), row, column,
-                     a.accumulate};
+    const Matrix r = {rhs.data + b * rhs.batch * right.size, rhs.row * right.size,
+                      rhs.k * right.size};
+    Output<T> out = {static_cast<char*>(a.acc) + b * a.acc_b * static_cast<int64_t>(sizeof(T)), row,
+                     column, a.accumulate};
     for (int64_t i = 0; a.k == 0 && !a.accumulate && i < m; ++i) {
       for (int64_t j = 0; j < n; ++j) __builtin_memset(out.from(i, j).data, 0, sizeof(T));
     }
@@ -314,7 +324,8 @@ bool run(const ContractArgs& a, void* memory) {
       } else if (by_columns) {
         right.direct(m, n, depth, after, left.pack, l.from(0, k), r.from(0, k), out, ws);
       } else {
-        packed_form<F>(m, n, depth, left.pack, right.pack, l.from(0, k), r.from(0, k), out, ws, rhs.k == 1);
+        packed_form<F>(m, n, depth, left.pack, right.pack, l.from(0, k), r.from(0, k), out, ws,
+                       rhs.k == 1);
       }
       out.add = true;
     }

@@ -1,6 +1,7 @@
-// What the algorithms of contract_kernels_impl.h are made of: blocking, packing, and the micro-kernel, once for all
-// instruction sets. Everything is in an anonymous namespace and no inline library function is used: the linker must
-// not find code for AVX-512 that it could use elsewhere.
+// What the algorithms of contract_kernels_impl.h are made of: blocking, packing, and the
+// micro-kernel, once for all instruction sets. Everything is in an anonymous namespace and no
+// inline library function is used: the linker must not find code for AVX-512 that it could use
+// elsewhere.
 //
 // A family is an accumulator type with its vectors:
 //   Scalar, Vec, kLanes
@@ -35,14 +36,22 @@ struct ContractKernels {
 namespace {
 
 constexpr int64_t kChain = kContractChain;
-constexpr int64_t kDotStep = 2048;           // k per pass of the dot-product form
-constexpr int64_t kFewRows = 8;              // up to here rhs is read where it lies, above it is packed
-constexpr int64_t kStreams = 16;             // rhs rows read side by side, see direct_form()
-constexpr int64_t kDirectRows = 32;
-constexpr int64_t kNearBytes = 2048, kFarBytes = 8192, kDotBytes = 20 * 1024;
-constexpr int64_t kLongStreams = 8, kLongRow = 8 * 1024, kPrefetchRow = 8 * 1024, kDistance = 2;
-constexpr int64_t kPartialBytes = 16 * 1024; // partial sums of a pass over k: half of the L1 cache
-constexpr int64_t kPackBytes = 512 * 1024;   // packed rhs: half of the L2 cache
+constexpr int64_t kDotStep = 2048;   // k per pass of the dot-product form
+constexpr int64_t kFewRows = 8;      // rows of lhs up to which a transposed rhs is not packed,
+constexpr int64_t kDirectRows = 32;  // and one that is contiguous along n
+
+// Sizes of blocks that stay in a cache, for an L1 cache of 32 KB and an L2 cache of 1 MB or more.
+constexpr int64_t kPartialBytes = 16 * 1024;  // partial sums of a pass over k, in L1
+constexpr int64_t kDotBytes = 20 * 1024;      // lhs in the dot-product form, in L1
+constexpr int64_t kPackBytes = 512 * 1024;    // packed rhs, in L2
+
+// How memory is read, measured with matrices that no cache holds (direct_form(), dots_form()).
+constexpr int64_t kStreams = 16, kLongStreams = 8;  // rows of rhs read side by side
+constexpr int64_t kLongRow = 8 * 1024;              // bytes of a row from which fewer are better,
+                                                    // and prefetching by software is worse
+constexpr int64_t kDistance = 2;                    // prefetched: so many kStreams rows on
+constexpr int64_t kNearBytes = 2048;                // prefetched into L1: so far on
+constexpr int64_t kFarBytes = 8192;                 // prefetched into L2: so far on
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -98,7 +107,7 @@ float bf16_to_f32(uint16_t value) {
   return result;
 }
 
-// --- Parts of families and sources ---------------------------------------------------------------------------
+// --- Parts of families and sources ---------------------------------------------------------------
 
 template <class F>
 void sum4_by_halves(const typename F::Vec* v, typename F::Scalar* out) {
@@ -112,8 +121,8 @@ void sum4_by_halves(const typename F::Vec* v, typename F::Scalar* out) {
   }
 }
 
-// Stored is what one element lies in memory as; the derived class has load() and, unless plain conversion does
-// it, get().
+// Stored is what one element lies in memory as; the derived class has load() and, unless plain
+// conversion does it, get().
 template <class F, class Stored, ElementType type>
 struct PackedOnly {
   using Family = F;
@@ -153,13 +162,13 @@ struct Workspace {
   T* rows;     // lhs, panel by panel [k][rows of the panel]; [rows][k] in the dot-product form
 };
 
-// --- Packing: dst[k * width + r] = src[r, k], zero for `rows` <= r < width -----------------------------------
+// --- Packing: dst[k * width + r] = src[r, k], zero for `rows` <= r < width -----------------------
 
-// kLanes x kLanes transposes, each log2(kLanes) rounds of interleaving. What a vector stores past `width`, the
-// next k overwrites.
+// kLanes x kLanes transposes, each log2(kLanes) rounds of interleaving. What a vector stores past
+// `width`, the next k overwrites.
 template <class S>
-void pack_transposed(typename S::Family::Scalar* dst, int64_t width, const Matrix& src, int64_t rows,
-                     int64_t depth) {
+void pack_transposed(typename S::Family::Scalar* dst, int64_t width, const Matrix& src,
+                     int64_t rows, int64_t depth) {
   using F = typename S::Family;
   constexpr int L = F::kLanes;
   const int64_t whole = depth / L * L;
@@ -185,12 +194,14 @@ void pack_transposed(typename S::Family::Scalar* dst, int64_t width, const Matri
     }
   }
   for (int64_t k = whole; k < depth; ++k) {
-    for (int64_t r = 0; r < width; ++r) dst[k * width + r] = r < rows ? S::get(src.from(r, k).data) : 0;
+    for (int64_t r = 0; r < width; ++r)
+      dst[k * width + r] = r < rows ? S::get(src.from(r, k).data) : 0;
   }
 }
 
 template <class S>
-void pack_source(typename S::Family::Scalar* dst, int64_t width, const Matrix& src, int64_t rows, int64_t depth) {
+void pack_source(typename S::Family::Scalar* dst, int64_t width, const Matrix& src, int64_t rows,
+                 int64_t depth) {
   using F = typename S::Family;
   constexpr int64_t L = F::kLanes;
   if (width == 1 && depth > 1) return pack_source<S>(dst, depth, {src.data, src.k, 0}, depth, 1);
@@ -210,7 +221,7 @@ void pack_source(typename S::Family::Scalar* dst, int64_t width, const Matrix& s
 template <class F>
 using Pack = void (*)(typename F::Scalar*, int64_t, const Matrix&, int64_t, int64_t);
 
-// --- The micro-kernel: M rows by P blocks of two vectors, all sums in registers -----------------------------
+// --- The micro-kernel: M rows by P blocks of two vectors, all sums in registers ------------------
 
 // 2 * kLanes elements in the order that the source likes best.
 template <class S, class Vec>
@@ -223,7 +234,8 @@ void load2(const char* p, Vec& lo, Vec& hi) {
   }
 }
 
-// Where to prefetch: a tile's next rows in the order of memory, `chunks` steps to a row and then `skip` bytes.
+// Where to prefetch: a tile's next rows in the order of memory, `chunks` steps to a row and then
+// `skip` bytes.
 struct Ahead {
   const char* next;
   int64_t left, chunks, skip;
@@ -244,8 +256,8 @@ struct Ahead {
 
 enum class End { kKeep, kSet, kAdd };
 
-// Sums x[k][i] * w[k][j] over k < depth, on top of `from` or, where that is null, of zero. kKeep writes the sums
-// to `to` as load2 orders them, kSet in order, kAdd adds them there in order.
+// Sums x[k][i] * w[k][j] over k < depth, on top of `from` or, where that is null, of zero. kKeep
+// writes the sums to `to` as load2 orders them, kSet in order, kAdd adds them there in order.
 template <class S, int M, int P>
 void micro(int64_t depth, const typename S::Family::Scalar* x, const char* w, int64_t pitch,
            const typename S::Family::Scalar* from, int64_t from_row, typename S::Family::Scalar* to,
@@ -257,7 +269,8 @@ void micro(int64_t depth, const typename S::Family::Scalar* x, const char* w, in
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < 2 * P; ++j) c[i][j] = from ? F::load(from + i * from_row + j * L) : F::zero();
+    for (int j = 0; j < 2 * P; ++j)
+      c[i][j] = from ? F::load(from + i * from_row + j * L) : F::zero();
   }
   Ahead local = ahead ? *ahead : Ahead(nullptr, 1, 1, 0);
   for (int64_t k = 0; k < depth; ++k) {
@@ -295,10 +308,12 @@ void micro(int64_t depth, const typename S::Family::Scalar* x, const char* w, in
 }
 
 template <class S, class T = typename S::Family::Scalar>
-using Micro = void (*)(int64_t, const T*, const char*, int64_t, const T*, int64_t, T*, int64_t, End, Ahead*);
+using Micro = void (*)(int64_t, const T*, const char*, int64_t, const T*, int64_t, T*, int64_t, End,
+                       Ahead*);
 
-// Blocks side by side: independent sums that hide the latency of multiply-adds, within the registers. More than
-// a few cache lines of a row at a time make the reading of memory less regular (a tenth slower).
+// Blocks side by side: independent sums that hide the latency of multiply-adds, within the
+// registers. More than a few cache lines of a row at a time make the reading of memory less regular
+// (a tenth slower).
 template <class F>
 constexpr int max_blocks(int64_t rows) {
   return static_cast<int>(least(least(F::kMaxRows / rows, 32 / F::kLanes), 4));
@@ -344,8 +359,8 @@ void block(const Output<typename F::Scalar>& out, int64_t rows, int64_t columns,
   const char* bytes = reinterpret_cast<const char*>(w);
   const int64_t pitch = B * sizeof(T);
   if (columns == B && out.column == 1) {
-    kernel(depth, x, bytes, pitch, nullptr, 0, out.pointer(), out.row, out.add ? End::kAdd : End::kSet,
-           nullptr);
+    kernel(depth, x, bytes, pitch, nullptr, 0, out.pointer(), out.row,
+           out.add ? End::kAdd : End::kSet, nullptr);
   } else {
     kernel(depth, x, bytes, pitch, nullptr, 0, tile, B, End::kSet, nullptr);
     scatter<F>(out, rows, columns, tile, B);

@@ -10,7 +10,12 @@ namespace {
 
 // --- Direct form: few rows, rhs contiguous along n and read where it lies ------------------------
 
-// rhs comes from memory once, so the order of reading decides.
+// rhs comes from memory once, so the order of reading decides. kStreams rows advance side by side:
+// one row at a time, with columns of a wider matrix, reaches a third of the bandwidth, as the
+// hardware's prefetcher starts anew in each row, and long rows side by side are what it follows
+// best. In short rows it hardly gets going: prefetching rows ahead into L2, in the order of memory,
+// raises 576 x 576 of bf16 from half of a plain read's bandwidth to 80 % and more. Prefetching into
+// L1 gains less.
 template <class S>
 void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after,
                  Pack<typename S::Family> pack_lhs, const Matrix& lhs, const Matrix& rhs,
@@ -48,7 +53,7 @@ void direct_form(int64_t m, int64_t n, int64_t depth, int64_t after,
       const int64_t ahead_width = passes.at(next) * S::kSize * B;
       Ahead ahead(rhs.from(passes.start(next) * B, later).data, ahead_width,
                   groups.most() * B * S::kSize, rhs.k);
-      const bool fetch = later < depth + after && width * S::kSize <= kPrefetchRow;
+      const bool fetch = later < depth + after && width * S::kSize <= kLongRow;
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t first = panels.start(p), rows = panels.at(p);
         const Micro<S> kernels[2] = {pick<S>(rows, groups.size), pick<S>(rows, groups.most())};
@@ -209,8 +214,9 @@ void dots_form(int64_t m, int64_t n, int64_t depth, int64_t, Pack<typename S::Fa
   const char* tails[kRows] = {tail[0], tail[1], tail[2], tail[3]};
   __builtin_memset(tail, 0, sizeof(tail));
   T* state = ws.partial;  // [kRows][m][B]
-  // What follows directly, the hardware prefetches best by itself, if arithmetic leaves it the
-  // time.
+  // What follows directly, the hardware prefetches best by itself unless arithmetic holds it up:
+  // eight rows of lhs run twice as fast with prefetches into L2. Short rows with gaps (heads of a
+  // cache) want them in L1, for half as much again.
   const int64_t bytes = depth * S::kSize;
   const bool near = rhs.row != bytes;
   const int64_t distance =

@@ -80,7 +80,11 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], float]] = {
         (ints(-3000, 3000, 3000, dtype=np.int16), ints(-100, 100, 3000, dtype=np.int8)),
         0,
     ),
-    "long indices": (lambda i: (i // 7 * 5 + i % 11, -i // 4, i % 7), (ints(-(1 << 60), 1 << 60, 3000, dtype=np.int64),), 0),
+    "long indices": (
+        lambda i: (i // 7 * 5 + i % 11, -i // 4, i % 7),
+        (ints(-(1 << 60), 1 << 60, 3000, dtype=np.int64),),
+        0,
+    ),
     "sum of rows": (lambda x: x.sum(1), (f32(20, 5000),), 1e-5),
     "sum of short rows": (lambda x: x.sum(1), (f32(3000, 7),), 1e-5),
     "sum of columns": (lambda x: x.sum(0), (f32(300, 1700),), 1e-5),
@@ -102,8 +106,16 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], float]] = {
     "bools": (lambda x: ((x > 1).any(1), (x < 2).all(0), (x > 0).sum()), (f32(60, 900),), 0),
     "argmax of a vocabulary": (lambda x: jnp.argmax(x, -1), (np.round(f32(2, 50000), 1),), 0),
     "argmax of columns": (lambda x: jnp.argmax(x, 0), (np.round(f32(50, 3000), 1),), 0),
-    "generic reduction of rows": (lambda x, y: _generic(x, y, (1,)), (np.round(f32(9, 2500), 2), ints(0, 999, 9, 2500)), 0),
-    "generic reduction of columns": (lambda x, y: _generic(x, y, (0,)), (np.round(f32(90, 700), 1), ints(0, 999, 90, 700)), 0),
+    "generic reduction of rows": (
+        lambda x, y: _generic(x, y, (1,)),
+        (np.round(f32(9, 2500), 2), ints(0, 999, 9, 2500)),
+        0,
+    ),
+    "generic reduction of columns": (
+        lambda x, y: _generic(x, y, (0,)),
+        (np.round(f32(90, 700), 1), ints(0, 999, 90, 700)),
+        0,
+    ),
     "norm": (
         lambda x, w: x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * w,
         (f32(4, 576), f32(576)),
@@ -132,7 +144,11 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], float]] = {
         (ints(0, 65536, 9, 700, dtype=np.uint16), ints(0, 65536, 700, 30, dtype=np.uint16)),
         0,
     ),
-    "product of s64": (lambda x, y: x @ y, (ints(-9, 9, 9, 70, dtype=np.int64), ints(-9, 9, 70, 30, dtype=np.int64)), 0),
+    "product of s64": (
+        lambda x, y: x @ y,
+        (ints(-9, 9, 9, 70, dtype=np.int64), ints(-9, 9, 70, 30, dtype=np.int64)),
+        0,
+    ),
     "product with everything around": (
         lambda x, w, b, r: jax.nn.gelu(x @ w + b) + r,
         (f32(6, 128), f32(128, 300), f32(300), f32(6, 300)),

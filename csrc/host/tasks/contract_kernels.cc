@@ -129,8 +129,8 @@ const ContractKernels* kernels(ContractIsa isa) {
       return &kPortable;
 #if defined(__x86_64__)
     case ContractIsa::kAvx2:
-      if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-          __builtin_cpu_supports("f16c")) {
+      // Every CPU with AVX2 has F16C, which not every compiler can ask for.
+      if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         return &contract_kernels_avx2;
       }
       return nullptr;

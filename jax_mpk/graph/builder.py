@@ -386,7 +386,7 @@ class BlockBuilder:
         if kind == "contract" and any(factor(Expr(tuple(b.nodes), (), b.extents), r) is None for r in results):
             # A constant factor, say: nothing to stream.
             kind, combine = "reduce", Combine("sum")
-            results = [b.mul(*_round(b, results, acc * 2))]
+            results = [b.mul(*(b.convert(b.compute(r), acc[0]) for r in results))]
         if kind == "reduce":
             results = _round(b, results, acc[: len(results)])
         first = b.build(*results)

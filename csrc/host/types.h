@@ -40,6 +40,7 @@ namespace type_set {
 constexpr uint16_t bit(Type t) { return static_cast<uint16_t>(1u << static_cast<int>(t)); }
 inline constexpr uint16_t kInt = bit(Type::k_s8) | bit(Type::k_s16) | bit(Type::k_s32) | bit(Type::k_s64) |
                                  bit(Type::k_u8) | bit(Type::k_u16) | bit(Type::k_u32) | bit(Type::k_u64);
+inline constexpr uint16_t kWords = bit(Type::k_u32) | bit(Type::k_u64);
 inline constexpr uint16_t kFloat = bit(Type::k_f32) | bit(Type::k_f64);
 inline constexpr uint16_t kHalf = bit(Type::k_f16) | bit(Type::k_bf16);
 inline constexpr uint16_t kBits = kInt | bit(Type::k_b1);

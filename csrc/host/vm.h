@@ -63,6 +63,7 @@ class Walk {
  private:
   void merge_axes(int cut0, int cut1, const int64_t* extent);
   void choose_lanes(int cut1, bool all_lanes);
+  bool worth_crossing();
   void execute(int begin, int end, bool vector, int64_t p0, int64_t n);
   void load(const Instruction& instruction, bool vector, int64_t p0, int64_t n);
   void store(const Instruction& instruction, int64_t p0, int64_t n);

@@ -154,14 +154,13 @@ template <class T> struct RemLarge {
 
 // Below 2**51 in size, 64-bit integers convert to f64 and back with an addition, and quotients are exact. Indices
 // always are; anything else takes the machine's slow division.
-inline bool all_small(const int64_t* x) {
+template <class T>
+bool all_small(const T* x, int64_t n) {
   uint64_t seen = 0;
-  for (int64_t j = 0; j < kBlock; ++j) seen |= static_cast<uint64_t>(x[j]) ^ static_cast<uint64_t>(x[j] >> 63);
-  return seen < (uint64_t{1} << 50);
-}
-inline bool all_small(const uint64_t* x) {
-  uint64_t seen = 0;
-  for (int64_t j = 0; j < kBlock; ++j) seen |= x[j];
+  for (int64_t i = 0; i < n; ++i) {
+    uint64_t bits = static_cast<uint64_t>(x[i]);
+    seen |= kIsSigned<T> ? bits ^ static_cast<uint64_t>(static_cast<int64_t>(bits) >> 63) : bits;
+  }
   return seen < (uint64_t{1} << 50);
 }
 constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2**52
@@ -170,30 +169,30 @@ inline double small_to_double(int64_t x) {
 }
 inline int64_t small_quotient(int64_t a, int64_t b) {
   double q = small_to_double(a) / small_to_double(b == 0 ? 1 : b);
-  double near = (q + kMagic) - kMagic;
-  double size = q < 0 ? -q : q, near_size = near < 0 ? -near : near;
-  double back = near_size > size ? 1.0 : 0.0;
-  double whole = near - (near < 0 ? -back : back);
+  double size = bits_as<double>(bits_as<int64_t>(q) & INT64_MAX);
+  double near = (size + kWhole<double>) - kWhole<double>;
+  double whole = near - (near > size ? 1.0 : 0.0);
   int64_t quotient = bits_as<int64_t>(whole + kMagic) - bits_as<int64_t>(kMagic);
-  return b == 0 ? -1 : quotient;
+  int64_t sign = bits_as<int64_t>(q) >> 63;
+  return (quotient ^ sign) - sign;
 }
 template <class T, bool kRemainder>
 void divide_wide(void* out, const void* a, const void* b, const void*, int64_t n, int64_t) {
   T* o = static_cast<T*>(out);
   const T* x = static_cast<const T*>(a);
   const T* y = static_cast<const T*>(b);
-  for (int64_t i = 0; i < n; i += kBlock) {
-    if (n > 2 && all_small(x + i) && all_small(y + i)) {
+  if (n > 2 && all_small(x, n) && all_small(y, n)) {
+    n = whole_blocks(n);
 #pragma GCC ivdep
-      for (int64_t j = 0; j < kBlock; ++j) {
-        int64_t p = static_cast<int64_t>(x[i + j]), q = static_cast<int64_t>(y[i + j]);
-        int64_t quotient = small_quotient(p, q);
-        o[i + j] = static_cast<T>(!kRemainder ? quotient : q == 0 ? p : p - quotient * q);
-      }
-    } else {
-      for (int64_t j = i; j < n && j < i + kBlock; ++j) {
-        o[j] = kRemainder ? RemLarge<T>::apply(x[j], y[j]) : DivLarge<T>::apply(x[j], y[j]);
-      }
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t p = static_cast<int64_t>(x[i]), q = static_cast<int64_t>(y[i]);
+      int64_t quotient = small_quotient(p, q);
+      int64_t remainder = p - quotient * q;  // p itself where q is 0
+      o[i] = static_cast<T>(kRemainder ? remainder : q == 0 ? -1 : quotient);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      o[i] = kRemainder ? RemLarge<T>::apply(x[i], y[i]) : DivLarge<T>::apply(x[i], y[i]);
     }
   }
 }

@@ -38,6 +38,18 @@ template <class T> struct ShrArith {
   }
 };
 
+// immediate: how far, 0 < immediate < width.
+template <class T>
+void rotate_left_loop(void* out, const void* a, const void*, const void*, int64_t n, int64_t immediate) {
+  constexpr int64_t width = sizeof(T) * 8;
+  T* o = static_cast<T*>(out);
+  const T* x = static_cast<const T*>(a);
+  const int left = static_cast<int>(immediate & (width - 1)), right = static_cast<int>(-immediate & (width - 1));
+  n = whole_blocks(n);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) o[i] = static_cast<T>(x[i] << left | x[i] >> right);
+}
+
 template <class T> struct Popcount {
   static T apply(T a) {
     // The classic tree of sums: vectorises everywhere, unlike the popcnt instruction.
@@ -59,9 +71,8 @@ template <class T>
 void fill_loop(void* out, const void* a, const void*, const void*, int64_t n, int64_t) {
   T* o = static_cast<T*>(out);
   const T value = *static_cast<const T*>(a);
-  for (int64_t i = 0; i < n; i += kBlock) {
-    for (int64_t j = 0; j < kBlock; ++j) o[i + j] = value;
-  }
+  n = whole_blocks(n);
+  for (int64_t i = 0; i < n; ++i) o[i] = value;
 }
 
 // By size: what the bits mean does not matter.
@@ -71,12 +82,11 @@ void select_loop(void* out, const void* a, const void* b, const void* c, int64_t
   const uint8_t* p = static_cast<const uint8_t*>(a);
   const T* x = static_cast<const T*>(b);
   const T* y = static_cast<const T*>(c);
-  for (int64_t i = 0; i < n; i += kBlock) {
+  n = whole_blocks(n);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < kBlock; ++j) {
-      T mask = static_cast<T>(-static_cast<T>(p[i + j] != 0));
-      o[i + j] = static_cast<T>((x[i + j] & mask) | (y[i + j] & ~mask));
-    }
+  for (int64_t i = 0; i < n; ++i) {
+    T mask = static_cast<T>(-static_cast<T>(p[i] != 0));
+    o[i] = static_cast<T>((x[i] & mask) | (y[i] & ~mask));
   }
 }
 
@@ -94,18 +104,17 @@ void reduce_precision_loop(void* out, const void* a, const void*, const void*, i
   const bool narrow = exponent_bits < kExponent;
   const U reduced_bias = narrow ? (U(1) << (exponent_bits - 1)) - 1 : bias;
   const U highest = (bias + reduced_bias) << kMantissa, lowest = (bias - reduced_bias) << kMantissa;
-  for (int64_t i = 0; i < n; i += kBlock) {
+  n = whole_blocks(n);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < kBlock; ++j) {
-      U bits = x[i + j];
-      U last = (bits >> drop) & round;
-      U reduced = (bits + half + last) & keep;
-      U sign = reduced & sign_mask, exponent = reduced & infinity;
-      U fitted = exponent > highest ? sign | infinity : reduced;
-      fitted = exponent <= lowest ? sign : fitted;
-      reduced = narrow ? fitted : reduced;
-      o[i + j] = (bits & ~sign_mask) > infinity ? bits : reduced;
-    }
+  for (int64_t i = 0; i < n; ++i) {
+    U bits = x[i];
+    U last = (bits >> drop) & round;
+    U reduced = (bits + half + last) & keep;
+    U sign = reduced & sign_mask, exponent = reduced & infinity;
+    U fitted = exponent > highest ? sign | infinity : reduced;
+    fitted = exponent <= lowest ? sign : fitted;
+    reduced = narrow ? fitted : reduced;
+    o[i] = (bits & ~sign_mask) > infinity ? bits : reduced;
   }
 }
 
@@ -130,6 +139,8 @@ void add_bits(KernelTable& t) {
   add_binary<Shl, JAX_MPK_INTS>(t, Op::k_shl);
   add_binary<ShrLogical, JAX_MPK_INTS>(t, Op::k_shr_logical);
   add_binary<ShrArith, JAX_MPK_INTS>(t, Op::k_shr_arith);
+  slot(t, Op::k_rotate_left, Type::k_u32) = &rotate_left_loop<uint32_t>;
+  slot(t, Op::k_rotate_left, Type::k_u64) = &rotate_left_loop<uint64_t>;
   add_unary<Popcount, JAX_MPK_INTS>(t, Op::k_popcount);
   add_unary_each<Clz, JAX_MPK_INTS>(t, Op::k_clz);
   for (int type = 0; type < kTypes; ++type) {

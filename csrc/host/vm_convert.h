@@ -88,36 +88,40 @@ template <Type type> struct Computed { using Value = typename Stored<type>::Memo
 template <> struct Computed<Type::k_f16> { using Value = float; };
 template <> struct Computed<Type::k_bf16> { using Value = float; };
 
+template <Type to, class Value>
+inline typename Stored<to>::Memory stored_as(Value x) {
+  if constexpr (to == Type::k_bf16) return narrow_bf16(static_cast<float>(x));
+  else if constexpr (to == Type::k_b1) return x != 0;
+  else return value_as<typename Stored<to>::Memory>(x);
+}
+
+template <Type from>
+inline typename Computed<from>::Value computed(typename Stored<from>::Memory x) {
+  if constexpr (from == Type::k_bf16) return widen_bf16(x);
+  else return x;
+}
+
 template <Type from, Type to>
 void convert_loop(void* out, const void* a, const void*, const void*, int64_t n, int64_t) {
-  using In = typename Stored<from>::Memory;
   using Out = typename Stored<to>::Memory;
-  using Value = typename Computed<from>::Value;
-  constexpr bool half_out = to == Type::k_f16 || to == Type::k_bf16;
-  const In* x = static_cast<const In*>(a);
+  const typename Stored<from>::Memory* x = static_cast<const typename Stored<from>::Memory*>(a);
   Out* o = static_cast<Out*>(out);
-  for (int64_t i = 0; i < n; i += kBlock) {
-    Value wide[kBlock];
-    if constexpr (from == Type::k_f16) {
-      widen_f16(x + i, wide);
-    } else {
-      for (int64_t j = 0; j < kBlock; ++j) {
-        if constexpr (from == Type::k_bf16) wide[j] = widen_bf16(x[i + j]);
-        else wide[j] = x[i + j];
-      }
-    }
-    if constexpr (half_out) {
-      float narrow[kBlock];
-      for (int64_t j = 0; j < kBlock; ++j) narrow[j] = static_cast<float>(wide[j]);
-      if constexpr (to == Type::k_f16) {
-        narrow_f16(narrow, o + i);
+  n = whole_blocks(n);
+  if constexpr (from != Type::k_f16 && to != Type::k_f16) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) o[i] = stored_as<to>(computed<from>(x[i]));
+  } else {
+    for (int64_t i = 0; i < n; i += kBlock) {
+      float wide[kBlock];
+      if constexpr (from == Type::k_f16) {
+        widen_f16(x + i, wide);
       } else {
-        for (int64_t j = 0; j < kBlock; ++j) o[i + j] = narrow_bf16(narrow[j]);
+        for (int64_t j = 0; j < kBlock; ++j) wide[j] = static_cast<float>(computed<from>(x[i + j]));
       }
-    } else {
-      for (int64_t j = 0; j < kBlock; ++j) {
-        if constexpr (to == Type::k_b1) o[i + j] = wide[j] != 0;
-        else o[i + j] = value_as<Out>(wide[j]);
+      if constexpr (to == Type::k_f16) {
+        narrow_f16(wide, o + i);
+      } else {
+        for (int64_t j = 0; j < kBlock; ++j) o[i + j] = stored_as<to>(wide[j]);
       }
     }
   }

@@ -59,16 +59,21 @@ inline double fma_or_not(double a, double b, double c) {
 #endif
 }
 
-// Whole blocks: the inner loops have a constant length, so the compiler emits straight vector code without
-// prologues, epilogues or overlap checks (ivdep: equal or disjoint registers only).
+// n as whole blocks. Loops over them need no remainder, and with ivdep (registers are equal or disjoint) no overlap
+// checks, which results that replace an argument would fail.
+inline int64_t whole_blocks(int64_t n) {
+  n = (n + kBlock - 1) & -kBlock;
+  if (n % kBlock != 0) __builtin_unreachable();
+  return n;
+}
+
 template <class F, class Out, class A>
 void unary_loop(void* out, const void* a, const void*, const void*, int64_t n, int64_t) {
   Out* o = static_cast<Out*>(out);
   const A* x = static_cast<const A*>(a);
-  for (int64_t i = 0; i < n; i += kBlock) {
+  n = whole_blocks(n);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < kBlock; ++j) o[i + j] = F::apply(x[i + j]);
-  }
+  for (int64_t i = 0; i < n; ++i) o[i] = F::apply(x[i]);
 }
 
 template <class F, class Out, class A>
@@ -76,10 +81,9 @@ void binary_loop(void* out, const void* a, const void* b, const void*, int64_t n
   Out* o = static_cast<Out*>(out);
   const A* x = static_cast<const A*>(a);
   const A* y = static_cast<const A*>(b);
-  for (int64_t i = 0; i < n; i += kBlock) {
+  n = whole_blocks(n);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < kBlock; ++j) o[i + j] = F::apply(x[i + j], y[i + j]);
-  }
+  for (int64_t i = 0; i < n; ++i) o[i] = F::apply(x[i], y[i]);
 }
 
 // Exactly n lanes, for functions that are expensive or that the compiler cannot vectorise.

@@ -41,7 +41,8 @@ template <> struct Exp<float> {
   }
 };
 
-// e**x in f64 for |x| < 700, to about 1e-10.
+// e**x in f64 for |x| < 700, to about 1e-10; elsewhere anything. Callers choose the result there by a selection at
+// the end: limiting the argument first would tempt the compiler into branches.
 inline double exp_wide(double x) {
   constexpr double magic = 6755399441055744.0;
   double shifted = x * kLog2E + magic;
@@ -50,19 +51,21 @@ inline double exp_wide(double x) {
   double p = poly(r, 1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320);
   return p * bits_as<double>((k + 1023) << 52);
 }
-inline double inside_range(double x) {
-  double y = x > 200.0 ? 200.0 : x;
-  return y < -200.0 ? -200.0 : y;
-}
 template <class T> struct Exp2 {
-  static float apply(float x) { return static_cast<float>(exp_wide(inside_range(x) * kLn2)); }
+  static float apply(float a) {
+    float y = static_cast<float>(exp_wide(a * kLn2));
+    y = a >= 128.0f ? kInf : y;
+    return a < -150.0f ? 0.0f : y;
+  }
 };
 template <class T> struct Expm1 {
   static float apply(float a) {
-    double x = inside_range(a);
+    double x = a;
     double series = poly(x, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880);
-    double y = (x < 0.5) & (x > -0.5) ? x * series : exp_wide(x) - 1.0;
-    float out = static_cast<float>(y);
+    float far = static_cast<float>(exp_wide(x) - 1.0), near = static_cast<float>(x * series);
+    float out = bits_as<float>(bits_as<uint32_t>(a) & 0x7fffffffu) < 0.5f ? near : far;
+    out = a > 89.0f ? kInf : out;
+    out = a < -40.0f ? -1.0f : out;
     return a == 0.0f ? a : out;
   }
 };
@@ -137,9 +140,8 @@ template <class T> struct Tanh {
 template <class T> struct Erf {
   static float apply(float a) {
     // Odd Taylor-like series near 0 and Abramowitz-Stegun style tail, both in f64.
-    double x = a, size = x < 0 ? -x : x;
-    size = size > 4.0 ? 4.0 : size;
-    double z = size * size;
+    const float magnitude = bits_as<float>(bits_as<uint32_t>(a) & 0x7fffffffu);
+    double size = magnitude, z = size * size;
     double near = size * poly(z, 1.1283791670955126, -0.37612638903183754, 0.11283791670955126, -0.026866170645131252,
                               0.005223977625442187, -0.0008548327023450852, 0.00012055332981789664,
                               -1.4925650358406251e-05, 1.6462114365889246e-06, -1.6365844691234924e-07,
@@ -148,8 +150,9 @@ template <class T> struct Erf {
     double inner = poly(t, -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398,
                         1.48851587, -0.82215223, 0.17087277);
     double far = 1.0 - t * exp_wide(inner - z);
-    double y = size < 1.0 ? near : far;
-    float out = static_cast<float>(x < 0 ? -y : y);
+    float out = magnitude < 1.0f ? static_cast<float>(near) : static_cast<float>(far);
+    out = magnitude > 4.0f ? 1.0f : out;
+    out = bits_as<float>((bits_as<uint32_t>(out) & 0x7fffffffu) | (bits_as<uint32_t>(a) & 0x80000000u));
     return a != a ? a : out;
   }
 };

@@ -31,6 +31,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -40,7 +41,7 @@ from jax_mpk.codegen.lanes import parallel_lanes
 from jax_mpk.codegen.vm import Layout
 from jax_mpk.codegen.words import Writer
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Combine, Cumulative, Nest, Op, Sort, Update
+from jax_mpk.graph.ir import Combine, Cumulative, Nest, Op, Sort, Source, Update
 from jax_mpk.graph.scalar import Builder, Expr
 from jax_mpk.plan.ir import FINISH, PARTIAL, BranchNode, LoopNode, Plan, Routine, Schedule, Segment
 
@@ -48,6 +49,8 @@ MAGIC = int.from_bytes(b"jax_mpk", "little")
 VERSION = 1
 #: Most axes of a member or an array (csrc/host/bodies.h refuses more).
 MAX_AXES = 32
+
+_AnyOp = TypeVar("_AnyOp", Nest, Cumulative, Update)
 
 #: An array of a member: is local, storage or local number, type, extents; and its strides in elements.
 Array = tuple[bool, int, str, tuple[int, ...], tuple[int, ...]]
@@ -290,7 +293,7 @@ class _Member:
         order = tuple(range(rank))
         if first >= 0:
             order = (*range(first), *range(len(op.space), rank), *range(first, len(op.space)))
-        body = self.routines.compiled(bodies.reduce_code, op, order, layouts, len(outputs))
+        body = self.routines.compiled(bodies.reduce_code, _anonymous(op), order, layouts, len(outputs))
         self._head("reduce", op.space, op.rspace, operands, outputs)
         self._codes(body, self._epilogue(op, operands, outputs), bounds, op.acc)
         kind = op.combine.kind
@@ -301,7 +304,7 @@ class _Member:
 
     def _contract(self, op: Nest, operands: list[Array], outputs: list[Array], bounds: tuple[int, ...]) -> None:
         arrays = len(operands) + len(outputs)
-        code = self.routines.compiled(_contract, op, _layouts(operands), arrays)
+        code = self.routines.compiled(_contract, _anonymous(op), _layouts(operands), arrays)
         if code is None:
             kind = "or" if op.acc[0] == "b1" else "sum"
             general = replace(op, kind="reduce", body=bodies.product(op), combine=Combine(kind))
@@ -332,7 +335,8 @@ class _Member:
     def _update(self, op: Update) -> None:
         operands = [self._array(v) for v in (*op.operands, op.base)]
         output = self._array(op.output)
-        update = self.routines.compiled(bodies.update_code, op, _layouts(operands), _layouts([output])[0])
+        layout = _layouts([output])[0]
+        update = self.routines.compiled(bodies.update_code, _anonymous(op), _layouts(operands), layout)
         self._head("update", op.space, (), operands, [output])
         self._codes(update.code)
         self.w.put(len(update.target))
@@ -346,6 +350,13 @@ class _Member:
         self._head("sort", op.space, (), operands, outputs)
         self._codes(None)
         self.w.put(op.axis, op.num_keys, -1 if op.top_k is None else op.top_k)
+
+
+def _anonymous(op: _AnyOp) -> _AnyOp:
+    """The operator without what tells layers of a model apart: alike operators share code."""
+    if isinstance(op, Update):
+        return replace(op, base=-1, operands=(), output=-1, source=Source(""))
+    return replace(op, operands=(), outputs=(), source=Source(""))
 
 
 def _contract(op: Nest, operands: tuple[Layout, ...], arrays: int) -> bodies.ContractCode | None:

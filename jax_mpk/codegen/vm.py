@@ -378,12 +378,29 @@ class Lowered:
             return c.alias(args[0], node.dtype)
         if node.op == "convert":
             return self._convert(args[0], source, node.dtype)
+        if node.op == "or" and (turned := self._rotation(args)) is not None:
+            return turned
         immediate = 0
         if node.op == "reduce_precision":
             exponent, mantissa = node.attr
             immediate = exponent * 256 + mantissa
         by_argument = node.op in COMPARE or node.op == "is_finite"
         return c.emit(f"{node.op}.{source if by_argument else node.dtype}", args, node.dtype, immediate)
+
+    def _rotation(self, args: list[int]) -> int | None:
+        """``x << k | x >> (width - k)`` as one rotation, as random number generators need them."""
+        c = self.compiler
+        for left, right in (args, args[::-1]):
+            a, b = c.values[left], c.values[right]
+            if a.symbol not in ("shl.u32", "shl.u64") or b.symbol != f"shr_logical.{a.dtype}":
+                continue
+            by, back = c.values[a.args[1]], c.values[b.args[1]]
+            if a.args[0] != b.args[0] or by.symbol != back.symbol or not by.symbol.startswith("const."):
+                continue
+            width = dtypes.itemsize(a.dtype) * 8
+            if 0 < by.immediate < width and by.immediate + back.immediate == width:
+                return c.emit(f"rotate_left.{a.dtype}", (a.args[0],), a.dtype, by.immediate)
+        return None
 
     def _convert(self, value: int, source: str, dtype: str) -> int:
         c = self.compiler

@@ -278,9 +278,16 @@ void Walk::flat_indices(int64_t p0, int64_t n) {
     index[g] = rest % group_[g].extent;
     rest /= group_[g].extent;
   }
-  for (int64_t i = 0; i < n; ++i) {
-    for (int g = groups_; g < all_groups_; ++g) lane_index_[(g - groups_) * code_.max_lanes + i] = index[g];
-    for (int g = all_groups_ - 1; g >= groups_ && ++index[g] == group_[g].extent; --g) index[g] = 0;
+  // Run by run of the innermost group.
+  const int inner = all_groups_ - 1;
+  for (int64_t i = 0; i < n;) {
+    const int64_t run = std::min(n - i, group_[inner].extent - index[inner]);
+    int64_t* lane = lane_index_ + i;
+    for (int g = groups_; g < inner; ++g, lane += code_.max_lanes) std::fill(lane, lane + run, index[g]);
+    for (int64_t j = 0; j < run; ++j) lane[j] = index[inner] + j;
+    i += run;
+    index[inner] += run;
+    for (int g = inner; g > groups_ && index[g] == group_[g].extent; --g) index[g] = 0, ++index[g - 1];
   }
 }
 
@@ -301,12 +308,17 @@ bool Walk::offsets(int access, int64_t p0, int64_t n, int64_t& offset, int64_t& 
   }
   flat_indices(p0, n);
   each = lane_offset_;
-  for (int64_t i = 0; i < n; ++i) each[i] = offset;
+  bool first = true;
   for (int g = groups_; g < all_groups_; ++g) {
     const int64_t step = stride_of(g)[access];
     const int64_t* index = lane_index_ + (g - groups_) * code_.max_lanes;
     if (step == 0) continue;
-    for (int64_t i = 0; i < n; ++i) each[i] += step * index[i];
+    if (first) {
+      for (int64_t i = 0; i < n; ++i) each[i] = offset + step * index[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) each[i] += step * index[i];
+    }
+    first = false;
   }
   return false;
 }

@@ -50,7 +50,7 @@ VERSION = 1
 #: Most axes of a member or an array (csrc/host/bodies.h refuses more).
 MAX_AXES = 32
 
-_AnyOp = TypeVar("_AnyOp", Nest, Cumulative, Update)
+_Op = TypeVar("_Op", Nest, Cumulative)
 
 #: An array of a member: is local, storage or local number, type, extents; and its strides in elements.
 Array = tuple[bool, int, str, tuple[int, ...], tuple[int, ...]]
@@ -336,7 +336,7 @@ class _Member:
         operands = [self._array(v) for v in (*op.operands, op.base)]
         output = self._array(op.output)
         layout = _layouts([output])[0]
-        update = self.routines.compiled(bodies.update_code, _anonymous(op), _layouts(operands), layout)
+        update = self.routines.compiled(bodies.update_code, _anonymous_update(op), _layouts(operands), layout)
         self._head("update", op.space, (), operands, [output])
         self._codes(update.code)
         self.w.put(len(update.target))
@@ -352,11 +352,13 @@ class _Member:
         self.w.put(op.axis, op.num_keys, -1 if op.top_k is None else op.top_k)
 
 
-def _anonymous(op: _AnyOp) -> _AnyOp:
+def _anonymous(op: _Op) -> _Op:
     """The operator without what tells layers of a model apart: alike operators share code."""
-    if isinstance(op, Update):
-        return replace(op, base=-1, operands=(), output=-1, source=Source(""))
     return replace(op, operands=(), outputs=(), source=Source(""))
+
+
+def _anonymous_update(op: Update) -> Update:
+    return replace(op, base=-1, operands=(), output=-1, source=Source(""))
 
 
 def _contract(op: Nest, operands: tuple[Layout, ...], arrays: int) -> bodies.ContractCode | None:

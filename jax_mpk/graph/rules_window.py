@@ -314,7 +314,12 @@ def _conv(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
         x, y = (b.convert(b.compute(factor), acc) for factor in factors(b, at, load))
         return b.mul(x, y)
 
+    def both(b: Builder, at: list[int], load: Load) -> int:
+        return b.op("and", *factors(b, at, load))
+
     rspace = [features, *windows.window]
+    if out_dtype == "b1":
+        return bb.reduce(shape, rspace, xs, both, Combine("or"), ["b1"], ["b1"])
     if groups == batch_groups == 1 and windows.inside:
         return bb.contract(shape, rspace, xs, factors, acc, [out_dtype])
     return bb.reduce(shape, rspace, xs, product, Combine("sum"), [acc], [out_dtype])

@@ -192,6 +192,7 @@ def test_random_convolutions(rng: np.random.Generator, grouped: str) -> None:
 
 def test_convolution_types(rng: np.random.Generator) -> None:
     pairs = [(exact(rng, t, (2, 3, 6), -2, 3), exact(rng, t, (4, 3, 3), -2, 3)) for t in NUMBERS]
+    pairs.append((rng.random((2, 3, 6)) < 0.3, rng.random((4, 3, 3)) < 0.3))
     check(lambda pairs: [lax.conv(x, w, (1,), padding) for x, w in pairs for padding in ("SAME", "VALID")], pairs)
 
 

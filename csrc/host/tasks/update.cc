@@ -92,29 +92,35 @@ class Updates {
     }
     uniform_ = 0;
     bool needs_uniform = false;
-    for (const TargetIndex& target : member_.target) needs_uniform |= target.uniform_register >= 0;
-    if (needs_uniform) {
-      walk.setup_uniform();
-      walk.run_uniform();
-    }
     for (size_t d = 0; d < member_.target.size(); ++d) {
       const TargetIndex& target = member_.target[d];
-      if (target.general_register >= 0) continue;
-      // Far outside is outside: the limits keep the differences below from overflowing.
+      needs_uniform |= target.uniform_register >= 0;
+      if (target.uniform_register < 0 && !confine(d, target.constant, from, to)) return false;
+    }
+    // What the plan knows to fall outside the box has no operands to compute the rest from.
+    if (!needs_uniform) return true;
+    walk.setup_uniform();
+    walk.run_uniform();
+    for (size_t d = 0; d < member_.target.size(); ++d) {
+      const TargetIndex& target = member_.target[d];
+      if (target.uniform_register < 0) continue;
+      // Far outside is outside: the limits keep differences from overflowing.
       constexpr int64_t limit = int64_t{1} << 60;
-      int64_t shift = target.uniform_register >= 0 ? lanes64(walk, target.uniform_register)[0] : 0;
-      shift = std::clamp(shift, -limit, limit);
-      const int64_t offset = target.constant + shift;
+      const int64_t shift = std::clamp(lanes64(walk, target.uniform_register)[0], -limit, limit);
       uniform_ += shift * stride_[d];
-      if (target.axis < 0) {
-        if (offset < low_[d] || offset >= high_[d]) return false;
-      } else {
-        from[target.axis] = std::max(from[target.axis], low_[d] - offset);
-        to[target.axis] = std::min(to[target.axis], high_[d] - offset);
-        if (from[target.axis] >= to[target.axis]) return false;
-      }
+      if (!confine(d, target.constant + shift, from, to)) return false;
     }
     return true;
+  }
+
+  // The part of [from, to) whose target axis d, a coordinate plus `offset`, falls into the box; false: none.
+  bool confine(size_t d, int64_t offset, int64_t* from, int64_t* to) const {
+    const TargetIndex& target = member_.target[d];
+    if (target.general_register >= 0) return true;
+    if (target.axis < 0) return offset >= low_[d] && offset < high_[d];
+    from[target.axis] = std::max(from[target.axis], low_[d] - offset);
+    to[target.axis] = std::min(to[target.axis], high_[d] - offset);
+    return from[target.axis] < to[target.axis];
   }
 
   void apply(Walk& walk, int64_t p0, int64_t n) {

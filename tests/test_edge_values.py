@@ -1,0 +1,119 @@
+"""Edge values: every primitive gives what ``jax.jit`` gives, bit for bit, or within stated units in the last place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jax_mpk
+from jax_mpk import config
+from tests.random_programs.check import WORKERS, differs, evaluated
+from tests.random_programs.edges import Case, Group, groups
+from tests.random_programs.program import NAMES
+from tests.random_programs.values import FLOATS, NUMPY
+
+Array = np.ndarray[Any, Any]
+GROUPS = dict(groups())
+
+#: Known differences, to be removed: part of a group's name, part of a case's code, and what is wrong.
+OPEN = [
+    ("unary", "lax.sign(x)", "keeps f32 and f64 subnormals, which XLA takes for zeros"),
+    ("binary", "lax.max(x, y)", "keeps f32 and f64 subnormals"),
+    ("binary", "lax.min(x, y)", "keeps f32 and f64 subnormals"),
+    ("binary", "lax.clamp(", "keeps f32 and f64 subnormals"),
+    ("binary", "lax.nextafter(x, y)", "tells subnormals apart, which XLA takes for equal"),
+    ("binary", "lax.atan2(x, y)", "takes subnormals for zeros, which XLA does not"),
+    ("binary", "lax.pow(x, y)", "takes f32 and bf16 subnormals for zeros, which XLA does not"),
+    ("unary f64", "lax.log(x)", "takes the logarithm of subnormals, which XLA takes for zeros"),
+    ("unary f64", "lax.lgamma(x)", "takes the logarithm of subnormals, which XLA takes for zeros"),
+    ("unary", "lax.digamma(x)", "-inf at zeros and subnormals, where XLA has NaN"),
+    ("unary f64", "lax.bessel_i", "0 at the largest numbers, where XLA has 3e-155"),
+    ("conversions bf16", ", b1)", "takes subnormals for zeros, which XLA does not here"),
+    ("reductions", "lax.reduce_sum(s, (1,))", "a sum of -0s is -0, where XLA adds them to +0"),
+    ("reductions", "lax.cumsum(s, axis=1)", "a sum of -0s is -0, where XLA adds them to +0"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def function(cases: list[Case], names: Mapping[str, Any] = NAMES) -> Any:
+    """One function that computes every case from the group's arrays."""
+    codes = [compile(case.code, case.code, "eval") for case in cases]
+
+    def program(**arrays: Array) -> list[Any]:
+        return [eval(code, {**names, **arrays}) for code in codes]
+
+    return program
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_edge_values(name: str) -> None:
+    group = GROUPS[name]
+    want = [np.asarray(r) for r in jax.jit(function(group.cases))(**group.arrays)]
+    workers = WORKERS[list(GROUPS).index(name) % len(WORKERS)]
+    with config.override(chaos=workers):
+        got = jax_mpk.megakernelize(function(group.cases), target=f"cpu-{workers}")(**group.arrays)
+        got = [np.asarray(g) for g in got]
+    faults = [fault(group, k, g, w) for k, (g, w) in enumerate(zip(got, want, strict=True))]
+    faults = [f for f in faults if f and not any(part in name and code in f for part, code, _ in OPEN)]
+    assert not faults, f"{name}: {len(faults)} of {len(group.cases)} cases\n" + "\n".join(map(str, faults))
+
+
+def fault(group: Group, number: int, got: Array, want: Array) -> str | None:
+    """What is wrong with a result, or None."""
+    case = group.cases[number]
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return f"{case.code}: {got.dtype}{list(got.shape)} instead of {want.dtype}{list(want.shape)}"
+    wrong = differs(got, want)
+    if case.lenient and wrong.any() and want.dtype.kind not in "biu":
+        wrong &= distance(got, want) > 0
+    if case.ulps and wrong.any():
+        wrong &= distance(got, want) > case.ulps
+        if wrong.any():
+            # Where XLA is off itself, being right is fine.
+            wrong &= distance(got, accurate(group, case, want.dtype)) > case.ulps
+    if not wrong.any():
+        return None
+    at = int(np.flatnonzero(wrong)[0])
+    given = {n: a.ravel()[at] for n, a in group.arrays.items() if a.shape == want.shape}
+    return (
+        f"{case.code}: {int(wrong.sum())} of {want.size} wrong, the first at {at}"
+        f"{f' for {given}' if given else ''}: got {got.ravel()[at]!r}, jax.jit has {want.ravel()[at]!r}"
+    )
+
+
+def distance(a: Array, b: Array) -> Array:
+    """Units in the last place between floats; NaN is far from everything but NaN, subnormals count as zeros."""
+    steps = np.abs(position(a) - position(b))
+    nan = np.isnan(a) != np.isnan(b)
+    return np.where(nan, np.inf, np.where(np.isnan(a), 0, steps.astype(np.float64)))
+
+
+def position(a: Array) -> Array:
+    """Number of a float in the order of its type's normal numbers, as Python integers."""
+    width = a.dtype.itemsize * 8
+    raw = np.ascontiguousarray(a).view(f"u{a.dtype.itemsize}").astype(object)
+    size = raw & ((1 << (width - 1)) - 1)
+    digits = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}[a.dtype.name]
+    size = np.where(size >> digits == 0, 0, size)
+    return np.where(raw >> (width - 1) == 1, -size, size)
+
+
+def accurate(group: Group, case: Case, dtype: Any) -> Array:
+    """A result in f64, rounded once: by XLA, or for f64 by NumPy and SciPy, which are more accurate."""
+    wide = {n: a.astype(np.float64) if a.dtype == dtype else a for n, a in group.arrays.items()}
+    fn = function([case], {**NAMES, **dict.fromkeys(FLOATS, NUMPY["f64"])})
+    if dtype == np.float64:
+        (result,) = evaluated(lambda *args: fn(**dict(zip(wide, args))), list(wide.values()))
+    else:
+        (result,) = jax.jit(fn)(**wide)
+    with np.errstate(all="ignore"):
+        return np.asarray(result).astype(dtype)

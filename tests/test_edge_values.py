@@ -19,24 +19,6 @@ from tests.random_programs.values import FLOATS, NUMPY
 Array = np.ndarray[Any, Any]
 GROUPS = dict(groups())
 
-#: Known differences, to be removed: part of a group's name, part of a case's code, and what is wrong.
-OPEN = [
-    ("unary", "lax.sign(x)", "keeps f32 and f64 subnormals, which XLA takes for zeros"),
-    ("binary", "lax.max(x, y)", "keeps f32 and f64 subnormals"),
-    ("binary", "lax.min(x, y)", "keeps f32 and f64 subnormals"),
-    ("binary", "lax.clamp(", "keeps f32 and f64 subnormals"),
-    ("binary", "lax.nextafter(x, y)", "tells subnormals apart, which XLA takes for equal"),
-    ("binary", "lax.atan2(x, y)", "takes subnormals for zeros, which XLA does not"),
-    ("binary", "lax.pow(x, y)", "takes f32 and bf16 subnormals for zeros, which XLA does not"),
-    ("unary f64", "lax.log(x)", "takes the logarithm of subnormals, which XLA takes for zeros"),
-    ("unary f64", "lax.lgamma(x)", "takes the logarithm of subnormals, which XLA takes for zeros"),
-    ("unary", "lax.digamma(x)", "-inf at zeros and subnormals, where XLA has NaN"),
-    ("unary f64", "lax.bessel_i", "0 at the largest numbers, where XLA has 3e-155"),
-    ("conversions bf16", ", b1)", "takes subnormals for zeros, which XLA does not here"),
-    ("reductions", "lax.reduce_sum(s, (1,))", "a sum of -0s is -0, where XLA adds them to +0"),
-    ("reductions", "lax.cumsum(s, axis=1)", "a sum of -0s is -0, where XLA adds them to +0"),
-]
-
 
 @pytest.fixture(autouse=True)
 def _x64() -> Iterator[None]:
@@ -63,7 +45,7 @@ def test_edge_values(name: str) -> None:
         got = jax_mpk.megakernelize(function(group.cases), target=f"cpu-{workers}")(**group.arrays)
         got = [np.asarray(g) for g in got]
     faults = [fault(group, k, g, w) for k, (g, w) in enumerate(zip(got, want, strict=True))]
-    faults = [f for f in faults if f and not any(part in name and code in f for part, code, _ in OPEN)]
+    faults = [f for f in faults if f]
     assert not faults, f"{name}: {len(faults)} of {len(group.cases)} cases\n" + "\n".join(map(str, faults))
 
 

@@ -134,6 +134,7 @@ struct Member {
 
   int axis = -1;  // kCumulative, kSort
   bool reverse = false;
+  bool sums = false;  // kCumulative: starts from zero
   int num_keys = 0;
   int64_t top_k = -1;
 

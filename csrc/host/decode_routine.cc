@@ -199,6 +199,7 @@ struct Decoder {
     member.lane_axis = reader.in32(-1, member.rank, "first lane axis");
     member.axis = reader.in32(0, member.rank - 1, "scanned axis");
     member.reverse = reader.flag("direction of a scan");
+    member.sums = reader.flag("start of a scan");
     const Code& body = code(member.body, member, member.rank, 0);
     require_accumulators(member, body);
     reader.require(member.lane_axis < 0 || member.lane_axis == member.axis + 1, "lanes do not follow the scanned axis");

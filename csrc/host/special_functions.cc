@@ -124,7 +124,7 @@ double bessel_scaled(int order, double x) {
     sum += term;
     if (std::fabs(term) < std::fabs(sum) * (kEps / 4)) break;
   }
-  return sum / std::sqrt(2 * kPi * x);
+  return sum / (std::sqrt(2 * kPi) * std::sqrt(x));
 }
 
 }  // namespace
@@ -137,8 +137,7 @@ double lgamma(double x) {
 double digamma(double x) {
   if (std::isnan(x) || x == -kInf) return kNan;
   if (x == kInf) return kInf;
-  if (x == 0) return -kInf;
-  if (x < 0 && std::floor(x) == x) return kNan;
+  if (x <= 0 && std::floor(x) == x) return kNan;
   double extra = 0;
   if (x < 0.5) {  // reflection, with the fraction taken first so that tan is accurate
     double fraction = x - std::nearbyint(x);

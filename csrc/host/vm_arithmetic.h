@@ -36,7 +36,7 @@ template <class T> struct Abs {
 };
 template <class T> struct Sign {
   static T apply(T a) {
-    if constexpr (kIsFloat<T>) return a > 0 ? T(1) : a < 0 ? T(-1) : a;  // keeps zeros and NaN
+    if constexpr (kIsFloat<T>) return a > 0 ? T(1) : a < 0 ? T(-1) : flushed(a);  // keeps zeros and NaN
     else return static_cast<T>((a > 0) - (a < 0));
   }
 };
@@ -49,7 +49,7 @@ template <class T> struct Max {
       T equal = bits_as<T>(static_cast<U>(bits_as<U>(a) & bits_as<U>(b)));
       T larger = a > b ? a : b;
       larger = a == b ? equal : larger;
-      return a != a ? a : larger;
+      return a != a ? a : flushed(larger);
     } else {
       return a > b ? a : b;
     }
@@ -62,7 +62,7 @@ template <class T> struct Min {
       T equal = bits_as<T>(static_cast<U>(bits_as<U>(a) | bits_as<U>(b)));
       T smaller = a < b ? a : b;
       smaller = a == b ? equal : smaller;
-      return a != a ? a : smaller;
+      return a != a ? a : flushed(smaller);
     } else {
       return a < b ? a : b;
     }

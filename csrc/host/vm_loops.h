@@ -59,6 +59,16 @@ inline double fma_or_not(double a, double b, double c) {
 #endif
 }
 
+// A subnormal as a zero, as arithmetic takes it (program.h); comparisons and selections alone would let it through.
+template <class T>
+inline T flushed(T x) {
+  using U = UnsignedOf<T>;
+  constexpr U exponent = sizeof(T) == 4 ? U(0x7f800000u) : static_cast<U>(0x7ff0000000000000u);
+  constexpr U sign = U(1) << (sizeof(T) * 8 - 1);
+  const U bits = bits_as<U>(x);
+  return bits_as<T>((bits & exponent) == 0 ? bits & sign : bits);
+}
+
 // n as whole blocks. Loops over them need no remainder, and with ivdep (registers are equal or disjoint) no overlap
 // checks, which results that replace an argument would fail.
 inline int64_t whole_blocks(int64_t n) {

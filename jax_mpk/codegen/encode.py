@@ -330,7 +330,7 @@ class _Member:
         code = self.routines.compiled(bodies.cumulative_code, op, order, _layouts(operands), _layouts(outputs))
         self._head("cumulative", op.space, (), operands, outputs)
         self._codes(code, None, (), op.acc)
-        self.w.put(op.axis + 1 if lanes else -1, op.axis, int(op.reverse))
+        self.w.put(op.axis + 1 if lanes else -1, op.axis, int(op.reverse), int(op.combine.kind == "sum"))
 
     def _update(self, op: Update) -> None:
         operands = [self._array(v) for v in (*op.operands, op.base)]

@@ -244,7 +244,8 @@ def _fold(combine: Combine, acc: Sequence[str], parts: list[Array], first: Seque
         return [value, at.astype(np.int64) + first[0]]
     with np.errstate(all="ignore"):
         if kind == "sum":
-            return [np.add.reduce(part.astype(_exact(acc[0])), axis=-1, dtype=_exact(acc[0]))]
+            # From +0 on, which shows where all terms are -0.
+            return [np.add.reduce(part.astype(_exact(acc[0])), axis=-1, dtype=_exact(acc[0])) + _exact(acc[0]).type(0)]
         if kind in ("max", "min"):
             return [_extreme(kind, part)]
         join = _JOIN[kind]
@@ -383,7 +384,9 @@ def _scan(combine: Combine, acc: Sequence[str], parts: list[Array]) -> list[Arra
         (part,) = parts
         wide = part.astype(_exact(acc[0])) if kind == "sum" else part
         with np.errstate(all="ignore"):
-            return [join.accumulate(wide, axis=-1, dtype=wide.dtype)]
+            out = join.accumulate(wide, axis=-1, dtype=wide.dtype)
+            # Sums start from +0, which shows where all terms are -0.
+            return [out + wide.dtype.type(0) if kind == "sum" else out]
     if kind in ("argmax", "argmin"):
         parts = [*parts, np.broadcast_to(np.arange(parts[0].shape[-1]), parts[0].shape)]
     out = [p.copy() for p in parts]

@@ -1,4 +1,5 @@
-// Running combinations along one axis: lanes across the axes behind it, or along the axis itself by doubling.
+// Running combinations along one axis: lanes across the axes behind it, or along the axis itself by doubling. Sums start
+// from +0, which shows where all terms are -0; anything else starts with its first element.
 #include <cstring>
 
 #include "host/vm.h"
@@ -8,13 +9,14 @@ namespace {
 
 class Scan {
  public:
-  Scan(Walk& walk, const Code& code) : walk_(walk), code_(code) {}
+  Scan(Walk& walk, const Code& code, bool from_zero) : walk_(walk), code_(code), from_zero_(from_zero) {}
 
   // One step along the axis for n lanes.
   void step(bool first, int64_t n) {
-    if (first) {
+    if (first && !from_zero_) {
       for (size_t k = 0; k < count(); ++k) std::memcpy(accumulator(k), result(k), bytes(k, n));
     } else {
+      if (first) std::memset(accumulator(0), 0, bytes(0, n));
       walk_.run_phase(code_.combine(), n);
     }
     walk_.run_phase(code_.epilogue(), n);
@@ -23,6 +25,10 @@ class Scan {
   // n consecutive positions of the axis: afterwards lane i holds the combination of lanes 0 … i, with what came
   // before this chunk in front.
   void chunk(bool first, int64_t n) {
+    if (first && from_zero_) {
+      std::memset(carry(0), 0, bytes(0, 1));
+      first = false;
+    }
     for (size_t k = 0; k < count(); ++k) std::memcpy(running(k), result(k), bytes(k, n));
     for (int64_t distance = 1; distance < n; distance *= 2) {
       const int64_t rest = n - distance;
@@ -53,6 +59,7 @@ class Scan {
 
   Walk& walk_;
   const Code& code_;
+  const bool from_zero_;
 };
 
 }  // namespace
@@ -64,7 +71,7 @@ void run_cumulative(const Context& context, int index) {
   for (const Tensor& tensor : member.operands) operands.push_back(context.resolve(tensor));
   for (const Tensor& tensor : member.outputs) operands.push_back(context.resolve(tensor));
   Walk walk(code, operands.data(), context.walk());
-  Scan scan(walk, code);
+  Scan scan(walk, code, member.sums);
   if (member.lane_axis >= 0) {
     // Loops: axes before the scanned one, that one, lanes across those behind it.
     walk.setup(context.low(index), context.high(index), member.axis, member.axis + 1, true,

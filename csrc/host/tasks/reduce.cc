@@ -160,10 +160,19 @@ class Reduction {
   }
 
   void emit(Walk& walk, int64_t at, int64_t n) {
+    if (member_.fold == static_cast<int>(Fold::kSum)) add_to_zero(walk, n);
     for (size_t k = 0; k < code_.accumulators.size(); ++k) {
       const int bytes = bytes_of(code_.accumulators[k].type);
       std::memcpy(tiles_[k] + at * bytes, accumulator(walk, k), static_cast<size_t>(n * bytes));
     }
+  }
+
+  // Sums start from +0, which shows where all terms are -0.
+  void add_to_zero(Walk& walk, int64_t n) {
+    const size_t bytes = static_cast<size_t>(n * bytes_of(code_.accumulators[0].type));
+    std::memcpy(result(walk, 0), accumulator(walk, 0), bytes);
+    std::memset(accumulator(walk, 0), 0, bytes);
+    walk.run_phase(code_.combine(), n);
   }
 
   void copy(Walk&, size_t k, std::byte* to, const std::byte* from, int64_t n) {

@@ -384,9 +384,9 @@ def _scan(combine: Combine, acc: Sequence[str], parts: list[Array]) -> list[Arra
         (part,) = parts
         wide = part.astype(_exact(acc[0])) if kind == "sum" else part
         with np.errstate(all="ignore"):
-            out = join.accumulate(wide, axis=-1, dtype=wide.dtype)
+            running = join.accumulate(wide, axis=-1, dtype=wide.dtype)
             # Sums start from +0, which shows where all terms are -0.
-            return [out + wide.dtype.type(0) if kind == "sum" else out]
+            return [running + wide.dtype.type(0) if kind == "sum" else running]
     if kind in ("argmax", "argmin"):
         parts = [*parts, np.broadcast_to(np.arange(parts[0].shape[-1]), parts[0].shape)]
     out = [p.copy() for p in parts]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from jax_mpk.graph.fuse_maps import VIEW, work
 from jax_mpk.graph.ir import Graph, Nest, Op, Sort, Update, reads
+from jax_mpk.plan import costs
 from jax_mpk.plan.ir import Target
 from jax_mpk.plan.tile import Cut, Tiler
 
@@ -124,7 +125,7 @@ class Clusterer:
         if own.stored and len(anchors) > 1:
             return False  # what it stores must be stored once
         trial: dict[int, _Group] = {}
-        gain = self.tiler.seconds(*_pick(ops, own)) + self._handoff()
+        gain = self.tiler.seconds(*_pick(ops, own)) + costs.handoff_seconds(self.target)
         for anchor in anchors:
             group = groups[anchor]
             members = sorted({*group.members, *own.members})
@@ -191,9 +192,6 @@ class Clusterer:
                         seen.add(later)
                         stack.append(later)
         return True
-
-    def _handoff(self) -> float:
-        return self.target.handoff if self.target.workers > 1 else self.target.task_overhead
 
 
 def _pick(ops: list[Op], group: _Group) -> tuple[tuple[Op, ...], tuple[int, ...], frozenset[int]]:

@@ -1,9 +1,9 @@
 """What a Plan moves and how long it should take on its target: bytes per task, and the tasks' predicted timeline.
 
-Everything follows from the Plan's tables; nothing here asks how the planner came to them. The timeline has every task
-take the time of its bytes and flops, with the memory shared evenly by all workers, start when its worker is free and
-its events have arrived, and every signal between workers cost one hand-off. Loads are not predicted to run ahead of
-what a task waits for, so a device that prefetches is somewhat faster.
+Everything follows from the Plan's tables; nothing here asks how the planner came to them. What bytes and flops cost is
+:mod:`jax_mpk.plan.costs`. The timeline has every task take the time of its bytes and flops, start when its worker is
+free and its events have arrived, and every signal between workers cost one hand-off. Loads are not predicted to run
+ahead of what a task waits for, so a device that prefetches is somewhat faster.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ import numpy as np
 
 from jax_mpk.errors import DeadlockError
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.fuse_maps import programs, work
-from jax_mpk.graph.ir import Branch, Cumulative, Loop, Nest, Op, Sort, Update
-from jax_mpk.graph.regions import update_boxes
+from jax_mpk.graph.ir import Cumulative, Nest, Op, Sort, Update
 from jax_mpk.graph.scalar import Expr
-from jax_mpk.plan.ir import FINISH, MAY, PARTIAL, READ, LoopNode, Plan, Routine, Schedule, Segment
+from jax_mpk.plan import costs
+from jax_mpk.plan.ir import MAY, READ, LoopNode, Plan, Routine, Schedule, Segment
 
-#: Scalar operations of generic bodies run at this fraction of the multiply-add rate.
-_SCALAR_RATE = 1 / 16
 #: Largest grid of cells on which overlapping boxes are counted exactly.
 _MOST_CELLS = 1 << 20
 
@@ -37,13 +34,13 @@ class Traffic:
       nbytes: float64 per row: what the task moves. A load at an index only known at run time may reach a whole axis,
         but moves no more elements than it is evaluated for.
       argument: bool per row: the bytes are an argument's (or those of a result that shares its buffer).
-      shared: float64 per row: 0, or, where tasks of one routine read the same bytes, how many bytes they read of this
-        value when each is counted once. All but the first read of a byte may find it in the last-level cache.
+      fresh: float64 per row: the share of the bytes that no task of the routine has read before, 1 unless most are read
+        again and again. All but the first read of a byte may find it in the last-level cache.
     """
 
     nbytes: np.ndarray
     argument: np.ndarray
-    shared: np.ndarray
+    fresh: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def traffic(plan: Plan) -> Traffic:
     """Bytes of every access of a plan."""
     rows = plan.accesses
     routine = plan.tasks.table["routine"][rows.task]
-    volume = _volume(rows.box[:, 0], rows.box[:, 1])
+    volume = costs.volume(rows.box[:, 0], rows.box[:, 1])
     size, home, argument = _value_facts(plan)
     elements = volume.copy()
     order = np.lexsort((rows.value, routine))
@@ -92,15 +89,13 @@ def traffic(plan: Plan) -> Traffic:
                 limit = _evaluations(plan, plan.routines[routine[at[0]]], rows.task[some], value)
                 elements[some] = np.minimum(elements[some], limit)
     nbytes = elements * size[rows.value]
-    shared = np.zeros(len(nbytes))
+    fresh = np.ones(len(nbytes))
     for group in _runs(routine[order], rows.value[order]):
         at = order[group]
         at = at[rows.kind[at] == READ]
         if len(at) > 1:
-            once = _union(rows.box[at]) * size[rows.value[at[0]]]
-            # A task may read a value in several rows.
-            shared[at] = once * len(np.unique(rows.task[at])) / len(at) if nbytes[at].sum() > 1.5 * once else 0
-    return Traffic(nbytes, argument[home[rows.value]] & (home[rows.value] >= 0), shared)
+            fresh[at] = costs.fresh_share(nbytes[at].sum(), _union(rows.box[at]) * size[rows.value[at[0]]])
+    return Traffic(nbytes, argument[home[rows.value]] & (home[rows.value] >= 0), fresh)
 
 
 def unique_bytes(plan: Plan, moved: Traffic, rows: np.ndarray) -> float:
@@ -120,7 +115,7 @@ def unique_bytes(plan: Plan, moved: Traffic, rows: np.ndarray) -> float:
         value = int(accesses.value[at[0]])
         elements = _union(accesses.box[at])
         itemsize = size[value]
-        if value >= 0 and np.any(moved.nbytes[at] < itemsize * _volume(accesses.box[at, 0], accesses.box[at, 1])):
+        if value >= 0 and np.any(moved.nbytes[at] < itemsize * costs.volume(accesses.box[at, 0], accesses.box[at, 1])):
             elements = min(elements, _distinct_evaluations(plan, np.unique(accesses.task[at]), value))
         total += elements * itemsize
     return total
@@ -167,33 +162,23 @@ def _distinct_evaluations(plan: Plan, tasks: np.ndarray, value: int) -> float:
     for (number, stage), parts in boxes.items():
         box = np.concatenate(parts)
         once = _loads(plan.ops[number], stage, box[:, 0], box[:, 1], value)
-        volume = _volume(box[:, 0], box[:, 1]).sum()
+        volume = costs.volume(box[:, 0], box[:, 1]).sum()
         total += float(once.sum()) * (_union(box) / volume if volume else 0.0)
     return total
 
 
 def _loads(op: Op, stage: int, lo: np.ndarray, hi: np.ndarray, value: int) -> np.ndarray:
     """Evaluations of an operator's loads of a value over boxes of its output; infinite where that says nothing."""
-    volume = _volume(lo, hi)
+    runs = costs.evaluations(op, stage, lo, hi)
     if isinstance(op, Nest):
-        # A partial task's box spans the reduced axes too.
-        whole = volume if stage == PARTIAL else volume * math.prod(op.rspace)
-        count: np.ndarray = np.zeros(len(lo))
-        if stage != FINISH:
-            count += _count(op.body, op.operands, value) * whole
-        if op.epilogue is not None:
-            count += _count(op.epilogue, op.operands, value) * volume
-        return count
+        after = 0 if op.epilogue is None else _count(op.epilogue, op.operands, value)
+        return _count(op.body, op.operands, value) * runs + after * costs.volume(lo, hi)
     if isinstance(op, Cumulative):
-        return volume * sum(_count(expr, op.operands, value) for expr in (op.body, op.epilogue))
+        return runs * sum(_count(expr, op.operands, value) for expr in (op.body, op.epilogue))
     if isinstance(op, Update):
-        rank = len(op.index.results) - 1
-        ulo, uhi = update_boxes(op, lo[:, :rank], hi[:, :rank])
         each = sum(_count(expr, op.operands, value) for expr in (op.index, op.value)) + (op.output == value)
-        return _volume(ulo, uhi) * each + volume * (op.base == value)
-    if isinstance(op, Sort) and value in op.operands:
-        return np.full(len(lo), np.inf)
-    return np.zeros(len(lo))
+        return runs * each + costs.volume(lo, hi) * (op.base == value)
+    return runs if isinstance(op, Sort) and value in op.operands else np.zeros(len(lo))
 
 
 def _count(expr: Expr, operands: tuple[int, ...], value: int) -> int:
@@ -205,18 +190,14 @@ def _count(expr: Expr, operands: tuple[int, ...], value: int) -> int:
 
 def task_seconds(plan: Plan, moved: Traffic) -> np.ndarray:
     """float64 per task: predicted seconds, hand-offs not included."""
-    target = plan.target
     _, home, _ = _value_facts(plan)
     rows = plan.accesses
-    sizes = np.array([s.nbytes for s in plan.storages] or [0])
-    small = sizes[home[rows.value]] <= target.l2_bytes
-    cached = small & ((moved.shared > 0) | ~moved.argument)
-    each = moved.nbytes * target.workers / np.where(cached, target.cache_bandwidth, target.bandwidth)
-    # However often it is read, an argument has to come from memory once.
-    each = np.where(cached & moved.argument, np.maximum(each, moved.shared / target.bandwidth), each)
-    seconds = np.zeros(len(plan.tasks.table))
-    np.add.at(seconds, rows.task, each)
-    return np.maximum(seconds, _flops(plan) * target.workers / target.flops) + target.task_overhead
+    sizes = np.array([s.nbytes for s in plan.storages] or [0])[home[rows.value]]
+    memory = costs.memory_bytes(plan.target, moved.nbytes, moved.fresh, moved.argument, sizes)
+    count = len(plan.tasks.table)
+    cache = np.bincount(rows.task, weights=moved.nbytes, minlength=count)
+    memory = np.bincount(rows.task, weights=memory, minlength=count)
+    return costs.task_seconds(plan.target, cache, memory, _flops(plan))
 
 
 def _flops(plan: Plan) -> np.ndarray:
@@ -226,27 +207,9 @@ def _flops(plan: Plan) -> np.ndarray:
     for group in _runs(table["routine"][order]):
         tasks = order[group]
         for position, member in enumerate(plan.routines[table["routine"][tasks[0]]].members):
-            op = plan.ops[member.op]
-            rows = table["box"][tasks] + position
-            lo, hi = plan.tasks.boxes[rows, 0], plan.tasks.boxes[rows, 1]
-            if isinstance(op, Update):
-                # The box is searched for updates, not computed.
-                rank = len(op.index.results) - 1
-                lo, hi = update_boxes(op, lo[:, :rank], hi[:, :rank])
-            flops[tasks] += _volume(lo, hi) * _element_flops(op, member.stage)
+            boxes = plan.tasks.boxes[table["box"][tasks] + position]
+            flops[tasks] += costs.flops(plan.ops[member.op], boxes[:, 0], boxes[:, 1], member.stage)
     return flops
-
-
-def _element_flops(op: Op, stage: int) -> float:
-    """Multiply-add equivalents, twice, of one element of a task's box."""
-    assert not isinstance(op, Loop | Branch)
-    if isinstance(op, Nest):
-        inner = 1 if stage == PARTIAL else math.prod(op.rspace)
-        after = 0.0 if op.epilogue is None or stage == PARTIAL else (work(op.epilogue) + 1) / _SCALAR_RATE
-        each = 2.0 if op.kind == "contract" else (work(op.body) + 1) / _SCALAR_RATE
-        return after + (0.0 if stage == FINISH else inner * each)
-    rows = op.space[op.axis] if isinstance(op, Sort) else 1
-    return sum(work(expr) + 1 for expr in programs(op)) / _SCALAR_RATE + 4 * math.log2(rows + 1)
 
 
 def timeline(plan: Plan, seconds: np.ndarray) -> Timeline:
@@ -368,10 +331,6 @@ def _runs(*columns: np.ndarray) -> Iterator[slice]:
     yield from (slice(a, b) for a, b in pairwise(edges))
 
 
-def _volume(lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
-    return np.prod(np.maximum(hi - lo, 0).astype(np.float64), axis=1)
-
-
 def _union(boxes: np.ndarray) -> float:
     """Number of elements in at least one of some boxes, int64 [boxes, 2, rank]."""
     boxes = boxes[np.all(boxes[:, 1] > boxes[:, 0], axis=1)]
@@ -386,7 +345,7 @@ def _union(boxes: np.ndarray) -> float:
     edges = [np.unique(np.concatenate([lo[:, a], hi[:, a]])) for a in range(lo.shape[1])]
     if math.prod(len(e) - 1 for e in edges) > _MOST_CELLS:
         whole = np.prod((hi.max(axis=0) - lo.min(axis=0)).astype(np.float64))
-        return common * min(float(whole), float(_volume(lo, hi).sum()))
+        return common * min(float(whole), float(costs.volume(lo, hi).sum()))
     cells = np.ones([1] * len(edges))
     for axis, e in enumerate(edges):
         cells = cells * np.diff(e).reshape([-1 if a == axis else 1 for a in range(len(edges))])

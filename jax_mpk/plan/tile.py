@@ -15,16 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.fuse_maps import programs, work
-from jax_mpk.graph.ir import Cumulative, Graph, Nest, Op, Sort, Source, Update, reads
-from jax_mpk.graph.regions import Touch, op_touches, shifted_coord, update_boxes
-from jax_mpk.plan.ir import Target
+from jax_mpk.graph.ir import Cumulative, Graph, Op, Sort, Source, Update, reads
+from jax_mpk.graph.regions import Touch, op_touches, shifted_coord
+from jax_mpk.plan import costs
+from jax_mpk.plan.ir import WHOLE, Target
 
 #: Low and high corners of boxes, int64 [tasks, axes] each.
 Grid = tuple[np.ndarray, np.ndarray]
 
-#: Scalar operations of the generic bodies run at this fraction of the target's multiply-add rate.
-_SCALAR_RATE = 1 / 16
 #: A cut may leave this share of the workers idle if it makes the tasks more even.
 _IDLE = 0.05
 
@@ -74,6 +72,7 @@ class Tiler:
         self.graph = graph
         self.target = target
         self.share = share
+        self.arguments = {share[v] for v in graph.inputs}
         self._best: dict[object, tuple[list[Grid], float] | None] = {}
 
     def in_place(self, op: Update) -> bool:
@@ -207,28 +206,25 @@ class Tiler:
         flops = np.zeros(tasks)
         regions: dict[int, np.ndarray] = {}  # value → elements each task moves; read twice, it is still in scratch
         for op, (lo, hi), found in zip(members, boxes, touches, strict=True):
-            volume = _volume(lo, hi)
-            if isinstance(op, Update) and self.in_place(op):
-                volume = _volume(*update_boxes(op, lo, hi))
+            evaluations = costs.evaluations(op, WHOLE, lo, hi)
             if not all(v in inner for v in op.outputs):
-                regions.update((v, volume) for v in op.outputs)
-            flops += volume * _element_work(op)
-            # An index known at run time reaches a whole axis, but no more elements than there are evaluations.
-            evaluations = volume * math.prod(op.rspace) if isinstance(op, Nest) else np.inf
+                written = evaluations if isinstance(op, Update) and self.in_place(op) else costs.volume(lo, hi)
+                regions.update((v, written) for v in op.outputs)
+            flops += costs.flops(op, lo, hi)
             for touch in found:
                 if touch.value not in inner:
-                    size = np.minimum(_volume(touch.lo, touch.hi), evaluations)
+                    # An index known at run time reaches a whole axis, but no more elements than there are evaluations.
+                    size = np.minimum(costs.volume(touch.lo, touch.hi), evaluations)
                     known = regions.get(touch.value)
                     regions[touch.value] = size if known is None else np.maximum(known, size)
-        seconds = np.zeros(tasks)
+        cache, memory = np.zeros(tasks), np.zeros(tasks)
         for v, elements in regions.items():
             nbytes = elements * dtypes.itemsize(graph.values[v].dtype)
             whole = math.prod(graph.values[v].shape) * dtypes.itemsize(graph.values[v].dtype)
-            if nbytes.sum() > 1.5 * whole and whole <= target.l2_bytes:
-                seconds += np.maximum(nbytes * target.workers / target.cache_bandwidth, whole / target.bandwidth)
-            else:
-                seconds += nbytes * target.workers / target.bandwidth
-        each = np.maximum(seconds, flops / target.flops * target.workers) + target.task_overhead
+            fresh = costs.fresh_share(nbytes.sum(), whole)
+            cache += nbytes
+            memory += costs.memory_bytes(target, nbytes, fresh, self.share[v] in self.arguments, whole)
+        each = costs.task_seconds(target, cache, memory, flops)
         each += target.task_overhead * tasks / target.workers  # more tasks, more events: not for next to nothing
         if tasks > target.workers:
             each = np.bincount(spread(tasks, target.workers), weights=each).astype(np.float64)
@@ -257,7 +253,7 @@ class Tiler:
                 if v not in number:
                     number[v] = len(number)
                     value = self.graph.values[v]
-                    signature.append((value.shape, value.dtype, v in stored))
+                    signature.append((value.shape, value.dtype, v in stored, self.share[v] in self.arguments))
             names = (
                 {"outputs": tuple(number[v] for v in op.outputs)}
                 if not isinstance(op, Update)
@@ -269,23 +265,6 @@ class Tiler:
         homes: dict[int, int] = {}
         signature.append(tuple(homes.setdefault(self.share[v], len(homes)) for v in number))
         return tuple(signature)
-
-
-def _volume(lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
-    return np.prod((hi - lo).astype(np.float64), axis=1)
-
-
-def _element_work(op: Op) -> float:
-    """Multiply-add equivalents (× 2) of one output element."""
-    if isinstance(op, Nest):
-        inner = math.prod(op.rspace)
-        if op.kind == "contract":
-            assert op.epilogue is not None
-            return 2.0 * inner + (work(op.epilogue) + 1) / _SCALAR_RATE
-        after = 0.0 if op.epilogue is None else work(op.epilogue)
-        return (inner * (work(op.body) + 1) + after) / _SCALAR_RATE
-    rows = op.space[op.axis] if isinstance(op, Sort) else 1
-    return sum(work(expr) + 1 for expr in programs(op)) / _SCALAR_RATE + 4 * math.log2(rows + 1)
 
 
 def is_partition(lo: np.ndarray, hi: np.ndarray, space: tuple[int, ...]) -> bool:

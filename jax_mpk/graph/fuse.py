@@ -7,9 +7,19 @@ from jax_mpk.graph.fuse_epilogues import fuse_epilogues
 from jax_mpk.graph.fuse_maps import fuse_maps, fuse_views
 from jax_mpk.graph.fuse_updates import fuse_updates
 from jax_mpk.graph.ir import Graph
+from jax_mpk.graph.split_axes import split_axes
 
 #: Epilogues come before maps are repeated by their readers: a residual add belongs to the one contraction before it.
-PASSES = (merge_duplicates, fuse_views, fuse_epilogues, fuse_maps, fuse_epilogues, fuse_maps, fuse_updates)
+PASSES = (
+    merge_duplicates,
+    fuse_views,
+    split_axes,
+    fuse_epilogues,
+    fuse_maps,
+    fuse_epilogues,
+    fuse_maps,
+    fuse_updates,
+)
 
 
 def fuse(graph: Graph) -> Graph:

@@ -139,6 +139,11 @@ def _narrows(producer: Nest) -> bool:
     return dtypes.itemsize(node.dtype) < dtypes.itemsize(producer.body.nodes[node.args[0]].dtype)
 
 
+def is_view_of_factor(producer: Nest) -> bool:
+    """Whether a contraction may read a map's operands in place of its result."""
+    return work(producer.body) < VIEW and not _narrows(producer)
+
+
 def has_factors(op: Nest) -> bool:
     """Whether both results of a contraction's body are factors its body can stream."""
     return all(factor(op.body, result) is not None for result in op.body.results)

@@ -2,7 +2,7 @@
 
 The tiler asks it before there is a plan, the estimate of a finished plan afterwards, so both mean the same seconds.
 A worker gets an even share of every resource: device memory, last-level cache and arithmetic. The three work beside
-each other, so a task takes as long as the busiest of them, plus its overhead.
+each other, but memory and cache not all the time: what a task needs first, it waits for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from jax_mpk.plan.ir import FINISH, PARTIAL, WHOLE, Target
 _SCALAR_RATE = 1 / 16
 #: Tasks share a value when they read this many times the bytes there are.
 _SHARED = 1.5
+#: Part of the time of the less busy one of memory and cache that is not hidden behind the other.
+_EXPOSED = 0.5
 
 
 def volume(lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
@@ -120,8 +122,12 @@ def task_seconds(target: Target, cache: Any, memory: Any, arithmetic: Any) -> An
       memory: those among them that come from or go to device memory.
       arithmetic: flops of each.
     """
-    busy = np.maximum(np.asarray(cache) / target.cache_bandwidth, np.asarray(memory) / target.bandwidth)
-    return np.maximum(busy, np.asarray(arithmetic) / target.flops) * target.workers + target.task_overhead
+    cache, memory = np.asarray(cache), np.asarray(memory)
+    # Bytes from memory pass through the cache on their way, which takes no time of its own.
+    streamed, passed = memory / target.bandwidth, (cache - memory) / target.cache_bandwidth
+    busiest = np.maximum(streamed, cache / target.cache_bandwidth)
+    moving = busiest + _EXPOSED * np.maximum(streamed + passed - busiest, 0.0)
+    return np.maximum(moving, np.asarray(arithmetic) / target.flops) * target.workers + target.task_overhead
 
 
 def handoff_seconds(target: Target) -> float:

@@ -1,8 +1,6 @@
 """Splits the keys of an attention over workers when there are more workers than heads.
 
-    m = max_s x      e = exp(x − m)      l = Σ_s e      o = Σ_s (e / l)·v
-
-becomes, with s = p·C + c for chunks p,
+With keys s = p·C + c, in chunks p, the attention of :mod:`jax_mpk.plan.attention` becomes
 
     m_p = max_c x    e_p = exp(x − m_p)  l_p = Σ_c e_p  o_p = Σ_c e_p·v          (one phase, one task per chunk)
     M = max_p m_p    w_p = exp(m_p − M)  o = Σ_p w_p·o_p / Σ_p w_p·l_p           (the consumer's prologue)
@@ -14,326 +12,254 @@ clamped to the smallest finite number, so e_p is 0 there and not NaN.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Block, Combine, Graph, Nest, Op, Value
-from jax_mpk.graph.rewrite import Slots, map_blocks, prune
+from jax_mpk.graph.rewrite import Slots, map_blocks, prune, use_counts
 from jax_mpk.graph.scalar import Builder, Expr, inline
-from jax_mpk.graph.windows import is_identity
+from jax_mpk.plan import costs
+from jax_mpk.plan.attention import Attention, find_attention
 from jax_mpk.plan.ir import Target
 
 #: Fewest keys in a chunk.
 _MIN_CHUNK = 64
 
 
-@dataclass(frozen=True)
-class _Attention:
-    """The five operators of one attention, and where its key axis is.
-
-    Attributes:
-      top, powers, total, shares: m, e, l and e / l above.
-      out: the contraction with the values.
-      axis: the key axis of ``powers``.
-    """
-
-    top: Nest
-    powers: Nest
-    total: Nest
-    shares: Nest
-    out: Nest
-    axis: int
-
-
 def split_softmax(graph: Graph, target: Target) -> Graph:
-    """Rewrites every attention that leaves most workers idle."""
+    """Rewrites every attention for which that is predicted to save time."""
     values = list(graph.values)
 
     def visit(block: Block) -> Block:
         makers = {v: op for op in block.ops for v in op.outputs}
-        uses: dict[int, int] = {}
-        for op in block.ops:
-            for v in set(op.operands):
-                uses[v] = uses.get(v, 0) + 1
+        uses = use_counts(block)
         ops: list[Op] = []
         for op in block.ops:
-            found = _match(op, makers, uses) if isinstance(op, Nest) and op.kind == "contract" else None
-            chunks = 0 if found is None else _chunks(found, target.workers)
-            if found is not None and chunks > 1:
-                ops += _split(values, found, chunks)
-            else:
-                ops.append(op)
+            found = find_attention(op, makers, uses)
+            chunks = 1 if found is None else _chunks(values, found, target)
+            ops += [op] if found is None or chunks == 1 else _Split(values, found, chunks).ops()
         return prune(Block(tuple(ops), block.results), set())
 
     out = map_blocks(graph, visit)
     return replace(out, values=tuple(values))
 
 
-def _chunks(found: _Attention, workers: int) -> int:
-    """Number of chunks: as many as keep every worker at one task, a divisor of the keys."""
-    keys = found.powers.space[found.axis]
-    rows = math.prod(found.powers.space) // keys
-    most = min(workers // max(rows, 1), keys // _MIN_CHUNK)
-    return max((c for c in range(1, most + 1) if keys % c == 0), default=1)
+def _chunks(values: list[Value], found: Attention, target: Target) -> int:
+    """The number of chunks, a divisor of the keys, for which attention and merge together are predicted fastest.
 
-
-# -- recognition -----------------------------------------------------------------------------------------------
-
-
-def _match(out: Op, makers: dict[int, Op], uses: dict[int, int]) -> _Attention | None:
-    assert isinstance(out, Nest)
-    if len(out.rspace) != 1 or len(out.outputs) != 1:
-        return None
-    for load in out.body.loads():
-        node = out.body.nodes[load]
-        shares = makers.get(out.operands[node.attr])
-        if node.op != "load" or not isinstance(shares, Nest) or uses[shares.outputs[0]] != 1:
+    Rows that multiply the same values (the query heads of a group, new positions) may share a task, which then reads
+    keys and values once. More chunks keep as many workers busy with fewer readers each, but every reader of the result
+    has to merge them before anything else.
+    """
+    out, keys = found.out, found.keys
+    load = out.body.nodes[found.values]
+    indexed = {node.attr for node in out.body.only(*load.args).nodes if node.op == "coord"}
+    own, group = math.prod(found.row_extents[: found.own]), math.prod(found.row_extents[found.own :])
+    # As many bytes of keys as of values.
+    once = 2 * math.prod((out.space + out.rspace)[d] for d in indexed) * dtypes.itemsize(load.dtype)
+    size = once // 2
+    flops = 4 * math.prod(out.space) * keys
+    written = math.prod(out.space) * dtypes.itemsize(_part_dtype(values, found))
+    best = math.inf, 1
+    for chunks in _divisors(keys):
+        if chunks > 1 and (chunks * own > target.workers or keys // chunks < _MIN_CHUNK):
             continue
-        keys = [a for a, arg in enumerate(node.args) if _is_coord(out.body, arg, len(out.space))]
-        if len(keys) == 1:
-            return _match_shares(out, shares, keys[0], makers, uses)
-    return None
+        parts = max(g for g in _divisors(group) if g == 1 or chunks * own * g <= target.workers)
+        tasks = chunks * own * parts
+        read = once * parts
+        memory = costs.memory_bytes(target, read, costs.fresh_share(read, once), True, size)
+        rounds = -(-tasks // target.workers)
+        seconds = rounds * costs.task_seconds(target, read / tasks, memory / tasks, flops / tasks)
+        if chunks > 1:
+            seconds += costs.task_seconds(target, chunks * written, 0.0, 0.0)
+        best = min(best, (float(seconds), chunks))
+    return best[1]
 
 
-def _match_shares(out: Nest, shares: Nest, axis: int, makers: dict[int, Op], uses: dict[int, int]) -> _Attention | None:
-    body = shares.body
-    node = body.nodes[_unconverted(body, body.results[0])]
-    if shares.kind != "map" or len(shares.outputs) != 1 or node.op != "div":
-        return None
-    above, below = (body.nodes[a] for a in node.args)
-    if above.op != "load" or below.op != "load" or not is_identity(body, above.args, shares.space):
-        return None
-    powers, total = (makers.get(shares.operands[n.attr]) for n in (above, below))
-    if not isinstance(powers, Nest) or not isinstance(total, Nest) or powers.kind != "map":
-        return None
-    if uses[powers.outputs[0]] != 2 or uses[total.outputs[0]] != 1 or not _reduces(total, "sum", powers.space, axis):
-        return None
-    summed = total.body.result()
-    if summed.op != "load" or total.operands[summed.attr] != powers.outputs[0]:
-        return None
-    power = powers.body.nodes[powers.body.results[0]]
-    minus = powers.body.nodes[power.args[0]] if power.op == "exp" else power
-    top_load = powers.body.nodes[minus.args[1]] if minus.op == "sub" else minus
-    if top_load.op != "load":
-        return None
-    top = makers.get(powers.operands[top_load.attr])
-    if not isinstance(top, Nest) or not _reduces(top, "max", powers.space, axis) or uses[top.outputs[0]] != 1:
-        return None
-    same = _at(top.body, top.operands, _moved(powers.space, axis)) == _at(
-        powers.body.only(minus.args[0]), powers.operands, list(range(len(powers.space)))
-    )
-    return _Attention(top, powers, total, shares, out, axis) if same else None
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _reduces(op: Nest, kind: str, space: tuple[int, ...], axis: int) -> bool:
-    """Whether ``op`` reduces one axis of ``space`` and its epilogue adds nothing but max(−inf, ·)."""
-    if op.kind != "reduce" or op.combine is None or op.combine.kind != kind or op.epilogue is None:
-        return False
-    if op.rspace != (space[axis],) or op.space != space[:axis] + space[axis + 1 :] or len(op.outputs) != 1:
-        return False
-    node = op.epilogue.result()
-    if node.op == "max" and kind == "max":
-        others = [op.epilogue.nodes[a] for a in node.args]
-        node = next((n for n in others if n.op == "acc"), node)
-        others.remove(node)
-        return others[0].op == "const" and others[0].attr == 0xFF800000
-    return node.op == "acc"
+def _part_dtype(values: list[Value], found: Attention) -> str:
+    """What the chunks' parts of the result are stored in: no wider than the factors they are sums of."""
+    dtype = values[found.weights].dtype
+    return dtype if dtype in ("f16", "bf16") else "f32"
 
 
-def _moved(space: tuple[int, ...], axis: int) -> list[int]:
-    """Coordinates of ``space`` in the order of a reduction over ``axis``: parallel ones, then the reduced one."""
-    return [d for d in range(len(space)) if d != axis] + [axis]
+class _Split:
+    """Rewrites one attention.
 
+    Args:
+      values: the graph's values; new ones are appended.
+      found: the attention.
+      chunks: number of chunks.
+    """
 
-def _at(expr: Expr, operands: tuple[int, ...], order: list[int]) -> tuple[Expr, list[int]]:
-    """A program over renamed coordinates and its operands in a canonical order, for comparison."""
-    extents = [0] * len(order)
-    for position, coord in enumerate(order):
-        extents[coord] = expr.extents[position]
-    builder, slots = Builder(extents), Slots()
-    coords = [builder.coord(coord) for coord in order]
-    results = inline(builder, expr, coords, lambda s, i, t, p: slots.load(builder, operands[s], i, t, p))
-    return builder.build(*results), slots.values
-
-
-def _is_coord(expr: Expr, i: int, coord: int) -> bool:
-    return expr.nodes[i].op == "coord" and expr.nodes[i].attr == coord
-
-
-def _unconverted(expr: Expr, i: int) -> int:
-    while expr.nodes[i].op == "convert":
-        i = expr.nodes[i].args[0]
-    return i
-
-
-# -- rewriting -------------------------------------------------------------------------------------------------
-
-
-class _Maker:
-    """Makes operators with fresh outputs."""
-
-    def __init__(self, values: list[Value]):
+    def __init__(self, values: list[Value], found: Attention, chunks: int):
         self.values = values
+        self.found = found
+        self.chunks = chunks
+        self.size = found.keys // chunks
+        self.rows = found.row_extents
+        # Chunks first, then rows, then all else: a task is a box of the leading axes of everything it computes.
+        self.lead = (chunks, *self.rows)
+        self.rest = [d for d in range(len(found.out.space)) if d not in found.rows]
+        self.source = found.softmax.source
 
-    def value(self, shape: tuple[int, ...], dtype: str) -> int:
+    def ops(self) -> list[Op]:
+        found, lead, size = self.found, self.lead, self.size
+        keyed = (*lead, size)
+
+        b, slots = Builder(keyed), Slots()
+        scores = self._scores(b, slots)
+        after = Builder(lead)
+        low = after.const(np.finfo(np.float32).min, "f32")
+        epilogue = after.build(after.op("max", after.acc(0, "f32"), low))
+        top = self._reduce("max", lead, (size,), tuple(slots.values), b.build(scores), epilogue)
+
+        b, slots = Builder(keyed), Slots()
+        highest = slots.load(b, top.outputs[0], b.coords()[:-1], "f32", None)
+        body = b.op("exp", b.sub(self._scores(b, slots), highest))
+        powers = self._map(keyed, tuple(slots.values), b.build(body), "f32")
+
+        b = Builder(keyed)
+        total = self._reduce("sum", lead, (size,), powers.outputs, b.build(b.load(0, b.coords(), "f32")))
+        ops: list[Op] = [top, powers, total]
+
+        # In the type the weights were rounded to.
+        rounded = self.values[found.weights].dtype
+        weights = powers
+        if rounded != "f32":
+            b = Builder(keyed)
+            body = b.convert(b.load(0, b.coords(), "f32"), rounded)
+            weights = self._map(keyed, powers.outputs, b.build(body), rounded)
+            ops.append(weights)
+        part = self._part(weights.outputs[0])
+        return [*ops, part, *self._merge(top.outputs[0], total.outputs[0], part.outputs[0])]
+
+    def _scores(self, b: Builder, slots: Slots) -> int:
+        """The scores at (chunk, rows, key in the chunk)."""
+        key = b.add(b.mul(b.coord(0), b.index(self.size)), b.coord(len(self.lead)))
+        at = [b.index(0)] * len(self.found.out.space)
+        for k, d in enumerate(self.found.rows):
+            at[d] = b.coord(1 + k)
+        (scores,) = inline(
+            b, self.found.scores, [*at, key], lambda s, i, t, p: slots.load(b, self.found.operands[s], i, t, p)
+        )
+        return b.compute(scores)
+
+    def _part(self, weights: int) -> Nest:
+        """o_p: the contraction per chunk."""
+        found, out = self.found, self.found.out
+        space = (*self.lead, *(out.space[d] for d in self.rest))
+        b, slots = Builder((*space, self.size)), Slots()
+        inner = b.coord(len(space))
+        at = [b.index(0)] * len(out.space)
+        for k, d in enumerate([*found.rows, *self.rest]):
+            at[d] = b.coord(1 + k)
+        key = b.add(b.mul(b.coord(0), b.index(self.size)), inner)
+
+        def load(s: int, i: list[int], t: str, p: int | None) -> int:
+            if out.operands[s] == found.weights:
+                return slots.load(b, weights, [*b.coords()[: len(self.lead)], inner], t, p)
+            return slots.load(b, out.operands[s], i, t, p)
+
+        results = inline(b, out.body, [*at, key], load)
+        dtype = _part_dtype(self.values, found)
+        after = Builder(space)
+        return replace(
+            out,
+            space=space,
+            rspace=(self.size,),
+            operands=tuple(slots.values),
+            outputs=(self._value(space, dtype),),
+            body=b.build(*results),
+            epilogue=after.build(after.convert(after.acc(0, "f32"), dtype, implicit=True)),
+        )
+
+    def _merge(self, top: int, total: int, part: int) -> list[Op]:
+        found, out, chunks, rows = self.found, self.found.out, self.chunks, self.rows
+
+        b = Builder((*rows, chunks))
+        chunk_first = [b.coord(len(rows)), *b.coords()[:-1]]
+        whole = self._reduce("max", rows, (chunks,), (top,), b.build(b.load(0, chunk_first, "f32")))
+
+        b = Builder(self.lead)
+        body = b.op("exp", b.sub(b.load(0, b.coords(), "f32"), b.load(1, b.coords()[1:], "f32")))
+        weight = self._map(self.lead, (top, whole.outputs[0]), b.build(body), "f32")
+
+        b = Builder((*rows, chunks))
+        chunk_first = [b.coord(len(rows)), *b.coords()[:-1]]
+        body = b.mul(b.load(0, chunk_first, "f32"), b.load(1, chunk_first, "f32"))
+        norm = self._reduce("sum", rows, (chunks,), (total, weight.outputs[0]), b.build(body))
+
+        b = Builder((*out.space, chunks))
+        split = b.coord(len(out.space))
+        row = [split, *(b.coord(d) for d in found.rows)]
+        piece = b.compute(b.load(0, [*row, *(b.coord(d) for d in self.rest)], self.values[part].dtype))
+        weighted = b.build(b.mul(piece, b.load(1, row, "f32")))
+
+        slots, after = Slots(), Builder(out.space)
+        for v in (part, weight.outputs[0]):
+            slots.slot(v)
+        row = [after.coord(d) for d in found.rows]
+
+        def divisor() -> int:
+            return slots.load(after, norm.outputs[0], row, "f32", None)
+
+        def load(s: int, i: list[int], t: str, p: int | None) -> int:
+            total = found.totals.get(out.operands[s])
+            if total is None:
+                return slots.load(after, out.operands[s], i, t, p)
+            assert total.epilogue is not None
+            operands = total.operands
+            (of_total,) = inline(
+                after,
+                total.epilogue,
+                i,
+                lambda s, i, t, p: slots.load(after, operands[s], i, t, p),
+                lambda _: divisor(),
+            )
+            return of_total
+
+        merged = after.acc(0, "f32")
+        if found.divided:
+            total_at = divisor()
+            if found.rounded is not None:
+                total_at = after.compute(after.convert(total_at, found.rounded))
+            merged = after.op("div", merged, total_at)
+        assert out.epilogue is not None
+        results = inline(after, out.epilogue, after.coords(), load, lambda _: merged)
+        final = Nest(
+            "reduce", out.space, (chunks,), tuple(slots.values), out.outputs, weighted, Combine("sum"), ("f32",),
+            after.build(*results), out.source,
+        )  # fmt: skip
+        return [whole, weight, norm, final]
+
+    # -- new operators -----------------------------------------------------------------------------------------
+
+    def _value(self, shape: tuple[int, ...], dtype: str) -> int:
         self.values.append(Value(len(self.values), shape, dtype))
         return len(self.values) - 1
 
-    def dtype(self, v: int) -> str:
-        return self.values[v].dtype
+    def _map(self, space: tuple[int, ...], operands: tuple[int, ...], body: Expr, dtype: str) -> Nest:
+        return Nest("map", space, (), operands, (self._value(space, dtype),), body, source=self.source)
 
-
-def _split(values: list[Value], found: _Attention, chunks: int) -> list[Op]:
-    make = _Maker(values)
-    axis, space = found.axis, found.powers.space
-    size = space[axis] // chunks
-    rows = space[:axis] + space[axis + 1 :]
-    lead = (chunks, *rows)  # m_p and l_p; e_p has (*lead, size). Chunks first: a task is one leading coordinate.
-
-    def at_keys(b: Builder) -> list[int]:
-        """Coordinates of the original scores from (chunk, *rows, key in chunk)."""
-        coords = [b.coord(1 + d) for d in range(len(rows))]
-        key = b.add(b.mul(b.coord(0), b.index(size)), b.coord(len(lead)))
-        return [*coords[:axis], key, *coords[axis:]]
-
-    # m_p
-    slots, b = Slots(), Builder((*lead, size))
-    keys = at_keys(b)
-    moved = [keys[d] for d in _moved(space, axis)]
-    results = inline(b, found.top.body, moved, lambda s, i, t, p: slots.load(b, found.top.operands[s], i, t, p))
-    after = Builder(lead)
-    low = after.const(np.finfo(np.float32).min, "f32")
-    top = make.value(lead, "f32")
-    top_op = replace(
-        found.top, space=lead, rspace=(size,), operands=tuple(slots.values), outputs=(top,), body=b.build(*results),
-        epilogue=after.build(after.op("max", after.acc(0, "f32"), low)),
-    )  # fmt: skip
-
-    # e_p, in the type the shares were rounded to
-    slots, b = Slots(), Builder((*lead, size))
-    old_top = found.top.outputs[0]
-    powers = make.value((*lead, size), "f32")
-
-    def load_power(s: int, i: list[int], t: str, p: int | None) -> int:
-        if found.powers.operands[s] == old_top:
-            return slots.load(b, top, [b.coord(d) for d in range(len(lead))], "f32", None)
-        return slots.load(b, found.powers.operands[s], i, t, p)
-
-    results = inline(b, found.powers.body, at_keys(b), load_power)
-    powers_op = replace(
-        found.powers, space=(*lead, size), operands=tuple(slots.values), outputs=(powers,), body=b.build(*results)
-    )
-    ops: list[Op] = [top_op, powers_op]
-
-    # l_p
-    b = Builder((*lead, size))
-    total = make.value(lead, "f32")
-    ops.append(_reduce(found.total, lead, (size,), (powers,), (total,), b.build(b.load(0, b.coords(), "f32"))))
-
-    # o_p: the contraction per chunk
-    rounded = make.dtype(found.shares.outputs[0])
-    factor = powers
-    if rounded != "f32":
-        factor = make.value((*lead, size), rounded)
-        b = Builder((*lead, size))
-        body = b.build(b.convert(b.load(0, b.coords(), "f32"), rounded))
-        ops.append(replace(found.shares, space=(*lead, size), operands=(powers,), outputs=(factor,), body=body))
-    out = found.out
-    part_space = (chunks, *out.space)
-    slots, b = Slots(), Builder((*part_space, size))
-    key = b.add(b.mul(b.coord(0), b.index(size)), b.coord(len(part_space)))
-    coords = [b.coord(1 + d) for d in range(len(out.space))]
-
-    def load_factor(s: int, i: list[int], t: str, p: int | None) -> int:
-        if out.operands[s] == found.shares.outputs[0]:
-            row = [*i[:axis], *i[axis + 1 :]]
-            return slots.load(b, factor, [b.coord(0), *row, b.coord(len(part_space))], t, p)
-        return slots.load(b, out.operands[s], i, t, p)
-
-    results = inline(b, out.body, [*coords, key], load_factor)
-    part_dtype = make.dtype(out.outputs[0])
-    part = make.value(part_space, part_dtype)
-    after = Builder(part_space)
-    ops.append(
-        replace(
-            out, space=part_space, rspace=(size,), operands=tuple(slots.values), outputs=(part,),
-            body=b.build(*results), epilogue=after.build(after.convert(after.acc(0, "f32"), part_dtype, implicit=True)),
-        )
-    )  # fmt: skip
-    return ops + _merge(make, found, top, total, part, rows, chunks)
-
-
-def _merge(
-    make: _Maker, found: _Attention, top: int, total: int, part: int, rows: tuple[int, ...], chunks: int
-) -> list[Op]:
-    out, count = found.out, len(rows)
-    whole = make.value(rows, "f32")
-    b = Builder((*rows, chunks))
-    at = [b.coord(count), *b.coords()[:count]]
-    ops: list[Op] = [_reduce(found.top, rows, (chunks,), (top,), (whole,), b.build(b.load(0, at, "f32")))]
-
-    weight = make.value((chunks, *rows), "f32")
-    b = Builder((chunks, *rows))
-    body = b.op("exp", b.sub(b.load(0, b.coords(), "f32"), b.load(1, b.coords()[1:], "f32")))
-    ops.append(
-        replace(found.powers, space=(chunks, *rows), operands=(top, whole), outputs=(weight,), body=b.build(body))
-    )
-
-    norm = make.value(rows, "f32")
-    b = Builder((*rows, chunks))
-    at = [b.coord(count), *b.coords()[:count]]
-    body = b.mul(b.load(0, at, "f32"), b.load(1, at, "f32"))
-    ops.append(_reduce(found.total, rows, (chunks,), (total, weight), (norm,), b.build(body)))
-
-    # The rows of the scores an element of the output belongs to: its index into the shares, without the key.
-    load = next(
-        node
-        for node in (out.body.nodes[i] for i in out.body.loads())
-        if out.operands[node.attr] == found.shares.outputs[0]
-    )
-    row_args = [arg for a, arg in enumerate(load.args) if a != found.axis]
-    b = Builder((*out.space, chunks))
-    at = [b.coord(d) for d in range(len(out.space))]
-    row = inline(b, out.body.only(*row_args), [*at, b.index(0)], _no_load)
-    split = b.coord(len(out.space))
-    piece = b.compute(b.load(0, [split, *at], make.dtype(part)))
-    weighted = b.build(b.mul(piece, b.load(1, [split, *row], "f32")))
-
-    slots, after = Slots(), Builder(out.space)
-    for v in (part, weight):
-        slots.slot(v)
-    row = inline(after, out.body.only(*row_args), [*after.coords(), after.index(0)], _no_load)
-    merged = after.op("div", after.acc(0, "f32"), slots.load(after, norm, row, "f32", None))
-    assert out.epilogue is not None
-    results = inline(
-        after,
-        out.epilogue,
-        after.coords(),
-        lambda s, i, t, p: slots.load(after, out.operands[s], i, t, p),
-        lambda node: merged,
-    )
-    ops.append(
-        Nest(
-            "reduce", out.space, (chunks,), tuple(slots.values), out.outputs, weighted, Combine("sum"), ("f32",),
-            after.build(*results), out.source,
-        )
-    )  # fmt: skip
-    return ops
-
-
-def _reduce(
-    like: Nest,
-    space: tuple[int, ...],
-    rspace: tuple[int, ...],
-    operands: tuple[int, ...],
-    outputs: tuple[int, ...],
-    body: Expr,
-) -> Nest:
-    after = Builder(space)
-    epilogue = after.build(after.acc(0, "f32"))
-    return replace(like, space=space, rspace=rspace, operands=operands, outputs=outputs, body=body, epilogue=epilogue)
-
-
-def _no_load(*_: object) -> int:
-    raise AssertionError("a factor's index holds no load")
+    def _reduce(
+        self,
+        kind: str,
+        space: tuple[int, ...],
+        rspace: tuple[int, ...],
+        operands: tuple[int, ...],
+        body: Expr,
+        epilogue: Expr | None = None,
+    ) -> Nest:
+        if epilogue is None:
+            after = Builder(space)
+            epilogue = after.build(after.acc(0, "f32"))
+        outputs = (self._value(space, "f32"),)
+        return Nest(
+            "reduce", space, rspace, operands, outputs, body, Combine(kind), ("f32",), epilogue, self.source
+        )  # fmt: skip

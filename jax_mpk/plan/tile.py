@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, takewhile
 
 import numpy as np
 
@@ -140,6 +141,12 @@ class Tiler:
                     ]
                     if None not in agreed:
                         found[tuple(agreed)] = None  # type: ignore[arg-type]
+                # Or they are cut alike along the axes they begin with.
+                spaces = [output_space(self.graph, anchor) for anchor in anchors]
+                common = sum(1 for _ in takewhile(lambda extents: len(set(extents)) == 1, zip(*spaces)))
+                for parts in choices[max(range(len(spaces)), key=lambda k: len(spaces[k]))]:
+                    if all(p == 1 for p in parts[common:]):
+                        found[tuple(parts[:common] + (1,) * (len(space) - common) for space in spaces)] = None
             yield [
                 [_grid(output_space(self.graph, a), p) for a, p in zip(anchors, parts, strict=True)]
                 for parts in found
@@ -322,33 +329,36 @@ def _whole_axis(op: Op, box: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray,
 
 
 def _part_counts(space: tuple[int, ...], axes: list[int], total: int) -> Iterator[tuple[int, ...]]:
-    """Ways to cut one axis, or two, into about ``total`` boxes."""
+    """Ways to cut a space into about ``total`` boxes: some axes whole and one more in parts, or two in parts."""
     ones = [1] * len(space)
     if total == 1 or not axes:
         yield tuple(ones)
         return
-    for count in range(2, len(axes) + 1):
-        # Leading axes whole, the next one in parts: batch × heads × chunks.
-        lead = [*ones]
-        for a in axes[: count - 1]:
-            lead[a] = space[a]
-        rest = total // math.prod(lead)
-        if rest > 1:
-            lead[axes[count - 1]] = _even_parts(space[axes[count - 1]], rest)
-            yield tuple(lead)
+    found: dict[tuple[int, ...], None] = {}
+    # Every axis a cut names coordinate by coordinate: batch × heads × chunks, in whatever order they lie.
+    for whole, tasks in _whole_axes(space, axes, total):
+        for a in axes:
+            if a not in whole and total // tasks > 1:
+                parts = [space[d] if d in whole else 1 for d in range(len(space))]
+                parts[a] = _even_parts(space[a], total // tasks)
+                found[tuple(parts)] = None
     for a in axes:
-        single = list(ones)
-        single[a] = _even_parts(space[a], total)
-        yield tuple(single)
-        for b in axes:
-            if b == a:
-                continue
-            for first in _divisors(space[a], total):
-                rest = total // first
-                if first > 1 and rest > 1 and space[b] > 1:
-                    double = list(ones)
-                    double[a], double[b] = first, _even_parts(space[b], rest)
-                    yield tuple(double)
+        for first in _divisors(space[a], total):
+            for b in axes:
+                if b != a and total // first > 1:
+                    parts = list(ones)
+                    parts[a], parts[b] = first, _even_parts(space[b], total // first)
+                    found[tuple(parts)] = None
+    yield from found
+
+
+def _whole_axes(space: tuple[int, ...], axes: list[int], total: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Sets of axes of no more than ``total`` coordinates together, and how many those are; most axes first."""
+    for count in range(len(axes) - 1, -1, -1):
+        for whole in combinations(axes, count):
+            tasks = math.prod(space[a] for a in whole)
+            if tasks <= total:
+                yield whole, tasks
 
 
 def _divisors(extent: int, most: int) -> list[int]:

@@ -194,9 +194,9 @@ def test_donated_arguments_are_updated_in_place(name: str, aliases: dict[int, in
 def test_attention_is_split_over_workers_and_merged_by_its_reader() -> None:
     plan, _, _ = planned("attention", 64)
     shapes = {plan.graph.values[v].shape for op in plan.ops for v in op.outputs}
-    assert (4, 1, 2, 3, 8) in shapes  # 6 rows × 4 chunks of 64 keys
+    assert (4, 2, 3, 1, 8) in shapes  # 4 chunks of 64 keys × 6 rows
     unsplit, _, _ = planned("attention", 2)
-    assert (4, 1, 2, 3, 8) not in {unsplit.graph.values[v].shape for op in unsplit.ops for v in op.outputs}
+    assert (4, 2, 3, 1, 8) not in {unsplit.graph.values[v].shape for op in unsplit.ops for v in op.outputs}
 
 
 def test_masked_out_chunks_and_stale_rows_do_not_leak() -> None:

@@ -291,7 +291,7 @@ def reads(op: Op) -> tuple[int, ...]:
     seen: dict[int, None] = dict.fromkeys(op.operands)
     if isinstance(op, Update):
         seen[op.base] = None
-    for inner in blocks(op):
+    for inner in blocks(op) if isinstance(op, Loop | Branch) else ():
         own: set[int] = set(op.params) if isinstance(op, Loop) else set()
         for inner_op in inner.ops:
             seen.update((v, None) for v in reads(inner_op) if v not in own)

@@ -8,6 +8,7 @@ in one task. Each join is decided by the cost model on the best cut with and wit
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jax_mpk.graph.fuse_maps import VIEW, work
@@ -28,11 +29,13 @@ class _Group:
       members: positions of its operators, ascending.
       anchors: positions of those it exists for; their outputs are stored.
       stored: outputs of other members that are stored as well.
+      first: position of the first member that others wait for; -1: not looked for yet.
     """
 
     members: list[int]
     anchors: list[int]
     stored: set[int] = field(default_factory=set)
+    first: int = -1
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,18 @@ class Clusterer:
           after: per operator, positions that must come after it (readers, and writers of the same storage).
         """
         self.ops = ops
+        read = [set(reads(op)) for op in ops]
+        self.users = [{i for i in after[p] if not read[i].isdisjoint(op.outputs)} for p, op in enumerate(ops)]
+        # Later operators that only have to wait: they overwrite what this one reads, or its bytes.
+        self.waiters = [after[p] - self.users[p] for p in range(len(ops))]
         groups: dict[int, _Group] = {}  # by last anchor
         homes: dict[int, set[int]] = {}  # op → last anchors of the groups that hold it
         for siblings in _siblings(ops, after):
             groups[siblings[-1]] = _Group(siblings, siblings)
             homes.update((i, {siblings[-1]}) for i in siblings)
         for position in range(len(ops) - 1, -1, -1):
-            self._join(position, ops, after, groups, homes)
-        order = _topological(self._edges(groups, homes, after))
+            self._join(position, groups, homes)
+        order = _topological(self._edges(groups, homes))
         out = []
         for anchor in order:
             group = groups[anchor]
@@ -93,21 +100,19 @@ class Clusterer:
             out.append(Routine(tuple(ops[i] for i in group.members), local, cut))
         return out
 
-    def _join(
-        self, position: int, ops: list[Op], after: list[set[int]], groups: dict[int, _Group], homes: dict[int, set[int]]
-    ) -> None:
-        op = ops[position]
-        users = {i for i in after[position] if set(op.outputs) & set(reads(ops[i]))}
+    def _join(self, position: int, groups: dict[int, _Group], homes: dict[int, set[int]]) -> None:
+        op = self.ops[position]
+        users = self.users[position]
         anchors = {a for user in users for a in homes[user]}
         own = groups.get(position)
         if not users or own is None or len(own.anchors) > 1 or (isinstance(op, Sort) and op.top_k is not None):
             return
         private = not self.pinned.intersection(op.outputs) and not isinstance(op, Update)
-        if private and len(anchors) <= _MOST_COPIES and self._try(position, anchors, set(), ops, after, groups, homes):
+        if private and len(anchors) <= _MOST_COPIES and self._try(position, anchors, set(), groups, homes):
             return
         # Computed by one routine of its readers, in memory for the others.
         for anchor in sorted(anchors):
-            if self._try(position, {anchor}, set(op.outputs), ops, after, groups, homes):
+            if self._try(position, {anchor}, set(op.outputs), groups, homes):
                 return
 
     def _try(
@@ -115,8 +120,6 @@ class Clusterer:
         position: int,
         anchors: set[int],
         stored: set[int],
-        ops: list[Op],
-        after: list[set[int]],
         groups: dict[int, _Group],
         homes: dict[int, set[int]],
     ) -> bool:
@@ -125,73 +128,84 @@ class Clusterer:
         if own.stored and len(anchors) > 1:
             return False  # what it stores must be stored once
         trial: dict[int, _Group] = {}
-        gain = self.tiler.seconds(*_pick(ops, own)) + costs.handoff_seconds(self.target)
+        gain = self.tiler.seconds(*_pick(self.ops, own)) + costs.handoff_seconds(self.target)
         for anchor in anchors:
             group = groups[anchor]
             members = sorted({*group.members, *own.members})
             merged = _Group(members, group.anchors, group.stored | own.stored | stored)
-            gain -= self.tiler.seconds(*_pick(ops, merged)) - self.tiler.seconds(*_pick(ops, group))
+            gain -= self.tiler.seconds(*_pick(self.ops, merged)) - self.tiler.seconds(*_pick(self.ops, group))
             if gain < 0:
                 return False
             trial[anchor] = merged
-        joined = {anchor: group for anchor, group in groups.items() if anchor != position} | trial
-        moved = dict(homes)
-        for anchor, merged in trial.items():
-            for member in merged.members:
-                moved[member] = (moved[member] - {position}) | {anchor}
+        before = {anchor: groups[anchor] for anchor in trial}, {m: homes[m] for m in own.members}
+        del groups[position]
+        groups.update(trial)
+        for member in own.members:
+            homes[member] = (homes[member] - {position}) | trial.keys()
         # Moving plain data flow into its readers cannot close a cycle; stored outputs and anti-dependences can.
-        risky = any(group.stored for group in trial.values()) or any(
-            not set(ops[m].outputs) & set(reads(ops[later])) for m in own.members for later in after[m]
-        )
-        if risky and not self._acyclic(joined, moved, after, set(trial)):
+        risky = any(group.stored for group in trial.values()) or any(self.waiters[m] for m in own.members)
+        if risky and not self._acyclic(groups, homes, trial):
+            groups.update(before[0])
+            groups[position] = own
+            homes.update(before[1])
             return False
-        groups.clear()
-        groups.update(joined)
-        homes.update(moved)
         return True
 
-    def _successors(
-        self, anchor: int, groups: dict[int, _Group], homes: dict[int, set[int]], after: list[set[int]]
-    ) -> set[int]:
+    def _provides(self, group: _Group, member: int) -> bool:
+        """Whether a routine writes what a member computes to memory."""
+        return member in group.anchors or not group.stored.isdisjoint(self.ops[member].outputs)
+
+    def _successors(self, anchor: int, groups: dict[int, _Group], homes: dict[int, set[int]]) -> set[int]:
         """Anchors of the routines that must come after a routine."""
         group = groups[anchor]
         out: set[int] = set()
         for member in group.members:
-            outputs = set(self.ops[member].outputs)
-            provided = member in group.anchors or bool(group.stored & outputs)
-            for later in after[member]:
-                if not outputs & set(reads(self.ops[later])):
-                    out |= homes[later]
-                elif provided:
-                    # A routine with a copy of its own of the producer needs nothing from this one.
-                    out.update(home for home in homes[later] if member not in groups[home].members)
+            for later in self.waiters[member]:
+                out |= homes[later]
+            if self._provides(group, member):
+                # A routine with a copy of its own of the producer needs nothing from this one.
+                for later in self.users[member]:
+                    out |= homes[later] - homes[member]
         return out - {anchor}
 
-    def _edges(
-        self, groups: dict[int, _Group], homes: dict[int, set[int]], after: list[set[int]]
-    ) -> dict[int, set[int]]:
+    def _edges(self, groups: dict[int, _Group], homes: dict[int, set[int]]) -> dict[int, set[int]]:
         """Per routine, those it must come after."""
         waits: dict[int, set[int]] = {anchor: set() for anchor in groups}
         for anchor in groups:
-            for later in self._successors(anchor, groups, homes, after):
+            for later in self._successors(anchor, groups, homes):
                 waits[later].add(anchor)
         return waits
 
-    def _acyclic(
-        self, groups: dict[int, _Group], homes: dict[int, set[int]], after: list[set[int]], starts: set[int]
-    ) -> bool:
+    def _acyclic(self, groups: dict[int, _Group], homes: dict[int, set[int]], starts: Iterable[int]) -> bool:
         """Whether no routine of ``starts`` comes after itself."""
         for start in starts:
+            # Dependences lead to later operators: a routine whose first one lies behind all that can lead back to
+            # ``start`` is not on a cycle.
+            limit = max(groups[start].members)
+            near = {start}
+            while True:
+                more = {a for a, g in groups.items() if a not in near and self._first(g) < limit}
+                if not more:
+                    break
+                near |= more
+                limit = max(limit, *(max(groups[a].members) for a in more))
             seen: set[int] = set()
             stack = [start]
             while stack:
-                for later in self._successors(stack.pop(), groups, homes, after):
+                for later in self._successors(stack.pop(), groups, homes):
                     if later == start:
                         return False
-                    if later not in seen:
+                    if later in near and later not in seen:
                         seen.add(later)
                         stack.append(later)
         return True
+
+    def _first(self, group: _Group) -> int:
+        """Position of a routine's first operator that others wait for."""
+        if group.first < 0:
+            leads = (m for m in group.members if self.waiters[m] or self._provides(group, m))
+            group.first = next(leads, group.members[-1])
+        return group.first
 
 
 def _pick(ops: list[Op], group: _Group) -> tuple[tuple[Op, ...], tuple[int, ...], frozenset[int]]:

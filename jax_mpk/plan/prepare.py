@@ -131,7 +131,7 @@ class _Preparer:
         for op in block.ops:
             own.update(op.outputs)
         before: dict[int, set[int]] = {}  # op position → positions that must come first
-        users = _users(block)
+        users, readers = _users(block), _readers(block)
         keep = set(block.results)  # must still hold their contents when the block ends
         homes = {self.sharing.find(p) for p in params}
         ops: list[Op] = list(block.ops)
@@ -143,9 +143,9 @@ class _Preparer:
             elif isinstance(op, Branch):
                 ops[position] = self._branch(op)
             else:
-                base = self._overwrites(block, position, op, own - keep, homes, users)
+                base = self._overwrites(block, position, op, own - keep, homes, users, readers)
                 if base is not None:
-                    before[position] = set(_readers(block, base)) - {position}
+                    before[position] = set(readers.get(base, ())) - {position}
                     for reader in before[position]:
                         users[reader].add(position)
                     self.sharing.join(base, op.outputs[0])
@@ -153,7 +153,14 @@ class _Preparer:
         return _ordered(Block(tuple(ops), block.results), before, extra)
 
     def _overwrites(
-        self, block: Block, position: int, op: Op, own: set[int], homes: set[int], users: list[set[int]]
+        self,
+        block: Block,
+        position: int,
+        op: Op,
+        own: set[int],
+        homes: set[int],
+        users: list[set[int]],
+        readers: dict[int, list[int]],
     ) -> int | None:
         """The value whose storage ``op`` can take over for its output, or None."""
         for base in _candidates(op):
@@ -162,23 +169,23 @@ class _Preparer:
                 continue
             if not isinstance(op, Update) and self.sharing.find(base) not in homes:
                 continue  # sharing saves a map nothing but memory unless it avoids a copy later
-            if base in self.donated and not self._reaches_result(block, op.outputs[0]):
+            if base in self.donated and not self._reaches_result(block, op.outputs[0], readers):
                 continue
-            readers = [i for i in _readers(block, base) if i != position]
+            others = [i for i in readers.get(base, ()) if i != position]
             later = _reachable(users, position)
-            if any(i in later or (isinstance(block.ops[i], Loop | Branch) and i > position) for i in readers):
+            if any(i in later or (isinstance(block.ops[i], Loop | Branch) and i > position) for i in others):
                 continue
             return base
         return None
 
-    def _reaches_result(self, block: Block, value: int) -> bool:
+    def _reaches_result(self, block: Block, value: int, readers: dict[int, list[int]]) -> bool:
         """Whether a chain of in-place operators leads from ``value`` to a result of the function."""
         if value in block.results:
             return True
         shape = self.values[value].shape
-        for op in block.ops:
+        for op in (block.ops[i] for i in readers.get(value, ())):
             if value in _candidates(op) and self.values[op.outputs[0]].shape == shape:
-                return self._reaches_result(block, op.outputs[0])
+                return self._reaches_result(block, op.outputs[0], readers)
             if isinstance(op, Loop) and value in op.inits:
                 return op.outputs[op.inits.index(value)] in block.results
         return False
@@ -272,8 +279,13 @@ def _candidates(op: Op) -> list[int]:
     return own_index
 
 
-def _readers(block: Block, value: int) -> list[int]:
-    return [position for position, op in enumerate(block.ops) if value in reads(op)]
+def _readers(block: Block) -> dict[int, list[int]]:
+    """Per value, the positions of the operators of a block that read it."""
+    out: dict[int, list[int]] = {}
+    for position, op in enumerate(block.ops):
+        for value in reads(op):
+            out.setdefault(value, []).append(position)
+    return out
 
 
 def _users(block: Block) -> list[set[int]]:

@@ -74,7 +74,9 @@ class Tiler:
         self.target = target
         self.share = share
         self.arguments = {share[v] for v in graph.inputs}
-        self._best: dict[object, tuple[list[Grid], float] | None] = {}
+        self._best: dict[object, Cut | None] = {}
+        self._numbers: dict[Op, int] = {}
+        self._structures: dict[int, tuple[int, Op]] = {}  # by identity; the operator is kept so that it stays unique
 
     def in_place(self, op: Update) -> bool:
         """Whether an Update writes into its base's storage."""
@@ -89,7 +91,22 @@ class Tiler:
             always one.
           stored: values of other members that must also be written to memory; their boxes must partition.
         """
-        key = self._key(members, anchors, stored)
+        found, values = self._search(members, anchors, stored)
+        if found is None:
+            return None
+        touches = tuple(tuple(replace(t, value=values[t.value]) for t in some) for some in found.touches)
+        return replace(found, touches=touches)
+
+    def seconds(self, members: tuple[Op, ...], anchors: tuple[int, ...], stored: frozenset[int]) -> float:
+        """Predicted time of the best cut; infinite where there is none."""
+        found, _ = self._search(members, anchors, stored)
+        return math.inf if found is None else found.seconds
+
+    def _search(
+        self, members: tuple[Op, ...], anchors: tuple[int, ...], stored: frozenset[int]
+    ) -> tuple[Cut | None, list[int]]:
+        """The fastest cut, with the positions of values in the list beside it in place of the values."""
+        key, values = self._key(members, anchors, stored)
         if key not in self._best:
             chosen: Cut | None = None
             for round_ in self._candidates([members[a] for a in anchors]):
@@ -103,20 +120,12 @@ class Tiler:
                         chosen = cut
                 if chosen is not None:
                     break
-            if chosen is None:
-                self._best[key] = None
-            else:
-                self._best[key] = [(chosen.lo[a], chosen.hi[a]) for a in anchors], chosen.seconds
-        found = self._best[key]
-        return None if found is None else self._cut(members, anchors, found[0])
-
-    def seconds(self, members: tuple[Op, ...], anchors: tuple[int, ...], stored: frozenset[int]) -> float:
-        """Predicted time of the best cut; infinite where there is none."""
-        key = self._key(members, anchors, stored)
-        if key not in self._best:
-            self.best(members, anchors, stored)
-        found = self._best[key]
-        return math.inf if found is None else found[1]
+            if chosen is not None:
+                number = {v: i for i, v in enumerate(values)}
+                touches = tuple(tuple(replace(t, value=number[t.value]) for t in some) for some in chosen.touches)
+                chosen = replace(chosen, touches=touches)
+            self._best[key] = chosen
+        return self._best[key], values
 
     # -- candidates --------------------------------------------------------------------------------------------
 
@@ -251,8 +260,10 @@ class Tiler:
                     return False
         return True
 
-    def _key(self, members: tuple[Op, ...], anchors: tuple[int, ...], stored: frozenset[int]) -> object:
-        """The routine's structure: its operators with values renumbered and origins removed."""
+    def _key(
+        self, members: tuple[Op, ...], anchors: tuple[int, ...], stored: frozenset[int]
+    ) -> tuple[object, list[int]]:
+        """The routine's structure, its operators with values renumbered and origins removed; and those values."""
         number: dict[int, int] = {}
         signature: list[object] = [anchors]
         for op in members:
@@ -261,17 +272,22 @@ class Tiler:
                     number[v] = len(number)
                     value = self.graph.values[v]
                     signature.append((value.shape, value.dtype, v in stored, self.share[v] in self.arguments))
-            names = (
-                {"outputs": tuple(number[v] for v in op.outputs)}
-                if not isinstance(op, Update)
-                else {"output": number[op.output], "base": number[op.base]}
-            )
-            signature.append(
-                replace(op, operands=tuple(number[v] for v in op.operands), source=Source(""), **names)  # type: ignore[arg-type]
-            )
+            base = number[op.base] if isinstance(op, Update) else -1
+            operands, outputs = tuple(number[v] for v in op.operands), tuple(number[v] for v in op.outputs)
+            signature.append((self._structure(op), operands, outputs, base))
         homes: dict[int, int] = {}
         signature.append(tuple(homes.setdefault(self.share[v], len(homes)) for v in number))
-        return tuple(signature)
+        return tuple(signature), list(number)
+
+    def _structure(self, op: Op) -> int:
+        """A number that operators share which differ in nothing but values and origin."""
+        found = self._structures.get(id(op))
+        if found is None:
+            names = {"output": -1, "base": -1} if isinstance(op, Update) else {"outputs": ()}
+            bare = replace(op, operands=(), source=Source(""), **names)  # type: ignore[arg-type]
+            number = self._numbers.setdefault(bare, len(self._numbers))
+            found = self._structures[id(op)] = number, op
+        return found[0]
 
 
 def is_partition(lo: np.ndarray, hi: np.ndarray, space: tuple[int, ...]) -> bool:

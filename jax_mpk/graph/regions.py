@@ -7,7 +7,9 @@ anything unknown the whole axis. Regions are therefore never too small.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -15,7 +17,10 @@ from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Cumulative, Graph, Nest, Op, Sort, Update
 from jax_mpk.graph.scalar import Expr, Node
 
-Bounds = tuple[np.ndarray, np.ndarray]  # float64 [boxes]: inclusive low and high; ±inf where unknown
+#: float64 [boxes], or one number for all of them: inclusive low and high; ±inf where unknown.
+Bounds = tuple[np.ndarray | np.float64, np.ndarray | np.float64]
+
+_UNKNOWN: Bounds = np.float64(-np.inf), np.float64(np.inf)
 
 
 @dataclass(frozen=True)
@@ -53,26 +58,24 @@ def expr_touches(
         slot: int = node.attr  # type: ignore[assignment]
         indices, off = (node.args[1:], bounds[node.args[0]][1] == 0) if node.op == "load_if" else (node.args, False)
         shape = shapes[slot]
-        low = np.zeros((len(lo), len(shape)), np.int64)
-        high = np.zeros_like(low)
-        for axis, (arg, size) in enumerate(zip(indices, shape, strict=True)):
-            a, b = bounds[arg]
-            low[:, axis] = np.clip(a, 0, size)
-            high[:, axis] = np.clip(b + 1, 0, size)
-        high[empty | off] = 0
-        low[empty | off] = 0
-        out.append((slot, low, high))
+        low = np.empty((len(lo), len(shape)))
+        high = np.empty_like(low)
+        for axis, arg in enumerate(indices):
+            low[:, axis], high[:, axis] = bounds[arg]
+        nothing = empty | off
+        if nothing.any():
+            low[nothing], high[nothing] = 0, -1
+        out.append((slot, _clipped(low, shape), _clipped(high + 1, shape)))
     return out
+
+
+def _clipped(corner: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.minimum(np.maximum(corner, 0), np.array(shape, np.float64)).astype(np.int64)
 
 
 def intervals(expr: Expr, lo: np.ndarray, hi: np.ndarray) -> dict[int, Bounds]:
     """Bounds of every integer and b1 node that an index or predicate of a load depends on."""
-    needed: set[int] = set()
-    for i in range(len(expr.nodes) - 1, -1, -1):
-        node = expr.nodes[i]
-        if i in needed or node.op in ("load", "load_if"):
-            needed.update(node.args)
-    return _evaluate(expr, sorted(needed), lo, hi)
+    return _evaluate(expr, expr.index_nodes, lo, hi)
 
 
 def result_bounds(expr: Expr, lo: np.ndarray, hi: np.ndarray) -> list[Bounds]:
@@ -85,31 +88,31 @@ def result_bounds(expr: Expr, lo: np.ndarray, hi: np.ndarray) -> list[Bounds]:
     return [found[r] for r in expr.results]
 
 
-def _evaluate(expr: Expr, needed: list[int], lo: np.ndarray, hi: np.ndarray) -> dict[int, Bounds]:
-    count = len(lo)
+def _evaluate(expr: Expr, needed: Sequence[int], lo: np.ndarray, hi: np.ndarray) -> dict[int, Bounds]:
     out: dict[int, Bounds] = {}
     with np.errstate(all="ignore"):
         for i in needed:
             node = expr.nodes[i]
             if dtypes.is_float(node.dtype):
-                out[i] = (np.full(count, -np.inf), np.full(count, np.inf))
+                out[i] = _UNKNOWN
+                continue
+            if node.op == "const":
+                value = np.float64(int(dtypes.from_bits(node.attr, node.dtype)))  # type: ignore[arg-type]
+                out[i] = value, value
                 continue
             if node.op == "coord":
                 axis: int = node.attr  # type: ignore[assignment]
                 out[i] = (lo[:, axis].astype(np.float64), hi[:, axis].astype(np.float64) - 1)
                 continue
-            low, high = _node_bounds(node, [out[a] for a in node.args if a in out], count)
+            low, high = _node_bounds(node, [out[a] for a in node.args if a in out])
             least, most = map(float, dtypes.int_range(node.dtype))
-            wild = ~((low >= least) & (high <= most))  # wrapped around, unknown or NaN
-            out[i] = (np.where(wild, least, low), np.where(wild, most, high))
+            tame = (low >= least) & (high <= most)  # not wrapped around, unknown or NaN
+            out[i] = (low, high) if tame.all() else (np.where(tame, low, least), np.where(tame, high, most))
     return out
 
 
-def _node_bounds(node: Node, args: list[Bounds], count: int) -> Bounds:
+def _node_bounds(node: Node, args: list[Bounds]) -> Bounds:
     op = node.op
-    if op == "const":
-        value = float(int(dtypes.from_bits(node.attr, node.dtype)))  # type: ignore[arg-type]
-        return np.full(count, value), np.full(count, value)
     if op in ("add", "sub", "mul", "max", "min") and len(args) == 2:
         (a0, a1), (b0, b1) = args
         if op == "add":
@@ -120,8 +123,8 @@ def _node_bounds(node: Node, args: list[Bounds], count: int) -> Bounds:
             return np.maximum(a0, b0), np.maximum(a1, b1)
         if op == "min":
             return np.minimum(a0, b0), np.minimum(a1, b1)
-        products = np.stack([a0 * b0, a0 * b1, a1 * b0, a1 * b1])
-        return products.min(0), products.max(0)
+        products = a0 * b0, a0 * b1, a1 * b0, a1 * b1
+        return reduce(np.minimum, products), reduce(np.maximum, products)
     if op in ("div", "rem"):
         (a0, a1), (b0, b1) = args
         plain = (a0 >= 0) & (b0 > 0)
@@ -150,13 +153,13 @@ def _node_bounds(node: Node, args: list[Bounds], count: int) -> Bounds:
         same, apart = (a0 == a1) & (b0 == b1) & (a0 == b0), (a1 < b0) | (b1 < a0)
         if op == "ne":
             same, apart = apart, same
-        return same.astype(np.float64), (~apart).astype(np.float64)
+        return same.astype(np.float64), 1.0 - apart
     if op in ("and", "or", "not") and node.dtype == "b1":
         if op == "not":
             return 1 - args[0][1], 1 - args[0][0]
         pick = np.minimum if op == "and" else np.maximum
         return pick(args[0][0], args[1][0]), pick(args[0][1], args[1][1])
-    return np.full(count, -np.inf), np.full(count, np.inf)
+    return _UNKNOWN
 
 
 def op_touches(graph: Graph, op: Op, lo: np.ndarray, hi: np.ndarray, *, stage_finish: bool = False) -> list[Touch]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from jax_mpk.graph import dtypes
@@ -85,9 +86,22 @@ class Expr:
         nodes = tuple(self.nodes[i]._replace(args=tuple(position[a] for a in self.nodes[i].args)) for i in position)
         return Expr(nodes, tuple(position[r] for r in results), self.extents)
 
-    def loads(self) -> list[int]:
+    def loads(self) -> tuple[int, ...]:
         """Positions of the load nodes."""
-        return [i for i, node in enumerate(self.nodes) if node.op in ("load", "load_if")]
+        return self._loads
+
+    @cached_property
+    def _loads(self) -> tuple[int, ...]:
+        return tuple(i for i, node in enumerate(self.nodes) if node.op in ("load", "load_if"))
+
+    @cached_property
+    def index_nodes(self) -> tuple[int, ...]:
+        """Positions of the nodes that indices and predicates of loads depend on, ascending."""
+        needed: set[int] = set()
+        for i in range(len(self.nodes) - 1, -1, -1):
+            if i in needed or self.nodes[i].op in ("load", "load_if"):
+                needed.update(self.nodes[i].args)
+        return tuple(sorted(needed))
 
     def __str__(self) -> str:
         from jax_mpk.graph.printer import format_expr

@@ -32,8 +32,9 @@ _WEIGHT |= dict.fromkeys(
 VIEW = 1.0
 #: Work per element a map may cost and still be repeated by its readers.
 CHEAP = 3.0
-#: Programs are not grown beyond this many nodes.
+#: Programs are not grown beyond this many nodes; those that have more already hardly grow.
 MAX_NODES = 400
+_GROWTH = 1.1
 
 
 def work(expr: Expr) -> float:
@@ -82,25 +83,31 @@ def _fuse_block(block: Block, *, views_only: bool) -> Block:
 def _fuse_op(op: Nest | Update | Cumulative, maps: dict[int, Nest], uses: Counter[int], views_only: bool) -> Op:
     chosen = {v: maps[v] for v in op.operands if v in maps and _worth(op, v, maps[v], uses, views_only)}
     while chosen:
-        slots = Slots()
-
-        def rule(builder: Builder, value: int, indices: list[int], dtype: str, pred: int | None) -> int | None:
-            producer = chosen.get(value)
-            if producer is None:
-                return None
-            return inline_map(builder, producer, value, indices, pred, slots, lambda *_: None)  # noqa: B023
-
-        fused = _rewrite(op, rule, slots)
+        fused = _inlined(op, chosen)
         if fused is not None:
             return fused
-        chosen.popitem()  # the program grew too large, or a factor is no longer affine: try with one map fewer
+        # The program grew too large, or a factor is no longer affine: try with fewer maps.
+        chosen = dict(list(chosen.items())[: len(chosen) // 2])
     return op
+
+
+def _inlined(op: Op, chosen: dict[int, Nest]) -> Op | None:
+    slots = Slots()
+
+    def rule(builder: Builder, value: int, indices: list[int], dtype: str, pred: int | None) -> int | None:
+        producer = chosen.get(value)
+        if producer is None:
+            return None
+        return inline_map(builder, producer, value, indices, pred, slots, lambda *_: None)
+
+    return _rewrite(op, rule, slots)
 
 
 def _rewrite(op: Op, rule: LoadRule, slots: Slots) -> Op | None:
     fused = rewrite_loads(op, rule, slots)
-    if any(len(expr.nodes) > MAX_NODES for expr in programs(fused)):
-        return None
+    for new, old in zip(programs(fused), programs(op), strict=True):
+        if len(new.nodes) > max(MAX_NODES, _GROWTH * len(old.nodes)):
+            return None
     if isinstance(fused, Nest) and fused.kind == "contract" and not has_factors(fused):
         return None
     return fused

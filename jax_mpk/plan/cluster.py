@@ -19,6 +19,8 @@ from jax_mpk.plan.tile import Cut, Tiler
 
 #: A value read by more routines than this is stored, not recomputed.
 _MOST_COPIES = 16
+#: A routine of more operators takes no others in: each would cost the tiler a look at all of them.
+_MOST_MEMBERS = 64
 
 
 @dataclass
@@ -132,6 +134,8 @@ class Clusterer:
         for anchor in anchors:
             group = groups[anchor]
             members = sorted({*group.members, *own.members})
+            if len(members) > _MOST_MEMBERS:
+                return False
             merged = _Group(members, group.anchors, group.stored | own.stored | stored)
             gain -= self.tiler.seconds(*_pick(self.ops, merged)) - self.tiler.seconds(*_pick(self.ops, group))
             if gain < 0:

@@ -26,6 +26,8 @@ Grid = tuple[np.ndarray, np.ndarray]
 
 #: A cut may leave this share of the workers idle if it makes the tasks more even.
 _IDLE = 0.05
+#: How many answers about regions are kept.
+_MOST_KNOWN = 1024
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Tiler:
         self.arguments = {share[v] for v in graph.inputs}
         self._best: dict[object, Cut | None] = {}
         self._numbers: dict[Op, int] = {}
+        self._known: dict[tuple[int, int, bytes, bytes], tuple[tuple[Touch, ...], Op]] = {}
         self._structures: dict[int, tuple[int, Op]] = {}  # by identity; the operator is kept so that it stays unique
 
     def in_place(self, op: Update) -> bool:
@@ -189,10 +192,8 @@ class Tiler:
                 box = _union([need[v] for v in op.outputs if v in need], tasks, output_space(graph, op))
                 box = _whole_axis(op, box)
             boxes.append(box)
-            found = op_touches(graph, op, *box)
-            if isinstance(op, Update) and self.in_place(op):
-                found.pop() if op.combine.kind == "set" else None
-            touches.append(tuple(found))
+            found = self._touched(op, *box)
+            touches.append(found)
             for touch in found:
                 if touch.value in inner:
                     known = need.get(touch.value)
@@ -209,6 +210,23 @@ class Tiler:
                 scratch += -(-math.prod(map(int, extents)) * dtypes.itemsize(graph.values[v].dtype) // 64) * 64
         seconds = self._seconds(members, boxes, touches, inner)
         return Cut(tuple(b[0] for b in boxes), tuple(b[1] for b in boxes), tuple(touches), seconds, scratch)
+
+    def _touched(self, op: Op, lo: np.ndarray, hi: np.ndarray) -> tuple[Touch, ...]:
+        """What tasks read to compute their boxes of an operator.
+
+        A routine that takes in one more operator is cut in the same ways again, so the latest answers are kept.
+        """
+        key = id(op), len(lo), lo.tobytes(), hi.tobytes()
+        known = self._known.get(key)
+        if known is not None:
+            return known[0]
+        found = op_touches(self.graph, op, lo, hi)
+        if isinstance(op, Update) and self.in_place(op) and op.combine.kind == "set":
+            found.pop()  # the base: it is not copied
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[key] = tuple(found), op
+        return tuple(found)
 
     def _seconds(
         self,

@@ -1,12 +1,17 @@
-"""The plan of a large decode step for a GPU that is not there: proved correct, few phases, every SM busy."""
+"""The plan of a large decode step for a GPU that is not there: proved correct, few phases, every SM busy.
+
+Two spellings of the same step: plain einsums, and the project's own decoder.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import pytest
+from flax import nnx
 
 from jax_mpk.capture import capture
 from jax_mpk.graph.build import build_graph
@@ -16,6 +21,9 @@ from jax_mpk.plan.ir import Plan
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.report import PlanStats, plan_stats
 from jax_mpk.plan.verify import verify_plan
+from models.decoder import Decoder, DecoderConfig, init_cache
+from models.generate import sampling_steps
+from models.sampling import Sampling
 from tests.plan.large_step import Shape
 
 pytestmark = pytest.mark.slow
@@ -34,12 +42,46 @@ def plan(shape: Shape = SHAPE) -> Plan:
 
 
 @functools.cache
+def decoder_plan(shape: Shape = SHAPE) -> Plan:
+    config = DecoderConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.ffn,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        qk_norm=True,
+        tie_embeddings=False,
+        dtype=jax.numpy.bfloat16,
+        param_dtype=jax.numpy.bfloat16,
+    )
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    cache = jax.eval_shape(lambda: init_cache(config, 1, shape.cache))
+    _, step = sampling_steps(graphdef, Sampling())
+    scalars = (jax.ShapeDtypeStruct(s, d) for s, d in (((1,), "int32"), ((), "int32"), ((), "uint32")))
+    captured = capture(jax.make_jaxpr(step)(params, cache, *scalars))
+    first = len(captured.consts) + len(jax.tree.leaves(params))
+    donated = frozenset(range(first, first + len(jax.tree.leaves(cache))))
+    return make_plan(fuse(build_graph(captured.jaxpr, donated=donated)), targets.H100)
+
+
+@functools.cache
 def stats(shape: Shape = SHAPE) -> PlanStats:
     return plan_stats(plan(shape))
 
 
-def test_verified() -> None:
-    verify_plan(plan())
+@functools.cache
+def decoder_stats() -> PlanStats:
+    return plan_stats(decoder_plan())
+
+
+STEPS = pytest.mark.parametrize("step", [stats, decoder_stats])
+
+
+@pytest.mark.parametrize("step", [plan, decoder_plan])
+def test_verified(step: Callable[[], Plan]) -> None:
+    verify_plan(step())
 
 
 def test_cache_is_updated_in_place() -> None:
@@ -59,8 +101,9 @@ def test_every_weight_is_read_once() -> None:
     assert stats().cache_bytes == pytest.approx(held, rel=1e-3)
 
 
-def test_dependent_phases() -> None:
-    assert stats().phases <= 5 * SHAPE.layers + 3
+@STEPS
+def test_dependent_phases(step: Callable[[], PlanStats]) -> None:
+    assert step().phases <= 5 * SHAPE.layers + 3
 
 
 def test_dependent_phases_with_a_time_axis() -> None:
@@ -68,13 +111,22 @@ def test_dependent_phases_with_a_time_axis() -> None:
     assert stats(shape).phases <= 5 * shape.layers + 3
 
 
-def test_every_sm_is_busy_in_every_large_contraction() -> None:
+def test_query_heads_that_share_keys_share_tasks() -> None:
+    held = 2 * 2 * SHAPE.cache * SHAPE.kv_heads * SHAPE.head_dim
+    attention = [r for r in stats().routines if "max over" in r.text and "contract 8 " in r.text]
+    assert len(attention) == SHAPE.layers
+    assert all(r.streamed_bytes <= 2.1 * held for r in attention)
+
+
+@STEPS
+def test_every_sm_is_busy_in_every_large_contraction(step: Callable[[], PlanStats]) -> None:
     # Per layer: Q, K and V; attention; output; gate and up; down. Then the head.
-    assert len(stats().large_contractions) >= 5 * SHAPE.layers + 1
-    for routine in stats().large_contractions:
+    assert len(step().large_contractions) >= 5 * SHAPE.layers + 1
+    for routine in step().large_contractions:
         assert routine.busy >= 0.95, routine
         assert routine.imbalance <= 0.05, routine
 
 
-def test_predicted_time_is_near_the_bandwidth() -> None:
-    assert stats().predicted_s <= 1.1 * stats().roofline_s
+@STEPS
+def test_predicted_time_is_near_the_bandwidth(step: Callable[[], PlanStats]) -> None:
+    assert step().predicted_s <= 1.1 * step().roofline_s

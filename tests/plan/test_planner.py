@@ -226,3 +226,20 @@ def test_planning_is_deterministic() -> None:
     assert np.array_equal(first.tasks.table, second.tasks.table)
     assert np.array_equal(first.tasks.wait_event, second.tasks.wait_event)
     assert first.storages == second.storages
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_many_pieces_of_one_array_stay_within_bounds(scale: int) -> None:
+    def pieces(x: jax.Array) -> jax.Array:
+        return jnp.stack([x[i] * scale if scale > 1 else x[i] for i in reversed(range(128))])
+
+    captured = capture(jax.make_jaxpr(pieces)(aval(128, 8)))
+    graph = fuse(build_graph(captured.jaxpr))
+    plan = make_plan(graph, targets.cpu(2))
+    verify_plan(plan)
+    x = np.arange(128 * 8, dtype=np.float32).reshape(128, 8)
+    (got,) = Simulator(plan, [x]).run()
+    np.testing.assert_array_equal(got, x[::-1] * scale)
+    # Slices are read in place, whatever the size of the program; a routine holds no more operators than it may.
+    assert len(graph.block.ops) == (1 if scale == 1 else 129)
+    assert max(len(routine.members) for routine in plan.routines) <= 64

@@ -15,6 +15,7 @@ from jax_mpk.plan.handoff import Handoffs
 from jax_mpk.plan.memory import Life, assign_offsets
 from jax_mpk.plan.place import Placer
 from jax_mpk.plan.prepare import Prepared, prepare
+from jax_mpk.plan.split_reduce import split_reductions
 from jax_mpk.plan.split_softmax import split_softmax
 from jax_mpk.plan.tile import Tiler
 
@@ -29,7 +30,8 @@ def make_plan(graph: Graph, target: ir.Target) -> ir.Plan:
     Returns:
       The plan; :func:`jax_mpk.plan.verify.verify_plan` proves it.
     """
-    return _Planner(prepare(split_softmax(graph, target)), target).run()
+    split = split_reductions(split_softmax(graph, target), target)
+    return _Planner(prepare(split), target).run()
 
 
 class _Planner:

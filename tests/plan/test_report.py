@@ -258,7 +258,8 @@ def test_explain_repeats_notes_once() -> None:
 
 
 def test_explain_notes_idle_and_uneven_workers() -> None:
-    wide = plan_of(lambda x, w: x @ w, f32(1, 400_000), f32(400_000, 3))
+    # A prime number of elements, so that the reduction has no equal parts.
+    wide = plan_of(lambda x, w: x @ w, f32(1, 400_009), f32(400_009, 3))
     assert "38% of the workers busy" in explain(wide, name="f", equations=1)
     uneven = plan_of(lambda x, w: x @ w, f32(1, 40_000), f32(40_000, 9), target=targets.cpu(4))
     assert "is uneven" in explain(uneven, name="f", equations=1)

@@ -7,6 +7,8 @@ compute there, and convert back when a value is stored (see :mod:`jax_mpk.graph.
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
+
 import ml_dtypes
 import numpy as np
 
@@ -69,6 +71,7 @@ def compute_type(name: str) -> str:
     return "f32" if name in ("f16", "bf16") else name
 
 
+@cache
 def int_range(name: str) -> tuple[int, int]:
     """Smallest and largest value of an integer type (0 and 1 for b1)."""
     if name == "b1":
@@ -85,6 +88,7 @@ def to_bits(value: object, name: str) -> int:
     return int(scalar.view(_BITS[scalar.dtype.itemsize * 8]))
 
 
+@lru_cache(maxsize=4096)
 def from_bits(bits: int, name: str) -> np.generic:
     """Inverse of :func:`to_bits`, as a NumPy scalar."""
     dtype = _NUMPY[name]

@@ -150,7 +150,8 @@ class Builder:
 
     def index(self, value: int) -> int:
         # Shapes and parameters in jaxprs may be NumPy integers, which do not wrap.
-        return self.const(_wrapped(int(value)), INDEX)
+        exact = _wrapped(int(value))
+        return self._add(Node("const", (), INDEX, exact % 2**64), (exact, exact))
 
     def load(self, slot: int, indices: Sequence[int], dtype: str, pred: int | None = None) -> int:
         """Element of operand ``slot``. ``pred`` None: the indices are always in bounds."""

@@ -28,6 +28,14 @@ class Access:
     lo: np.ndarray
     hi: np.ndarray
 
+    def meets(self, other: Access) -> np.ndarray:
+        """bool [own tasks, tasks of ``other``]: whether the regions share an element, both in values of one shape."""
+        out: np.ndarray = np.all(self.hi > self.lo, axis=1)[:, None] & np.all(other.hi > other.lo, axis=1)[None]
+        for axis in range(self.lo.shape[1]):
+            out &= self.lo[:, None, axis] < other.hi[None, :, axis]
+            out &= other.lo[None, :, axis] < self.hi[:, None, axis]
+        return out
+
 
 def accesses(routine: Routine, in_place: Callable[[Update], bool]) -> list[Access]:
     """Every access to memory of a routine's tasks; equal ones are listed once, local values not at all."""

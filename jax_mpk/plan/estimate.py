@@ -2,8 +2,8 @@
 
 Everything follows from the Plan's tables; nothing here asks how the planner came to them. What bytes and flops cost is
 :mod:`jax_mpk.plan.costs`. The timeline has every task take the time of its bytes and flops, start when its worker is
-free and its events have arrived, and every signal between workers cost one hand-off. Loads are not predicted to run
-ahead of what a task waits for, so a device that prefetches is somewhat faster.
+free and its events and tags have arrived, and every hand-off between workers cost the same. Loads are not predicted to
+run ahead of what a task waits for, so a device that prefetches is somewhat faster.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jax_mpk.graph.ir import Cumulative, Nest, Op, Sort, Update
 from jax_mpk.graph.scalar import Expr
 from jax_mpk.plan import costs
 from jax_mpk.plan.ir import MAY, READ, LoopNode, Plan, Routine, Schedule, Segment
+from jax_mpk.plan.tags import tags_as_events
 
 #: Largest grid of cells on which overlapping boxes are counted exactly.
 _MOST_CELLS = 1 << 20
@@ -251,10 +252,10 @@ class _Clock:
     def __init__(self, plan: Plan, seconds: np.ndarray):
         self.plan = plan
         self.seconds = seconds.tolist()
-        tasks = plan.tasks
+        tasks, events = tags_as_events(plan)
         self.waits = _rows(tasks.wait_start, tasks.wait_event)
         self.signals = _rows(tasks.signal_start, tasks.signal_event)
-        self.threshold = np.bincount(tasks.signal_event, minlength=plan.events).tolist()
+        self.threshold = np.bincount(tasks.signal_event, minlength=events).tolist()
 
     def schedule(self, schedule: Schedule) -> Timeline:
         parts: list[tuple[Timeline, int]] = []

@@ -4,11 +4,13 @@ Tasks are added routine by routine in an order that respects the graph. Two task
 overlapping regions of one storage and one of them writes. A vector clock per task says what is already known to be
 finished when it starts (program order of its worker, and what the events it waits for imply), so a wait that adds
 nothing is never made; consumers that need the same set of producers share one event.
+
+What is read from a tagged storage needs no event, and tells nothing: a tag orders its own word only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -23,6 +25,7 @@ class Handoffs:
       workers: number of queues.
       storage: per value, the storage it lives in.
       shapes: per value, its shape.
+      tagged: storages handed over by tagged words.
       first_task, first_event: ids the segment's tasks and events start at.
     """
 
@@ -31,12 +34,14 @@ class Handoffs:
         workers: int,
         storage: Sequence[int],
         shapes: Sequence[tuple[int, ...]],
+        tagged: Collection[int],
         first_task: int,
         first_event: int,
     ):
         self.workers = workers
         self.storage = storage
         self.shapes = shapes
+        self.tagged = tagged
         self.first_task = first_task
         self.worker_of: list[np.ndarray] = []  # per routine
         self.position: list[np.ndarray] = []  # per routine: place in the worker's queue, from 1
@@ -93,7 +98,7 @@ class Handoffs:
         found: dict[int, np.ndarray] = {}
         for access in touched:
             for routine, earlier in self.history.get(self.storage[access.value], ()):
-                if access.kind == READ and earlier.kind == READ:
+                if access.kind == READ and (earlier.kind == READ or self.storage[access.value] in self.tagged):
                     continue
                 pairs = self._overlap(access, earlier)
                 if pairs.any():
@@ -108,15 +113,10 @@ class Handoffs:
         return members[used], np.ascontiguousarray(needs[:, used])
 
     def _overlap(self, a: Access, b: Access) -> np.ndarray:
-        """bool [tasks of a, tasks of b]: whether the regions share an element."""
-        full_a = np.all(a.hi > a.lo, axis=1)
-        full_b = np.all(b.hi > b.lo, axis=1)
+        """bool [tasks of a, tasks of b]: whether the regions may share a byte of one storage."""
         if a.value != b.value and self.shapes[a.value] != self.shapes[b.value]:
-            return full_a[:, None] & full_b[None]
-        out = full_a[:, None] & full_b[None]
-        for axis in range(a.lo.shape[1]):
-            out &= (a.lo[:, None, axis] < b.hi[None, :, axis]) & (b.lo[None, :, axis] < a.hi[:, None, axis])
-        return out
+            return np.all(a.hi > a.lo, axis=1)[:, None] & np.all(b.hi > b.lo, axis=1)[None]
+        return a.meets(b)
 
     def _gather(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not len(members):

@@ -35,6 +35,7 @@ class Target:
       handoff: seconds from one worker's signal to another's proceeding.
       task_overhead: seconds a task costs beyond its bytes and flops.
       granule: elements along the last axis of a weight tile below which loads lose bandwidth.
+      tagged_bytes: size of the largest value that is handed over by tagged words; 0: none ever is.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Target:
     handoff: float
     task_overhead: float
     granule: int
+    tagged_bytes: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Storage:
       argument: the aliased argument's number, or -1.
       offset: first byte within the workspace (0 for the other kinds).
       nbytes: size.
+      tagged: each element carries a tag beside its payload, written with it; see :data:`TAGS`.
     """
 
     kind: str
@@ -68,6 +71,19 @@ class Storage:
     argument: int
     offset: int
     nbytes: int
+    tagged: bool = False
+
+
+#: A task that reads a region of a tagged storage, other than what its own routine stores, starts when every element of
+#: it carries the tag of this execution of the segment, ``1 + sequence mod TAGS``, where ``sequence`` counts the times
+#: that the segment has run in this launch. A tag is never 0, so zeroed memory never matches.
+#:
+#: Each element is its own event and orders nothing but itself: what else the writer did before may still be invisible.
+#: A tagged storage lies in the workspace and shares no byte with another, since nothing else would keep a reader from
+#: seeing an overwritten word. It holds one value, of at most TAGGED_ITEMSIZE bytes an element (payload and tag are one
+#: machine word), written as MUST and read within one segment.
+TAGS = 65535
+TAGGED_ITEMSIZE = 4
 
 
 #: Stages of an operator. WHOLE computes boxes of the output over the whole reduced space. A reduction split over

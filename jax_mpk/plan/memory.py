@@ -25,7 +25,7 @@ class Life:
       first: (segment, routine within it) of the first access.
       last_segment: last segment that touches it; everything is over at the barrier behind it.
       positions: int32 [workers]: last queue position per worker that touches it, within ``last_segment``.
-      pinned: must keep its bytes throughout (loop carries and values that live across a loop's rounds).
+      pinned: must keep its bytes throughout (loop carries, values that live across a loop's rounds, tagged ones).
     """
 
     nbytes: int

@@ -12,6 +12,7 @@ from jax_mpk.plan import ir
 from jax_mpk.plan.access import Access, accesses
 from jax_mpk.plan.cluster import Clusterer, Routine
 from jax_mpk.plan.handoff import Handoffs
+from jax_mpk.plan.ir import MUST, READ
 from jax_mpk.plan.memory import Life, assign_offsets
 from jax_mpk.plan.place import Placer
 from jax_mpk.plan.prepare import Prepared, prepare
@@ -55,6 +56,7 @@ class _Planner:
         self.signals: list[list[int]] = []
         self.touched: list[tuple[np.ndarray, Access]] = []
         self.events = 0
+        self.tagged: set[int] = set()  # values handed over by tagged words
         self.segments: list[tuple[Handoffs, list[list[Access]]]] = []
         self.loop_segments: list[tuple[int, int]] = []
 
@@ -105,19 +107,38 @@ class _Planner:
     def _segment(self, ops: list[Op]) -> ir.Segment:
         clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned)
         placer = Placer(self.target)
-        handoffs = Handoffs(self.target.workers, self.share, self.shapes, len(self.task_rows), self.events)
-        touched: list[list[Access]] = []
-        for routine in clusterer.run(ops, _after(ops, self.share)):
-            found = accesses(routine, self.tiler.in_place)
-            workers = placer.place(routine)
+        routines = clusterer.run(ops, _after(ops, self.share))
+        touched = [accesses(routine, self.tiler.in_place) for routine in routines]
+        places = [placer.place(routine) for routine in routines]
+        self.tagged |= self._tagged(touched, places)
+        first_task, first_event = len(self.task_rows), self.events
+        handoffs = Handoffs(self.target.workers, self.share, self.shapes, self.tagged, first_task, first_event)
+        for routine, workers, found in zip(routines, places, touched, strict=True):
             handoffs.add(workers, found)
-            touched.append(found)
             self._emit(routine, workers, found)
         self.waits += handoffs.waits
         self.signals += handoffs.signals
         self.events = handoffs.events
         self.segments.append((handoffs, touched))
         return ir.Segment(tuple(np.array(q, np.int32) for q in handoffs.queues))
+
+    def _tagged(self, touched: list[list[Access]], places: list[np.ndarray]) -> set[int]:
+        """Values of a segment that tagged words can hand over, where program order does not: the cheapest way first."""
+        tagged: set[int] = set()
+        written: dict[int, tuple[Access, np.ndarray]] = {}
+        for found, workers in zip(touched, places, strict=True):
+            for access in found:
+                if access.kind == READ and access.value in written and access.value not in tagged:
+                    write, writers = written[access.value]
+                    if np.any(access.meets(write) & (workers[:, None] != writers[None])):
+                        tagged.add(access.value)
+            written.update((a.value, (a, workers)) for a in found if a.kind == MUST and self._may_be_tagged(a.value))
+        return tagged
+
+    def _may_be_tagged(self, v: int) -> bool:
+        size = dtypes.itemsize(self.graph.values[v].dtype)
+        nbytes = int(np.prod(self.shapes[v], dtype=np.int64)) * size
+        return v not in self.pinned and size <= ir.TAGGED_ITEMSIZE and nbytes <= self.target.tagged_bytes
 
     def _emit(self, routine: Routine, workers: np.ndarray, found: list[Access]) -> None:
         members = tuple(ir.Member(self.op_number[id(op)]) for op in routine.ops)
@@ -198,7 +219,7 @@ class _Planner:
         workspace = assign_offsets(list(lives.values()), known)
         for home, life in lives.items():
             homes[home] = len(storages)
-            storages.append(ir.Storage("workspace", -1, -1, life.offset, life.nbytes))
+            storages.append(ir.Storage("workspace", -1, -1, life.offset, life.nbytes, home in self.tagged))
         value_storage = np.full(len(graph.values), -1, np.int32)
         for v in range(len(graph.values)):
             if v not in local and self.share[v] in homes:
@@ -222,7 +243,8 @@ class _Planner:
                         life.last_segment, life.positions = s, np.zeros(self.target.workers, np.int32)
                     np.maximum.at(life.positions, handoffs.worker_of[r], handoffs.position[r])
                     touched_in.setdefault(home, set()).add(s)
-        # What lives in a loop and outside it, or is carried by one, keeps its bytes.
+        # What lives in a loop and outside it, or is carried by one, keeps its bytes, and so does what is tagged: no
+        # order is known that has all readers done.
         carried = {self.share[v] for op in self.ops if isinstance(op, Loop) for v in (*op.params, *op.outputs)}
         control = {
             self.share[v]
@@ -236,7 +258,7 @@ class _Planner:
                 any(a <= s < b for s in segments) and not all(a <= s < b for s in segments)
                 for a, b in self.loop_segments
             )
-            lives[home].pinned = crosses or home in carried or home in control
+            lives[home].pinned = crosses or home in carried or home in control or home in self.tagged
         return lives
 
     # -- tables ------------------------------------------------------------------------------------------------

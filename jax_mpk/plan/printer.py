@@ -25,7 +25,10 @@ def format_plan(plan: Plan, max_tasks: int = 200) -> str:
 
 
 def format_task(plan: Plan, task: int) -> str:
-    """One task: ``12: op3@[0:4, 0:8] waits e0 e2 signals e5``; several members are joined by ``+``."""
+    """One task: ``12: op3@[0:4, 0:8] tagged %7 waits e0 e2 signals e5``; several members are joined by ``+``.
+
+    What it reads when the tags have arrived comes first, then the events.
+    """
     row = plan.tasks.table[task]
     parts = []
     for at, member in enumerate(plan.routines[int(row["routine"])].members):
@@ -33,6 +36,9 @@ def format_task(plan: Plan, task: int) -> str:
         box = plan.tasks.boxes[int(row["box"]) + at, :, :rank]
         parts.append(f"op{member.op}{_STAGES[member.stage]}@{_box(box)}")
     text = f"{task}: {' + '.join(parts)}"
+    tagged = _awaited(plan, task)
+    if tagged:
+        text += " tagged " + " ".join(f"%{v}" for v in tagged)
     tasks = plan.tasks
     for verb, start, events in (
         ("waits", tasks.wait_start, tasks.wait_event),
@@ -55,6 +61,17 @@ def format_accesses(plan: Plan, task: int) -> str:
         name = f"%{value}" if value >= 0 else f"partial{-1 - value}"
         lines.append(f"{_KINDS[int(accesses.kind[i])]} {name}{_box(accesses.box[i, :, :rank])}")
     return "\n".join(lines)
+
+
+def _awaited(plan: Plan, task: int) -> list[int]:
+    """Tagged values that a task reads and does not store itself."""
+    accesses = plan.accesses
+    mine = slice(*np.searchsorted(accesses.task, [task, task + 1]))
+    found: dict[int, set[int]] = {READ: set(), MUST: set(), MAY: set()}
+    for value, kind in zip(accesses.value[mine].tolist(), accesses.kind[mine].tolist()):
+        if value >= 0 and plan.storages[plan.value_storage[value]].tagged:
+            found[kind].add(value)
+    return sorted(found[READ] - found[MUST] - found[MAY])
 
 
 def _lines(plan: Plan, max_tasks: int) -> Iterator[str]:
@@ -163,7 +180,7 @@ def _space(plan: Plan, op: int, stage: int) -> tuple[int, ...]:
 
 def _storage(storage: Storage) -> str:
     if storage.kind == "workspace":
-        return f"workspace {storage.offset}..{storage.offset + storage.nbytes}"
+        return f"workspace {storage.offset}..{storage.offset + storage.nbytes}{' tagged' if storage.tagged else ''}"
     alias = f" = argument {storage.argument}" if storage.kind == "output" and storage.argument >= 0 else ""
     name = "argument" if storage.kind == "input" else "result"
     return f"{name} {storage.index}{alias} ({storage.nbytes} bytes)"

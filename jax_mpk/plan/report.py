@@ -37,6 +37,8 @@ class RoutineStats:
       streamed_bytes: bytes of arguments that its tasks read, all workers together.
       imbalance: largest deviation from the mean of the bytes streamed by a busy worker, as a fraction of it.
       seconds: predicted time of the worker with most to do, for one run.
+      handoff: how its results reach their readers: "tagged", "counters", "in order" (of a queue, or by a barrier),
+        "result" (of the call), several joined by "+".
     """
 
     routine: int
@@ -49,6 +51,7 @@ class RoutineStats:
     streamed_bytes: int
     imbalance: float
     seconds: float
+    handoff: str
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,7 @@ def _routines(plan: Plan, streamed: np.ndarray, seconds: np.ndarray, times: np.n
     tasks = np.bincount(table["routine"], minlength=count)
     often = np.zeros(count, np.int64)
     often[table["routine"]] = times
+    signalling = set(table["routine"][np.diff(plan.tasks.signal_start) > 0].tolist())
     out = []
     for number, routine in enumerate(plan.routines):
         used = nbytes[number][nbytes[number] > 0]
@@ -193,9 +197,24 @@ def _routines(plan: Plan, streamed: np.ndarray, seconds: np.ndarray, times: np.n
                 streamed_bytes=round(used.sum()),
                 imbalance=float(np.abs(used - mean).max(initial=0.0) / mean),
                 seconds=float(busy[number].max(initial=0.0)),
+                handoff=_handoff(plan, routine, number in signalling),
             )
         )
     return out
+
+
+def _handoff(plan: Plan, routine: Routine, signals: bool) -> str:
+    """How the results of a routine are handed over; ``signals``: some of its tasks signal events."""
+    found = set()
+    for member in routine.members:
+        for v in plan.ops[member.op].outputs:
+            storage = plan.storages[plan.value_storage[v]] if plan.value_storage[v] >= 0 else None
+            if storage is not None and v not in routine.local_values and member.stage != PARTIAL:
+                plain = "result" if storage.kind == "output" else "counters" if signals else "in order"
+                found.add("tagged" if storage.tagged else plain)
+        if member.stage == PARTIAL:
+            found.add("counters" if signals else "in order")
+    return "+".join(kind for kind in ("tagged", "counters", "in order", "result") if kind in found)
 
 
 # -- text ------------------------------------------------------------------------------------------------------
@@ -239,11 +258,11 @@ def explain(plan: Plan, *, name: str, equations: int) -> str:
 
 def _table(stats: PlanStats) -> list[str]:
     """One line per user line and kind of routine, in order of first appearance."""
-    groups: dict[tuple[str, str, int], list[RoutineStats]] = {}
+    groups: dict[tuple[str, str, int, str], list[RoutineStats]] = {}
     for routine in stats.routines:
-        groups.setdefault((routine.line, routine.text, routine.tasks), []).append(routine)
+        groups.setdefault((routine.line, routine.text, routine.tasks, routine.handoff), []).append(routine)
     rows = []
-    for (line, _, tasks), members in groups.items():
+    for (line, _, tasks, handoff), members in groups.items():
         seconds = sum(r.seconds * r.times for r in members)
         streamed = sum(r.streamed_bytes * r.times for r in members)
         rows.append(
@@ -253,14 +272,15 @@ def _table(stats: PlanStats) -> list[str]:
                 _number(tasks, "task"),
                 f"reads {_bytes(streamed)}" if streamed else "",
                 f"{seconds / stats.predicted_s:.1%} of the time" if stats.predicted_s else "",
+                handoff,
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)] if rows else []
+    widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
     return [
         f"  {row[0]:<{widths[0]}}"
         + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
         + f"  {text}"
-        for row, (_, text, _) in zip(rows, groups)
+        for row, (_, text, _, _) in zip(rows, groups)
     ]
 
 

@@ -4,13 +4,17 @@ Storages are byte buffers at their planned places, so values that share memory r
 that nobody has written is poison. A task sees only what it declares to read and changes only what it declares to
 write. Any legal interleaving can be replayed: the next step is chosen by a seeded generator or by a function of the
 caller, who can so hold back one task until everything else has run.
+
+Tags are replayed as they are: a task starts when the elements it reads carry them. With ``late``, plain stores of a
+plan with tagged values may become visible long after tagged ones: a worker sees its own at once, the others see them in
+a step of its own, which comes at the latest before it signals an event or passes a barrier.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -23,15 +27,17 @@ from jax_mpk.graph.ir import Nest, Op, Update
 from jax_mpk.graph.reference import eval_epilogue, eval_op, eval_partial, merge
 from jax_mpk.graph.regions import update_boxes
 from jax_mpk.graph.scalar import Builder, Expr, inline
-from jax_mpk.plan.ir import FINISH, PARTIAL, READ, BranchNode, LoopNode, Plan, Routine, Schedule, Segment
+from jax_mpk.plan.ir import FINISH, PARTIAL, READ, TAGS, BranchNode, LoopNode, Plan, Routine, Schedule, Segment
 from jax_mpk.plan.statistics import OpStats, Phases, op_stats, phase_count
+from jax_mpk.plan.tags import tagged_accesses
 
 __all__ = ["Choice", "Choose", "OpStats", "Phases", "Simulator", "op_stats", "phase_count"]
 
 Array = np.ndarray[Any, Any]
 
-#: What a worker does next: a task, or -1 to go on past a point of control (read a predicate, enter a segment).
-Choice = tuple[int, int]  # worker, task or -1
+#: What a worker does next: a task, -1 to go on past a point of control (read a predicate, enter a segment), or
+#: ``-2 - task`` to make all its stores visible, those of this task being the oldest late ones.
+Choice = tuple[int, int]  # worker, task or less
 #: Picks one of the possible next steps; they are given in order of worker.
 Choose = Callable[[Sequence[Choice]], Choice]
 
@@ -47,10 +53,16 @@ class _Worker:
     Attributes:
       program: yields tasks (with the number of times their segment has begun), barriers, and None at control.
       at: what it yielded last; "end" when the program is over.
+      late: stores that nobody else sees yet: places and their contents.
+      oldest: the first task with any of them.
+      ran: the task at ``at`` has run and signals when its stores are visible.
     """
 
     program: Iterator[tuple[int, int] | _Barrier | None]
     at: tuple[int, int] | _Barrier | str | None = None
+    late: list[tuple[Array, Array]] = field(default_factory=list)
+    oldest: int = -1
+    ran: bool = False
 
 
 class Simulator:
@@ -67,7 +79,8 @@ class Simulator:
       seed: for a random interleaving.
       poison: seed of the bytes that unwritten memory holds; None: NaN, or -1.
       strict: what a task reads beyond its declared accesses is poison.
-      max_steps: tasks, and points of control passed, after which the replay is taken to be endless.
+      late: plain stores may be late, if the plan has tagged values.
+      max_steps: tasks, late stores, and points of control passed, after which the replay is taken to be endless.
     """
 
     def __init__(
@@ -79,6 +92,7 @@ class Simulator:
         seed: int | None = None,
         poison: int | None = None,
         strict: bool = True,
+        late: bool = False,
         max_steps: int = 1_000_000,
     ):
         self.plan = plan
@@ -103,6 +117,11 @@ class Simulator:
             first += len(split.storages)
         self._accumulator_storage = [s for split in plan.splits for s in split.storages]
         self._accumulator_op = {name: op for op, names in self._accumulators.items() for name in names}
+        reads, writes = tagged_accesses(plan)
+        values = np.unique(plan.accesses.value[np.concatenate([reads, writes])]).tolist()
+        self._tags = {v: np.zeros(plan.graph.values[v].shape, np.int64) for v in values}
+        self._tag_reads, self._tag_writes = self._tagged_boxes(reads), self._tagged_boxes(writes)
+        self._late = late and len(self._tags) > 0
         self._workers = [_Worker(self._program(w)) for w in range(plan.target.workers)]
         self._steps, self._max_steps = 0, max_steps
 
@@ -135,13 +154,16 @@ class Simulator:
                 if not self._release():
                     raise DeadlockError(self._deadlock_text())
                 continue
-            worker, task = self._choose(choices)
+            number, task = self._choose(choices)
+            worker = self._workers[number]
             if task >= 0:
-                self._execute(task)
+                self._run(worker, task)
                 self.done.append(task)
-            self._advance(self._workers[worker])
-            if task >= 0:
                 return task
+            if task == -1:
+                self._advance(worker)
+            else:
+                self._show(worker)
 
     def results(self) -> list[Array]:
         """Copies of the results as they are in memory now."""
@@ -166,13 +188,20 @@ class Simulator:
                 out.append((number, -1))
             elif isinstance(worker.at, tuple):
                 task, times = worker.at
-                if all(self._counts[e] >= self._signallers[e] * times for e in self._waits(task)):
+                ready = all(self._counts[e] >= self._signallers[e] * times for e in self._waits(task))
+                if ready and not worker.ran and self._missing_tag(task, times) is None:
                     out.append((number, task))
+            if worker.late:
+                out.append((number, -2 - worker.oldest))
         return out
 
     def _waits(self, task: int) -> Array:
         tasks = self.plan.tasks
         return tasks.wait_event[tasks.wait_start[task] : tasks.wait_start[task + 1]]
+
+    def _signals(self, task: int) -> Array:
+        tasks = self.plan.tasks
+        return tasks.signal_event[tasks.signal_start[task] : tasks.signal_start[task + 1]]
 
     def _advance(self, worker: _Worker) -> None:
         worker.at = next(worker.program, "end")
@@ -197,11 +226,85 @@ class Simulator:
                             f"  worker {number}: task {task} waits for event {event}, "
                             f"which has {int(self._counts[event])} of {need} signals"
                         )
+                missing = self._missing_tag(task, times)
+                if missing is not None:
+                    v, element = missing
+                    lines.append(
+                        f"  worker {number}: task {task} waits for element {list(element)} of tagged value {v}, "
+                        f"which has tag {int(self._tags[v][element])} and needs {_tag(times)}"
+                    )
             elif isinstance(worker.at, _Barrier):
                 lines.append(f"  worker {number}: waits at a barrier")
             elif worker.at == "end":
                 lines.append(f"  worker {number}: has finished")
         return "\n".join(lines)
+
+    # -- tags --------------------------------------------------------------------------------------------------
+
+    def _tagged_boxes(self, rows: Array) -> dict[int, list[tuple[int, tuple[Any, ...]]]]:
+        """Per task, the value and the region of some accesses."""
+        out: dict[int, list[tuple[int, tuple[Any, ...]]]] = {}
+        accesses = self.plan.accesses
+        for i in rows.tolist():
+            value = int(accesses.value[i])
+            where = _slices(accesses.box[i], len(self.plan.graph.values[value].shape))
+            out.setdefault(int(accesses.task[i]), []).append((value, where))
+        return out
+
+    def _missing_tag(self, task: int, times: int) -> tuple[int, tuple[int, ...]] | None:
+        """The first element that a task must still wait for, as value and index."""
+        for value, where in self._tag_reads.get(task, ()):
+            missing = np.argwhere(self._tags[value][where] != _tag(times)).tolist()
+            if missing:
+                return value, tuple(i + axis.start for i, axis in zip(missing[0], where))
+        return None
+
+    def _run(self, worker: _Worker, task: int) -> None:
+        """Runs a task, and signals unless some of its worker's stores are late."""
+        assert isinstance(worker.at, tuple)
+        if self._late:
+            worker.oldest = worker.oldest if worker.late else task
+            places = [place for place, _ in worker.late] + self._plain_places(task)
+            public = [place.copy() for place in places]
+            for place, contents in worker.late:
+                place[...] = contents
+            self._execute(task)
+            worker.late = [(place, place.copy()) for place in places]
+            for place, old in zip(places, public, strict=True):
+                place[...] = old
+        else:
+            self._execute(task)
+        for value, where in self._tag_writes.get(task, ()):
+            self._tags[value][where] = _tag(worker.at[1])
+        worker.ran = True
+        if not worker.late or not len(self._signals(task)):
+            self._finish(worker)
+
+    def _plain_places(self, task: int) -> list[Array]:
+        """Views of what a task writes, tagged values excepted."""
+        out = []
+        accesses = self.plan.accesses
+        for i in range(self._access_start[task], self._access_start[task + 1]):
+            name = int(accesses.value[i])
+            if accesses.kind[i] != READ and name not in self._tags:
+                view = self._view(name)
+                out.append(view[_slices(accesses.box[i], view.ndim)])
+        return out
+
+    def _show(self, worker: _Worker) -> None:
+        """Makes late stores visible."""
+        for place, contents in worker.late:
+            place[...] = contents
+        worker.late = []
+        if worker.ran:
+            self._finish(worker)
+
+    def _finish(self, worker: _Worker) -> None:
+        """Signals what a task signals that has run, and goes on."""
+        assert isinstance(worker.at, tuple)
+        np.add.at(self._counts, self._signals(worker.at[0]), 1)
+        worker.ran = False
+        self._advance(worker)
 
     # -- control -----------------------------------------------------------------------------------------------
 
@@ -353,8 +456,6 @@ class Simulator:
                     local[v] = self._keep(routine, scratch, v, lo, hi, result)
                 else:
                     write(v, lo, result)
-        tasks = plan.tasks
-        np.add.at(self._counts, tasks.signal_event[tasks.signal_start[task] : tasks.signal_start[task + 1]], 1)
 
     def _evaluate(self, op: Op, lo: Array, hi: Array, read: Callable[[int], Array]) -> list[Array]:
         if not isinstance(op, Update):
@@ -411,6 +512,11 @@ class _Local:
 
     where: tuple[Any, ...]
     held: Array
+
+
+def _tag(times: int) -> int:
+    """The tag of an execution of a segment."""
+    return 1 + times % TAGS
 
 
 def _clean(array: Array) -> Array:

@@ -10,7 +10,8 @@ from jax_mpk.errors import DeadlockError
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Branch, Loop
 from jax_mpk.graph.regions import op_touches
-from jax_mpk.plan.ir import FINISH, PARTIAL, LoopNode, Plan, Schedule, Segment
+from jax_mpk.plan.ir import FINISH, PARTIAL, LoopNode, Plan, Schedule, Segment, Tasks
+from jax_mpk.plan.tags import tags_as_events
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,15 @@ class OpStats:
 
 
 def phase_count(plan: Plan) -> Phases:
-    """Counts the dependent phases: an event between two workers costs one, program order costs nothing."""
+    """Counts the dependent phases: a hand-off between two workers costs one, program order costs nothing."""
+    tasks, _ = tags_as_events(plan)
     segments: list[int] = []
 
     def visit(schedule: Schedule) -> int:
         total = 0
         for item in schedule:
             if isinstance(item, Segment):
-                segments.append(_segment_phases(plan, item))
+                segments.append(_segment_phases(tasks, item))
                 total += segments[-1]
             elif isinstance(item, LoopNode):
                 total += visit(item.cond) + visit(item.body)
@@ -99,8 +101,7 @@ def op_stats(plan: Plan) -> list[OpStats]:
     ]
 
 
-def _segment_phases(plan: Plan, segment: Segment) -> int:
-    tasks = plan.tasks
+def _segment_phases(tasks: Tasks, segment: Segment) -> int:
     waits, wait_start = tasks.wait_event.tolist(), tasks.wait_start.tolist()
     signals, signal_start = tasks.signal_event.tolist(), tasks.signal_start.tolist()
     queues = [queue.tolist() for queue in segment.queues]

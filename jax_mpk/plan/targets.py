@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from jax_mpk.plan.ir import Target
 
+#: Ends the name of a CPU target with tagged hand-offs.
+TAGGED = "+tagged"
 
-def cpu(workers: int) -> Target:
-    """The CPU executor with ``workers`` virtual SMs. Rates are those of a common two-core server slice."""
+
+def cpu(workers: int, tagged: bool = False) -> Target:
+    """The CPU executor. Rates are those of a common two-core server slice.
+
+    Args:
+      workers: virtual SMs.
+      tagged: hand values over by tagged words wherever that is possible, as a GPU would. The executor gains nothing
+        from it; tests do.
+    """
     return Target(
-        name=f"cpu-{workers}",
+        name=f"cpu-{workers}" + (TAGGED if tagged else ""),
         arch="cpu",
         workers=workers,
         scratch_bytes=1 << 20,
@@ -19,6 +28,7 @@ def cpu(workers: int) -> Target:
         handoff=1.5e-6,
         task_overhead=0.5e-6,
         granule=16,
+        tagged_bytes=1 << 20 if tagged else 0,
     )
 
 
@@ -35,4 +45,5 @@ H100 = Target(
     handoff=0.8e-6,
     task_overhead=0.05e-6,
     granule=64,
+    tagged_bytes=256 << 10,
 )

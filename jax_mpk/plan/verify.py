@@ -1,13 +1,14 @@
 """The Plan verifier: proves that running a Plan computes its Graph, whatever the workers' speeds.
 
-It sees the Graph and the Plan only and shares no code with the planner. The proof has four parts:
+It sees the Graph and the Plan only and shares no code with the planner. The proof has five parts:
 
 * structure (here): ids are in range, the schedule mirrors the graph's blocks, each task is in one queue once;
 * coverage (:mod:`.verify_coverage`): the tasks of each operator partition its space, and the declared accesses are the
   regions that the operators' index maps touch;
 * memory (:mod:`.verify_memory`): sizes, aliases, and which value the bytes hold at each point of the schedule;
 * order (:mod:`.verify_order`): nothing deadlocks, and conflicting accesses within a segment are ordered by queues and
-  events; between segments lies a barrier.
+  events; between segments lies a barrier;
+* tags (:mod:`.verify_tags`): storages whose elements are their own events keep the rules that make this sound.
 
 Beyond what the classes of :mod:`jax_mpk.plan.ir` say, a Plan must keep to these rules, each a condition that makes a
 short proof possible:
@@ -46,6 +47,7 @@ from jax_mpk.plan.verify_coverage import check_coverage
 from jax_mpk.plan.verify_facts import STAGE_NAMES, Facts, SegmentFacts, build_facts, refuse
 from jax_mpk.plan.verify_memory import check_flow, check_storages, check_wiring
 from jax_mpk.plan.verify_order import check_order
+from jax_mpk.plan.verify_tags import check_tagged_accesses, check_tagged_storages
 
 
 def verify_plan(plan: Plan) -> None:
@@ -66,8 +68,10 @@ def verify_plan(plan: Plan) -> None:
         _check_routine(facts, number, routine)
     _check_schedule(facts)
     _check_events(facts)
+    check_tagged_storages(facts)
     check_wiring(facts)
     check_coverage(facts)
+    check_tagged_accesses(facts)
     check_flow(facts, check_order(facts))
 
 

@@ -98,6 +98,7 @@ class Facts:
       producer: operator that defines each value, or -1 (arguments and loop parameters).
       shapes, itemsizes, nbytes: int lists by name.
       start, end: int64 by name: bytes in an address space that holds all storages side by side; -1: none.
+      tagged: bool by name: its storage is tagged.
       split_of: the Split of an operator.
       accumulators: names of a split operator's accumulators.
       segments: filled in by the structure check.
@@ -117,6 +118,7 @@ class Facts:
     nbytes: list[int] = field(default_factory=list)
     start: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     end: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    tagged: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     split_of: dict[int, Split] = field(default_factory=dict)
     accumulators: dict[int, tuple[int, ...]] = field(default_factory=dict)
     segments: list[SegmentFacts] = field(default_factory=list)
@@ -285,6 +287,7 @@ def build_facts(plan: Plan) -> Facts:
             end += home.nbytes
     facts.start = np.array([starts[s] if s >= 0 else -1 for s in storage_of], np.int64)
     facts.end = np.where(facts.start < 0, -1, facts.start + np.array(facts.nbytes, np.int64))
+    facts.tagged = np.array([s >= 0 and plan.storages[s].tagged for s in storage_of], bool)
 
     for number, routine in enumerate(plan.routines):
         local = set(routine.local_values)

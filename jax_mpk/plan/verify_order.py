@@ -1,8 +1,10 @@
 """Order: segments do not deadlock, and conflicting accesses within one segment are ordered by queues and events.
 
 Happens-before within a segment is program order of each queue plus, for every event, all its signallers before each
-task that waits for it. A vector clock per task (how many tasks of each worker happen before it, itself included) makes
-"a before b" one comparison, and "all of these before all of those" one comparison of two vectors.
+task that waits for it. Tags are waited for, too, and so can deadlock, but an element that has arrived says nothing
+about what else its writer did: no order follows. A vector clock per task (how many tasks of each worker happen before
+it, itself included) makes "a before b" one comparison, and "all of these before all of those" one comparison of two
+vectors.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from jax_mpk.plan.verify_facts import (
     box_text,
     refuse,
 )
+from jax_mpk.plan.verify_tags import TagWaits, tag_waits
 
 #: Most elements of an overlap matrix held at once.
 CHUNK = 1 << 22
@@ -74,8 +77,8 @@ def check_order(facts: Facts) -> list[Summary]:
                 defined[facts.task_segment[tasks[0]]][name] = Definition(op, int(tasks[0]))
     out = []
     for number, segment in enumerate(facts.segments):
-        clocks = vector_clocks(facts, segment)
         rows = facts.rows.take(order[cuts[number] : cuts[number + 1]])
+        clocks = vector_clocks(facts, segment, tag_waits(facts, rows))
         out.append(_Segment(facts, segment, clocks, rows, defined[number]).check())
     return out
 
@@ -83,7 +86,7 @@ def check_order(facts: Facts) -> list[Summary]:
 # -- deadlock and clocks ---------------------------------------------------------------------------------------
 
 
-def vector_clocks(facts: Facts, segment: SegmentFacts) -> np.ndarray:
+def vector_clocks(facts: Facts, segment: SegmentFacts, tags: TagWaits) -> np.ndarray:
     """Clocks, int32 [tasks of the segment, workers], queue after queue; raises if the segment cannot finish."""
     tasks, queues = facts.plan.tasks, [queue.tolist() for queue in segment.segment.queues]
     workers = len(queues)
@@ -92,7 +95,8 @@ def vector_clocks(facts: Facts, segment: SegmentFacts) -> np.ndarray:
 
     wait_start, wait_event = tasks.wait_start.tolist(), tasks.wait_event.tolist()
     signal_start, signal_event = tasks.signal_start.tolist(), tasks.signal_event.tolist()
-    missing: dict[int, int] = {}
+    # Tags are numbered behind the events.
+    missing = dict(tags.writers)
     for task in itertools.chain.from_iterable(queues):
         for event in signal_event[signal_start[task] : signal_start[task + 1]]:
             missing[event] = missing.get(event, 0) + 1
@@ -107,7 +111,7 @@ def vector_clocks(facts: Facts, segment: SegmentFacts) -> np.ndarray:
             at = position[worker]
             task = queue[at]
             waits = wait_event[wait_start[task] : wait_start[task + 1]]
-            pending = next((event for event in waits if missing[event]), None)
+            pending = next((e for e in itertools.chain(waits, tags.waits.get(task, ())) if missing[e]), None)
             if pending is not None:
                 blocked.setdefault(pending, []).append(worker)
                 break
@@ -126,16 +130,21 @@ def vector_clocks(facts: Facts, segment: SegmentFacts) -> np.ndarray:
                 missing[event] -= 1
                 if not missing[event]:
                     ready.extend(blocked.pop(event, ()))
+            for tag in tags.writes.get(task, ()):
+                missing[tag] -= 1
+                if not missing[tag]:
+                    ready.extend(blocked.pop(tag, ()))
             position[worker] = at + 1
     stuck = [w for w in range(workers) if position[w] < len(queues[w])]
     if stuck:
-        _refuse_deadlock(facts, segment, stuck, position, missing)
+        _refuse_deadlock(facts, segment, tags, stuck, position, missing)
     return clocks
 
 
 def _refuse_deadlock(
     facts: Facts,
     segment: SegmentFacts,
+    tags: TagWaits,
     stuck: list[int],
     position: list[int],
     missing: dict[int, int],
@@ -144,15 +153,18 @@ def _refuse_deadlock(
     lines = [f"{segment.label} deadlocks: {len(stuck)} of {len(position)} workers wait forever"]
     for worker in stuck[:4]:
         task = int(segment.segment.queues[worker][position[worker]])
-        waits = tasks.wait_event[tasks.wait_start[task] : tasks.wait_start[task + 1]]
-        event = next(int(e) for e in waits if missing[int(e)])
+        waits = tasks.wait_event[tasks.wait_start[task] : tasks.wait_start[task + 1]].tolist()
+        event = next(e for e in itertools.chain(waits, tags.waits.get(task, ())) if missing[e])
         behind = next(
             int(t)
             for w in stuck
             for t in segment.segment.queues[w][position[w] :]
             if event in tasks.signal_event[tasks.signal_start[t] : tasks.signal_start[t + 1]]
+            or event in tags.writes.get(int(t), ())
         )
-        lines.append(f"  {facts.task_text(task)} waits for event {event}, which needs {facts.task_text(behind)}")
+        what = f"tags of {facts.name_text(tags.names[event])}" if event in tags.names else f"event {event}"
+        needs = "need" if event in tags.names else "needs"
+        lines.append(f"  {facts.task_text(task)} waits for {what}, which {needs} {facts.task_text(behind)}")
     refuse("\n".join(lines))
 
 
@@ -289,8 +301,8 @@ class _Segment:
         return out
 
     def _check_reads_after_writes(self, v: int) -> None:
-        if not len(self.reads.get(v, ())):
-            return
+        if not len(self.reads.get(v, ())) or self.facts.tagged[v]:
+            return  # what is read of a tagged value has arrived, whoever wrote it
         for source in self._lineage(v):
             fault = None
             if np.any(self._frontier(source, False) > self._floor(v, True)):

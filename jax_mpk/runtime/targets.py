@@ -16,7 +16,8 @@ def resolve(target: Target | str | None) -> Target:
 
     Args:
       target: a Target; ``"cpu"`` (a worker for each thread); ``"cpu-8"`` (eight workers, whatever the number of
-        threads); the name of a GPU, such as ``"h100-sxm"``; or None: this machine's CPU.
+        threads); ``"cpu-8+tagged"`` (the same, with tagged hand-offs); the name of a GPU, such as ``"h100-sxm"``; or
+        None: this machine's CPU.
 
     Raises:
       ConfigError: no such target.
@@ -28,8 +29,9 @@ def resolve(target: Target | str | None) -> Target:
     if isinstance(target, str):
         if target in _GPUS:
             return _GPUS[target]
-        kind, _, count = target.partition("-")
+        name = target.removesuffix(targets.TAGGED)
+        kind, _, count = name.partition("-")
         if kind == "cpu" and count.isdecimal() and 1 <= int(count) <= _MAX_WORKERS:
-            return targets.cpu(int(count))
+            return targets.cpu(int(count), tagged=name != target)
     known = ", ".join(["cpu", f"cpu-1 … cpu-{_MAX_WORKERS}", *_GPUS])
     raise ConfigError(f"target={target!r} is not known; known are {known}, and jax_mpk.Target objects")

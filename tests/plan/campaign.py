@@ -62,11 +62,12 @@ def plans(case: Case, rng: random.Random) -> Iterator[Plan]:
                 fine=rng.random() < 0.5,
                 bundle=rng.random() < 0.3,
                 cut=rng.choice([0, 0, 2]),
+                tagged=rng.random() < 0.5,
                 seed=rng.randrange(1 << 16),
             )
             yield handmade.make_plan(case.graph, options)
         graph = fuse(case.graph) if rng.random() < 0.5 else case.graph
-        yield make_plan(graph, handmade.target(rng.choice([2, 3, 4])))
+        yield make_plan(graph, handmade.target(rng.choice([2, 3, 4]), tagged=rng.random() < 0.5))
 
 
 def run(case: Case, seed: int, refused: int, accepted: int, seeds: int = 2) -> Tally:

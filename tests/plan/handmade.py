@@ -41,6 +41,7 @@ from jax_mpk.plan.ir import (
     MUST,
     PARTIAL,
     READ,
+    TAGGED_ITEMSIZE,
     TASK,
     WHOLE,
     Accesses,
@@ -74,6 +75,7 @@ class Options:
       in_place: updates overwrite their base where nobody needs it afterwards.
       bundle: neighbours whose tasks touch the same boxes one by one become one routine.
       cut: segments of at most so many operators (0: as long as possible).
+      tagged: some of the values that allow it are handed over by tagged words, chosen at random.
       seed: for placement and the other random choices.
     """
 
@@ -86,10 +88,11 @@ class Options:
     in_place: bool = True
     bundle: bool = False
     cut: int = 0
+    tagged: bool = False
     seed: int = 0
 
 
-def target(workers: int) -> Target:
+def target(workers: int, tagged: bool = False) -> Target:
     """A target for tests; the costs mean nothing."""
     return Target(
         name=f"test-{workers}",
@@ -103,6 +106,7 @@ def target(workers: int) -> Target:
         handoff=1e-6,
         task_overhead=1e-6,
         granule=16,
+        tagged_bytes=1 << 20 if tagged else 0,
     )
 
 
@@ -297,6 +301,7 @@ class _Planner:
         self.tasks = 0
         for work in self.work:
             work.first, self.tasks = self.tasks, self.tasks + len(work.workers)
+        self.tagged = self._choose_tagged()
         storages, value_storage, workspace = self._memory()
         for works in self.segments:
             self._events(works, storages, value_storage)
@@ -517,6 +522,34 @@ class _Planner:
     def _in_place(self, op: Op) -> bool:
         return isinstance(op, Update) and self.wired.home[op.base] == self.wired.home[op.output]
 
+    def _choose_tagged(self) -> set[int]:
+        """Values of one segment, of their own bytes, that some other routine reads."""
+        if not self.options.tagged:
+            return set()
+        graph, sizes = self.graph, Counter(self.wired.home)
+        outside = {v for v, _, _ in self.control} | {*graph.inputs, *graph.results}
+        segments: dict[int, set[int]] = {}
+        written: dict[int, int] = {}
+        read: set[int] = set()
+        for number, works in enumerate(self.segments):
+            for k, work in enumerate(works):
+                for v, kind, _, _ in work.accesses:
+                    segments.setdefault(v, set()).add(number)
+                    if kind == MUST:
+                        written[v] = k
+                    elif kind == READ and written.get(v, k) != k:
+                        read.add(v)
+        found = [
+            v
+            for v in sorted(read)
+            if v >= 0
+            and v not in outside
+            and sizes[self.wired.home[v]] == 1
+            and len(segments[v]) == 1
+            and dtypes.itemsize(graph.values[v].dtype) <= TAGGED_ITEMSIZE
+        ]
+        return {v for v in found if self.rng.random() < 0.7}
+
     # Bytes.
 
     def _memory(self) -> tuple[list[Storage], np.ndarray, int]:
@@ -569,7 +602,9 @@ class _Planner:
             busy = sorted(
                 (offset[other], offset[other] + -(-size[other] // 16) * 16)
                 for other in placed
-                if not self.options.reuse or (spans[other][0] <= spans[key][1] and spans[key][0] <= spans[other][1])
+                if not self.options.reuse
+                or self.tagged & {key, other}
+                or (spans[other][0] <= spans[key][1] and spans[key][0] <= spans[other][1])
             )
             at = 0
             for a, b in busy:
@@ -581,7 +616,7 @@ class _Planner:
             placed.append(key)
         for key in placed:
             of[key] = len(storages)
-            storages.append(Storage("workspace", -1, -1, offset[key], size[key]))
+            storages.append(Storage("workspace", -1, -1, offset[key], size[key], key in self.tagged))
         self.splits = [replace(s, storages=tuple(of[-1 - k] for k in self.accumulator[s.op])) for s in self.splits]
         local = {v for op in self.local for v in self.ops[op].outputs}
         value_storage = np.array([-1 if v in local else of.get(home[v], -1) for v in range(len(nbytes))], np.int32)
@@ -599,7 +634,7 @@ class _Planner:
             return s, 0, it.nbytes
 
         def meets(a: tuple, b: tuple) -> bool:
-            if a[1] == READ and b[1] == READ:
+            if b[1] == READ and (a[1] == READ or b[0] in self.tagged):
                 return False
             x, y = span(a[0]), span(b[0])
             return x[0] == y[0] and x[1] < y[2] and y[1] < x[2]

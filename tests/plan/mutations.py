@@ -12,7 +12,7 @@ import numpy as np
 from jax_mpk.graph.ir import Update
 from jax_mpk.plan.ir import MAY, MUST, PARTIAL, READ, TASK, BranchNode, LoopNode, Plan
 from tests.plan.draft import Draft, Nested, Queues, Task, take_apart
-from tests.plan.naive import Order
+from tests.plan.naive import Order, conflicting_pairs, may_be_tagged, tagged_edges
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,9 @@ def corrupt(plan: Plan, rng: random.Random) -> tuple[Plan, str]:
         return draft.build(), name
     if name == "storage" and plan.storages:
         at, storage = within(plan.storages)
-        field = rng.choice(["index", "argument", "offset", "nbytes"])
-        storage = replace(storage, **{field: other(getattr(storage, field))})
+        field = rng.choice(["index", "argument", "offset", "nbytes", "tagged"])
+        old = getattr(storage, field)
+        storage = replace(storage, **{field: not old if field == "tagged" else other(old)})
         return replace(plan, storages=(*plan.storages[:at], storage, *plan.storages[at + 1 :])), f"storage.{field}"
     if name in ("routine", "local") and plan.routines:
         at, routine = within(plan.routines)
@@ -652,7 +653,122 @@ def _scratch_small(d: Draft, rng: random.Random) -> Outcome:
     return [], [], False
 
 
+def _tagged(d: Draft) -> list[int]:
+    return [s for s, storage in enumerate(d.storages) if storage.tagged]
+
+
+def _holding(d: Draft, storage: int, *kinds: int) -> list[Task]:
+    """Tasks that touch what a storage holds, in one of some ways."""
+    values = {v for v, s in enumerate(d.value_storage) if s == storage}
+    return [t for t in d.tasks if any(a[0] in values and a[1] in kinds for a in t.accesses)]
+
+
+@breaking
+def _rely_on_tags(d: Draft, rng: random.Random) -> Outcome:
+    """An event goes because a tagged path seems to imply it."""
+    if not _tagged(d):
+        raise Skip
+    pairs = conflicting_pairs(d.plan)
+    events = sorted({e for t in d.tasks for e in t.waits})
+    for event in rng.sample(events, len(events)):
+        waits = [list(t.waits) for t in d.tasks]
+        for task in d.tasks:
+            task.waits = [e for e in task.waits if e != event]
+        without = d.build()
+        order, implied = Order(without), Order(without, tags=True)
+        lost = [(a, b) for a, b in pairs if not order.before(a, b) and implied.before(a, b)]
+        if lost:
+            # The last event takes its number.
+            d.events -= 1
+            for task in d.tasks:
+                task.waits = [event if e == d.events else e for e in task.waits]
+                task.signals = [event if e == d.events else e for e in task.signals if e != event]
+            a, b = rng.choice(lost)
+            return [d.tasks[b]], [d.tasks[a]], False
+        for task, old in zip(d.tasks, waits, strict=True):
+            task.waits = old
+    raise Skip
+
+
+@breaking
+def _lose_tags(d: Draft, rng: random.Random) -> Outcome:
+    """A tagged storage becomes a plain one, with no event in place of its tags."""
+    at = _pick(rng, _tagged(d))
+    d.storages[at] = replace(d.storages[at], tagged=False)
+    return _holding(d, at, READ), _holding(d, at, MUST), False
+
+
+@breaking
+def _overlap_tags(d: Draft, rng: random.Random) -> Outcome:
+    """Another storage takes bytes of a tagged one."""
+    at = _pick(rng, [s for s in _tagged(d) if d.storages[s].nbytes])
+    other = _pick(rng, {s for s, x in enumerate(d.storages) if x.kind == "workspace" and x.nbytes} - {at})
+    offset = d.storages[at].offset + rng.choice([0, d.storages[at].nbytes // 16 * 8])
+    d.storages[other] = replace(d.storages[other], offset=offset)
+    d.changes["workspace_bytes"] = max(d.plan.workspace_bytes, offset + d.storages[other].nbytes)
+    return _holding(d, other, MUST, MAY), _holding(d, at, READ), True
+
+
+@breaking
+def _tag_anything(d: Draft, rng: random.Random) -> Outcome:
+    at = _pick(rng, [s for s, storage in enumerate(d.storages) if not storage.tagged])
+    d.storages[at] = replace(d.storages[at], tagged=True)
+    return [], [], not may_be_tagged(d.plan, at)
+
+
+@breaking
+def _tag_carried(d: Draft, rng: random.Random) -> Outcome:
+    """Tags on what is updated in place, carried by a loop, or read between segments."""
+    shared = [s for s in set(d.value_storage) if s >= 0 and d.value_storage.count(s) > 1]
+    between = [n.node.index if isinstance(n.node, BranchNode) else n.node.predicate for n in _nested(d.schedule)]
+    at = _pick(rng, {*shared, *(d.value_storage[v] for v in between if v >= 0)} - {-1})
+    d.storages[at] = replace(d.storages[at], tagged=True)
+    return [], [], True
+
+
+@breaking
+def _share_tags(d: Draft, rng: random.Random) -> Outcome:
+    """A second value moves into a tagged storage."""
+    at = _pick(rng, _tagged(d))
+    values = [v for v, s in enumerate(d.value_storage) if s not in (-1, at) and _touching(d, v)]
+    fits = [v for v in values if d.storages[d.value_storage[v]].nbytes <= d.storages[at].nbytes]
+    v = _pick(rng, fits)
+    d.value_storage[v] = at
+    return _touching(d, v), [], True
+
+
 # -- changes that break nothing --------------------------------------------------------------------------------
+
+
+@harmless
+def _event_beside_tags(d: Draft, rng: random.Random, pairs: list[tuple[int, int]]) -> None:
+    first, second = _pick(rng, sorted(tagged_edges(d.plan)))
+    event = d.event()
+    d.tasks[first].signals.append(event)
+    d.tasks[second].waits.append(event)
+
+
+@harmless
+def _events_for_tags(d: Draft, rng: random.Random, pairs: list[tuple[int, int]]) -> None:
+    """Counters take the place of the tags of a storage."""
+    at = _pick(rng, _tagged(d))
+    number = {id(t): i for i, t in enumerate(d.tasks)}
+    readers, writers = ({number[id(t)] for t in _holding(d, at, kind)} for kind in (READ, MUST))
+    edges = [(a, b) for a, b in tagged_edges(d.plan) if a in writers and b in readers]
+    d.storages[at] = replace(d.storages[at], tagged=False)
+    for second in sorted({b for _, b in edges}):
+        event = d.event()
+        d.tasks[second].waits.append(event)
+        for first in sorted(a for a, b in edges if b == second):
+            d.tasks[first].signals.append(event)
+
+
+@harmless
+def _tags_beside_events(d: Draft, rng: random.Random, pairs: list[tuple[int, int]]) -> None:
+    """A value with its events is tagged as well."""
+    plain = [s for s, storage in enumerate(d.storages) if not storage.tagged and may_be_tagged(d.plan, s)]
+    at = _pick(rng, plain)
+    d.storages[at] = replace(d.storages[at], tagged=True)
 
 
 @harmless
@@ -743,7 +859,7 @@ def _swap_independent(d: Draft, rng: random.Random, pairs: list[tuple[int, int]]
 def _other_order(d: Draft, rng: random.Random, pairs: list[tuple[int, int]]) -> None:
     """Queues in the order of a random schedule that keeps what matters in order."""
     needs: dict[int, set[int]] = {i: set() for i in range(len(d.tasks))}
-    for a, b in pairs:
+    for a, b in [*pairs, *tagged_edges(d.plan)]:
         needs[b].add(a)
     number = {id(t): i for i, t in enumerate(d.tasks)}
     for i, task in enumerate(d.tasks):
@@ -829,6 +945,8 @@ def _cut_segment(d: Draft, rng: random.Random, pairs: list[tuple[int, int]]) -> 
     halves = [
         Queues([[t for t in q if (t.routine in first) == early] for q in segment.queues]) for early in (True, False)
     ]
+    if any(len({t.routine in first for t in _holding(d, s, READ, MUST)}) > 1 for s in _tagged(d)):
+        raise Skip
     events = [{e for q in half.queues for t in q for e in t.signals} for half in halves]
     waits = [{e for q in half.queues for t in q for e in t.waits} for half in halves]
     if events[0] & events[1] or waits[0] & events[1]:

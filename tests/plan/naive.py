@@ -9,11 +9,64 @@ from math import prod
 import numpy as np
 
 from jax_mpk.graph import dtypes
-from jax_mpk.plan.ir import READ, LoopNode, Plan, Schedule, Segment
+from jax_mpk.graph.ir import Branch, Loop
+from jax_mpk.plan.ir import MAY, MUST, READ, LoopNode, Plan, Schedule, Segment
+
+
+def tagged_edges(plan: Plan) -> set[tuple[int, int]]:
+    """Pairs (a, b) of tasks where b, of another routine, reads an element of a tagged storage that a writes."""
+    accesses, routine = plan.accesses, plan.tasks.table["routine"]
+    cells: dict[int, list[tuple[int, bool, set[tuple[int, ...]]]]] = {}
+    for t, value, kind, box in zip(accesses.task, accesses.value, accesses.kind, accesses.box):
+        if value >= 0 and plan.storages[plan.value_storage[value]].tagged:
+            rank = len(plan.graph.values[value].shape)
+            found = set(itertools.product(*(range(int(a), int(b)) for a, b in zip(*box[:, :rank]))))
+            cells.setdefault(int(value), []).append((int(t), bool(kind != READ), found))
+    out: set[tuple[int, int]] = set()
+    for touches in cells.values():
+        storing = {routine[t] for t, writes, _ in touches if writes}
+        for (a, writes, mine), (b, writes_too, theirs) in itertools.permutations(touches, 2):
+            if writes and not writes_too and routine[b] not in storing and mine & theirs:
+                out.add((a, b))
+    return out
+
+
+def may_be_tagged(plan: Plan, storage: int) -> bool:
+    """Whether a storage keeps the rules of tagged ones."""
+    home, accesses = plan.storages[storage], plan.accesses
+    values = np.flatnonzero(plan.value_storage == storage).tolist()
+    if home.kind != "workspace" or len(values) != 1 or any(storage in split.storages for split in plan.splits):
+        return False
+    (v,) = values
+    control = {op.index for op in plan.ops if isinstance(op, Branch)}
+    control |= {op.cond.results[0] for op in plan.ops if isinstance(op, Loop) and op.cond is not None}
+    shared = home.nbytes > 0 and any(
+        other.kind == "workspace"
+        and k != storage
+        and max(home.offset, other.offset) < min(home.offset + home.nbytes, other.offset + other.nbytes)
+        for k, other in enumerate(plan.storages)
+    )
+    if v in control or shared or dtypes.itemsize(plan.graph.values[v].dtype) > 4:
+        return False
+    mine = accesses.value == v
+    mine &= np.all(accesses.box[:, 1] > accesses.box[:, 0], axis=1)
+    homes = {
+        k
+        for k, segment in enumerate(segments(plan.schedule))
+        for t in np.unique(accesses.task[mine]).tolist()
+        if any(t in queue for queue in segment.queues)
+    }
+    kinds = set(accesses.kind[mine].tolist())
+    return len(homes) <= 1 and MAY not in kinds and (MUST in kinds or READ not in kinds)
 
 
 class Order:
     """Happens-before of the tasks of a plan, as sets of ancestors.
+
+    Args:
+      plan: the plan.
+      tags: whether a reader of tagged elements comes after whatever their writer does. It does not; what relies on it
+        is a plan that races.
 
     Attributes:
       segment: per task, the number of its segment in schedule order.
@@ -21,8 +74,11 @@ class Order:
       cyclic: whether some segment cannot finish.
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, tags: bool = False):
         tasks = plan.tasks
+        tagged: dict[int, set[int]] = {}
+        for a, b in tagged_edges(plan):
+            tagged.setdefault(b, set()).add(a)
         count = len(tasks.table)
         self.segment = [-1] * count
         self.ancestors = [0] * count
@@ -42,15 +98,16 @@ class Order:
             for t in mine:
                 for e in tasks.wait_event[tasks.wait_start[t] : tasks.wait_start[t + 1]].tolist():
                     needs[t].update(signallers.get(e, ()))
+            arrives = {t: tagged.get(t, set()).intersection(mine) for t in mine}
             done: set[int] = set()
             while len(done) < len(mine):
-                ready = [t for t in mine if t not in done and needs[t] <= done]
+                ready = [t for t in mine if t not in done and needs[t] | arrives[t] <= done]
                 if not ready:
                     self.cyclic = True
                     break
                 for t in ready:
                     done.add(t)
-                    for a in needs[t]:
+                    for a in needs[t] | arrives[t] if tags else needs[t]:
                         self.ancestors[t] |= self.ancestors[a] | 1 << a
 
     def before(self, a: int, b: int) -> bool:
@@ -74,7 +131,8 @@ def segments(schedule: Schedule) -> Iterator[Segment]:
 def conflicting_pairs(plan: Plan) -> list[tuple[int, int]]:
     """Pairs (a, b) of tasks of one segment that touch the same byte, at least one writing, a before b in the plan.
 
-    Values of different shape that share bytes are taken to touch everything between their first and last byte.
+    Values of different shape that share bytes are taken to touch everything between their first and last byte. What is
+    read of a tagged storage waits for its tags and needs no order.
     """
     start, end = [], plan.workspace_bytes
     for storage in plan.storages:
@@ -114,7 +172,8 @@ def conflicting_pairs(plan: Plan) -> list[tuple[int, int]]:
     found: list[list[tuple[bool, tuple[object, ...], int, int]]] = [[] for _ in plan.tasks.table]
     accesses = plan.accesses
     for t, value, kind, box in zip(accesses.task, accesses.value, accesses.kind, accesses.box):
-        found[t].append((bool(kind != READ), *touch(int(value), box)))
+        if kind != READ or value < 0 or not plan.storages[plan.value_storage[value]].tagged:
+            found[t].append((bool(kind != READ), *touch(int(value), box)))
     out = []
     for segment in segments(plan.schedule):
         mine = [t for queue in segment.queues for t in queue.tolist()]

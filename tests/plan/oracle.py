@@ -41,7 +41,7 @@ def replay(
     """What is wrong with one replay of a plan."""
     inputs, expected = case.samples[sample % len(case.samples)]
     try:
-        simulator = Simulator(plan, inputs, choose=choose, poison=poison, max_steps=MAX_STEPS)
+        simulator = Simulator(plan, inputs, choose=choose, poison=poison, late=True, max_steps=MAX_STEPS)
         results = simulator.run()
     except Exception as error:  # a plan that is not one may fail in any way
         return f"{type(error).__name__}: {error}"
@@ -56,19 +56,25 @@ def _schedules(mutation: Mutation, seeds: int) -> Iterator[Choose]:
     if mutation.early or mutation.late:
         yield _steer(mutation.early, ancestors, mutation.late)
         yield _steer(mutation.late, _ancestors(mutation.plan, mutation.late), mutation.early)
-    # Workers from the last to the first, with slow readers of predicates.
+    # Workers from the last to the first, with slow readers of predicates; then every late store as late as can be.
     yield lambda choices: min(choices, key=lambda c: (c[1] < 0, -c[0]))
+    yield lambda choices: min(choices, key=lambda c: (c[1] < -1, c[0]))
     for seed in range(seeds):
         yield random.Random(seed).choice
 
 
 def _steer(early: frozenset[int], ancestors: set[int], late: frozenset[int]) -> Choose:
-    """Prefers ``early``, then what they wait for, then anything; ``late`` only when nothing else is left."""
+    """Prefers ``early``, then what they wait for, then anything; ``late`` only when nothing else is left.
+
+    Where an early task reads tagged elements of a late one, that one runs, but its other stores stay late.
+    """
 
     def rank(choice: Choice) -> int:
         task = choice[1]
-        if task < 0 or task in early:
+        if task == -1 or task in early:
             return 0
+        if task < -1:
+            return 4 if -2 - task in late else 1
         return 3 if task in late else 1 if task in ancestors else 2
 
     def choose(choices: Sequence[Choice]) -> Choice:

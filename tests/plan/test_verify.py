@@ -55,7 +55,16 @@ def edit(plan: Plan, change: Callable[[Draft], object]) -> Plan:
 # -- plans that are right --------------------------------------------------------------------------------------
 
 CHOICES = [
-    Options(reuse=bool(reuse), fuse=bool(fuse), fine=bool(fine), split=split, cut=cut, seed=k, bundle=k % 3 == 0)
+    Options(
+        reuse=bool(reuse),
+        fuse=bool(fuse),
+        fine=bool(fine),
+        split=split,
+        cut=cut,
+        tagged=k % 5 % 2 == 1,
+        seed=k,
+        bundle=k % 3 == 0,
+    )
     for k, (reuse, fuse, fine, split, cut) in enumerate(itertools.product([0, 1], [0, 1], [0, 1], [1, 3], [0, 2]))
 ]
 

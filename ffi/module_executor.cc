@@ -37,7 +37,8 @@ std::shared_ptr<Executable> parse(const nb::bytes& program) {
 }
 
 Outcome run(Executable& executable, const std::vector<Input>& arguments, const std::vector<Output>& results,
-            std::optional<int32_t> threads, std::optional<uint64_t> chaos_seed, int32_t held_task) {
+            std::optional<int32_t> threads, std::optional<uint64_t> chaos_seed, int32_t held_task,
+            int32_t held_stores) {
   std::vector<Buffer> in, out;
   for (const Input& a : arguments) {
     // Tasks write arguments only through results that alias them.
@@ -49,6 +50,7 @@ Outcome run(Executable& executable, const std::vector<Input>& arguments, const s
   LaunchOptions options;
   options.chaos_seed = chaos_seed;
   options.held_task = held_task;
+  options.held_stores = held_stores;
   if (threads.has_value()) options.max_threads = *threads;
   nb::gil_scoped_release released;
   return executable.launch(in, out, options);
@@ -72,6 +74,8 @@ void register_executor(nb::module_& m) {
       .def_ro("worker", &Outcome::worker)
       .def_ro("task", &Outcome::task)
       .def_ro("event", &Outcome::event)
+      .def_ro("value", &Outcome::value)
+      .def_ro("element", &Outcome::element)
       .def_ro("expected", &Outcome::expected)
       .def_ro("seen", &Outcome::seen);
   nb::class_<Executable>(m, "CpuExecutable", "A parsed Program.")
@@ -82,7 +86,7 @@ void register_executor(nb::module_& m) {
       .def_prop_ro("workspace_bytes", [](const Executable& e) { return e.program().workspace_bytes; })
       .def_prop_ro("scratch_bytes", [](const Executable& e) { return e.program().scratch_bytes; })
       .def("run", run, nb::arg("arguments"), nb::arg("results"), nb::arg("threads") = nb::none(),
-           nb::arg("chaos_seed") = nb::none(), nb::arg("held_task") = -1,
+           nb::arg("chaos_seed") = nb::none(), nb::arg("held_task") = -1, nb::arg("held_stores") = -1,
            "Runs the program once on byte arrays: the function's arguments; its results, then the workspace.");
   m.def("parse_program", parse, nb::arg("program"), "Parses the words of a Program, given as bytes.");
   m.def("set_threads", [](int threads) { ThreadPool::instance().set_limit(threads); }, nb::arg("threads"),

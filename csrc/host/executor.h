@@ -27,10 +27,14 @@ struct Buffer {
 
 struct LaunchOptions {
   // Chaos mode: a ready worker is chosen at random and runs one task at a time; workspace, results and scratch
-  // memory start as garbage. Same seed and one thread: same interleaving.
+  // memory start as garbage; in a program with tagged values, plain stores reach the other workers late, up to the
+  // next signal or barrier of theirs. Same seed and one thread: same interleaving.
   std::optional<uint64_t> chaos_seed;
   // A task that is put off for as long as anything else can run, or -1: shows what does not wait for it.
   int32_t held_task = -1;
+  // A task whose plain stores, and its worker's later ones, the other workers do not see for as long as anything
+  // else can run, or -1: shows what takes a tag of that worker for more than it is. For programs with tagged values.
+  int32_t held_stores = -1;
   // Upper bound on the threads that work on this launch, the caller's included.
   int32_t max_threads = 1 << 30;
 };
@@ -40,8 +44,10 @@ struct Outcome {
   enum class Kind { kOk, kDeadlock, kFailed };
   Kind kind = Kind::kOk;
   std::string message;  // what went wrong; "" for kOk
-  // kDeadlock: the first worker that waits for an event, or -1 where all wait at barriers.
-  int32_t worker = -1, task = -1, event = -1;
+  // kDeadlock: the first worker that waits for an event, or for the tag of an element of a value, or -1 where all
+  // wait at barriers.
+  int32_t worker = -1, task = -1, event = -1, value = -1;
+  int64_t element = -1;
   uint64_t expected = 0, seen = 0;
 };
 

@@ -44,7 +44,8 @@ Launch::Launch(std::shared_ptr<Executable> executable, std::vector<std::byte*> b
     : Job(helpers), executable_(std::move(executable)), program_(executable_->program()), base_(std::move(base)),
       options_(options), workers_count_(program_.workers), seats_(helpers + 1),
       workers_(new Worker[static_cast<size_t>(workers_count_)]),
-      events_(new Counter[static_cast<size_t>(program_.events())]()) {
+      events_(new Counter[static_cast<size_t>(program_.events())]()),
+      tags_(new Tag[static_cast<size_t>(program_.tags)]()) {
   for (int32_t i = 0; i < workers_count_; ++i) {
     Worker& worker = workers_[i];
     worker.index = i;
@@ -107,10 +108,19 @@ Job::Step Launch::step_at_random(Seat& seat) {
 
 bool Launch::looks_ready(const Worker& worker) const {
   if (worker.claimed.load(std::memory_order_relaxed) || worker.done.load(std::memory_order_relaxed)) return false;
-  const Counter* counter = worker.wait_for.load(std::memory_order_relaxed);
-  return counter == nullptr ||
-         counter->load(std::memory_order_relaxed) >= worker.wait_until.load(std::memory_order_relaxed) ||
-         failed_.load(std::memory_order_relaxed);
+  return !blocked(worker, std::memory_order_relaxed) || failed_.load(std::memory_order_relaxed);
+}
+
+bool Launch::waits(const Worker& worker) {
+  return worker.wait_for.load(std::memory_order_relaxed) != nullptr ||
+         worker.wait_tag.load(std::memory_order_relaxed) != nullptr;
+}
+
+bool Launch::blocked(const Worker& worker, std::memory_order order) {
+  const uint64_t until = worker.wait_until.load(std::memory_order_relaxed);
+  if (const Counter* counter = worker.wait_for.load(std::memory_order_relaxed)) return counter->load(order) < until;
+  if (const Tag* tag = worker.wait_tag.load(std::memory_order_relaxed)) return tag->load(order) != until;
+  return false;
 }
 
 bool Launch::try_claim(Worker& worker) {
@@ -123,9 +133,7 @@ bool Launch::try_claim(Worker& worker) {
 void Launch::release(Worker& worker) {
   worker.claimed.store(false, std::memory_order_seq_cst);
   // A worker put aside while it could go on is work for others.
-  if (!worker.done.load(std::memory_order_relaxed) && worker.wait_for.load(std::memory_order_relaxed) == nullptr) {
-    ThreadPool::wake();
-  }
+  if (!worker.done.load(std::memory_order_relaxed) && !waits(worker)) ThreadPool::wake();
 }
 
 uint64_t Launch::total_moves() const {
@@ -134,7 +142,7 @@ uint64_t Launch::total_moves() const {
   return total;
 }
 
-// If every worker is done or blocked, and none moved while this thread looked, lets the held task go or else
+// If every worker is done or blocked, and none moved while this thread looked, lets what is held go on or else
 // declares a deadlock, and returns true.
 //
 // Why looking at one after the other is enough: the first move after the first total would be by a worker that
@@ -150,14 +158,12 @@ bool Launch::resolve_standstill() {
       standstill = false;
       break;
     }
-    const Counter* counter = worker.wait_for.load(std::memory_order_relaxed);
-    standstill = worker.done.load(std::memory_order_relaxed) ||
-                 (counter != nullptr && counter->load(std::memory_order_acquire) <
-                                            worker.wait_until.load(std::memory_order_relaxed));
+    standstill = worker.done.load(std::memory_order_relaxed) || blocked(worker, std::memory_order_acquire);
   }
   standstill = standstill && total_moves() == before && !finished();
   if (standstill) {
-    if (options_.held_task >= 0 && held_.load(std::memory_order_relaxed) == 0) {
+    const bool holding = options_.held_task >= 0 || options_.held_stores >= 0;
+    if (holding && held_.load(std::memory_order_relaxed) == 0) {
       held_.fetch_add(1, std::memory_order_seq_cst);
     } else {
       fail(describe_deadlock());
@@ -174,38 +180,35 @@ bool Launch::resolve_standstill() {
 bool Launch::advance(Worker& worker, Seat& seat, int budget) {
   const bool chaos = options_.chaos_seed.has_value();
   bool moved = false;
-  if (worker.wait_for.load(std::memory_order_relaxed) != nullptr) {
-    const Counter& counter = *worker.wait_for.load(std::memory_order_relaxed);
-    if (!failed_.load(std::memory_order_relaxed) &&
-        counter.load(std::memory_order_acquire) < worker.wait_until.load(std::memory_order_relaxed)) {
-      return false;
-    }
+  if (waits(worker)) {
+    if (!failed_.load(std::memory_order_relaxed) && blocked(worker, std::memory_order_acquire)) return false;
     worker.wait_for.store(nullptr, std::memory_order_relaxed);
+    worker.wait_tag.store(nullptr, std::memory_order_relaxed);
     moved = true;
   }
-  bool blocked = false;
-  while (!blocked && budget > 0) {
+  bool stopped = false;
+  while (!stopped && budget > 0) {
     if (failed_.load(std::memory_order_relaxed)) worker.next = Next::kDone;
     switch (worker.next) {
       case Next::kTasks:
-        blocked = !run_tasks(worker, seat, budget, moved);
+        stopped = !run_tasks(worker, seat, budget, moved);
         break;
       case Next::kItem:
         start_item(worker);
-        blocked = worker.wait_for.load(std::memory_order_relaxed) != nullptr;
+        stopped = waits(worker);
         moved = true;
         budget -= chaos;
         break;
       case Next::kPredicate:
         read_predicate(worker);
-        blocked = worker.wait_for.load(std::memory_order_relaxed) != nullptr;
+        stopped = waits(worker);
         moved = true;
         budget -= chaos;
         break;
       case Next::kDone:
         finish_worker(worker);
         moved = true;
-        blocked = true;
+        stopped = true;
         break;
     }
   }
@@ -218,37 +221,62 @@ bool Launch::run_tasks(Worker& worker, Seat& seat, int& budget, bool& moved) {
   while (worker.position < worker.end) {
     if (budget <= 0) return true;
     const int32_t task = worker.queue[worker.position];
-    if (task == options_.held_task && held_.load(std::memory_order_relaxed) == 0) {
-      wait(worker, held_, 1);
-      return false;
+    if (worker.ran) {
+      if (!show_late(worker)) return false;
+    } else {
+      if (!may_run(worker, task)) return false;
+      const bool late = program_.tags > 0 && stores_late(worker, task, seat);
+      if (!(late ? run_late(worker, task, seat) : run_one(task, seat))) return true;
+      if (program_.tags > 0) publish_tags(worker, task);
+      moved = true;
+      if (late && program_.signal_start[task] != program_.signal_start[task + 1]) {
+        worker.ran = true;
+        --budget;
+        continue;
+      }
     }
-    int32_t& entry = worker.wait;
-    if (entry < 0) entry = program_.wait_start[task];
-    for (const int32_t end = program_.wait_start[task + 1]; entry < end; ++entry) {
-      const int32_t event = program_.wait_event[entry];
-      const uint64_t until = worker.sequence * static_cast<uint64_t>(program_.event_threshold[event]);
-      if (wait(worker, events_[event], until)) return false;
-    }
-    run_one(task, seat);
-    if (failed_.load(std::memory_order_relaxed)) return true;
-    entry = -1;
+    signal(task);
+    worker.ran = false;
+    worker.wait = worker.region = -1;
     ++worker.position;
     --budget;
     moved = true;
   }
+  if (!show_late(worker)) return false;
   finish_item(worker);
   moved = true;
-  return worker.wait_for.load(std::memory_order_relaxed) == nullptr;
+  return !waits(worker);
 }
 
-void Launch::run_one(int32_t task, Seat& seat) {
+// Whether everything a task waits for is there; if not, the worker is blocked until the next of it is.
+bool Launch::may_run(Worker& worker, int32_t task) {
+  if (task == options_.held_task && held_.load(std::memory_order_relaxed) == 0) {
+    wait(worker, held_, 1);
+    return false;
+  }
+  int32_t& entry = worker.wait;
+  if (entry < 0) entry = program_.wait_start[task];
+  for (const int32_t end = program_.wait_start[task + 1]; entry < end; ++entry) {
+    const int32_t event = program_.wait_event[entry];
+    const uint64_t until = worker.sequence * static_cast<uint64_t>(program_.event_threshold[event]);
+    if (wait(worker, events_[event], until)) return false;
+  }
+  return program_.tags == 0 || !wait_for_tags(worker, task);
+}
+
+// Returns whether it went well.
+bool Launch::run_one(int32_t task, Seat& seat) {
   try {
     if (options_.chaos_seed.has_value()) seat.scratch().poison();
     run_task(program_, task, Memory{base_.data()}, seat.scratch());
   } catch (const std::exception& error) {
     fail({Outcome::Kind::kFailed, "task " + std::to_string(task) + label(task) + ": " + error.what()});
-    return;
+    return false;
   }
+  return true;
+}
+
+void Launch::signal(int32_t task) {
   const int32_t end = program_.signal_start[task + 1];
   for (int32_t i = program_.signal_start[task]; i < end; ++i) {
     events_[program_.signal_event[i]].fetch_add(1, std::memory_order_seq_cst);
@@ -382,6 +410,113 @@ void Launch::finish_worker(Worker& worker) {
   ThreadPool::wake();
 }
 
+// --- Tags --------------------------------------------------------------------------------------------------
+
+// Like wait(), for the next element that a task reads and that has not got its tag.
+bool Launch::wait_for_tags(Worker& worker, int32_t task) {
+  const Regions& reads = program_.tag_reads;
+  const uint16_t expected = tag_of(worker.sequence);
+  if (worker.region < 0) worker.region = reads.start[task], worker.element = 0;
+  for (; worker.region < reads.start[task + 1]; ++worker.region, worker.element = 0) {
+    const Array& array = program_.arrays[reads.array[worker.region]];
+    const Tag* tags = &tags_[static_cast<size_t>(array.first_tag)];
+    const auto all_there = [&](int64_t at, int64_t offset, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (tags[offset + i].load(std::memory_order_acquire) == expected) continue;
+        worker.element = at + i;
+        worker.wait_until.store(expected, std::memory_order_relaxed);
+        worker.wait_tag.store(&tags[offset + i], std::memory_order_relaxed);
+        return false;
+      }
+      return true;
+    };
+    if (!for_each_run(program_, array, reads.row[worker.region], worker.element, all_there)) return true;
+  }
+  return false;
+}
+
+void Launch::publish_tags(const Worker& worker, int32_t task) {
+  const Regions& writes = program_.writes;
+  const uint16_t tag = tag_of(worker.sequence);
+  bool any = false;
+  for (int32_t r = writes.start[task]; r < writes.start[task + 1]; ++r) {
+    const Array& array = program_.arrays[writes.array[r]];
+    if (array.first_tag < 0) continue;
+    any = true;
+    Tag* tags = &tags_[static_cast<size_t>(array.first_tag)];
+    for_each_run(program_, array, writes.row[r], 0, [&](int64_t, int64_t offset, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) tags[offset + i].store(tag, std::memory_order_release);
+      return true;
+    });
+  }
+  if (!any) return;
+  published_.fetch_add(1, std::memory_order_seq_cst);
+  ThreadPool::wake();
+}
+
+// Whether the other workers are to see what a task stores later than its tags. What they see of this worker's plain
+// stores never falls behind what they have seen.
+bool Launch::stores_late(Worker& worker, int32_t task, Seat& seat) {
+  if (held_.load(std::memory_order_relaxed) == 0) {
+    worker.late_held |= task == options_.held_stores;
+    if (worker.late_held) return true;
+  }
+  const bool late = options_.chaos_seed.has_value() && seat.random.below(2) == 0;
+  if (!late) show_late(worker);
+  return late;
+}
+
+// Runs a task that sees all its worker's stores while the others still see what was there before.
+bool Launch::run_late(Worker& worker, int32_t task, Seat& seat) {
+  std::vector<int32_t> regions = worker.late_regions;
+  for (int32_t r = program_.writes.start[task]; r < program_.writes.start[task + 1]; ++r) {
+    if (program_.arrays[program_.writes.array[r]].first_tag < 0) regions.push_back(r);
+  }
+  const std::vector<std::byte> before = gather(regions);
+  scatter(worker.late_regions, worker.late_bytes);
+  if (!run_one(task, seat)) return false;
+  worker.late_bytes = gather(regions);
+  scatter(regions, before);
+  worker.late_regions = std::move(regions);
+  return true;
+}
+
+// Makes late stores visible. Returns false if they are held: then the worker has to wait.
+bool Launch::show_late(Worker& worker) {
+  if (worker.late_held && wait(worker, held_, 1)) return false;
+  worker.late_held = false;
+  scatter(worker.late_regions, worker.late_bytes);
+  worker.late_regions.clear();
+  return true;
+}
+
+std::vector<std::byte> Launch::gather(const std::vector<int32_t>& regions) const {
+  std::vector<std::byte> bytes;
+  for (int32_t r : regions) {
+    const Array& array = program_.arrays[program_.writes.array[r]];
+    const std::byte* base = base_[static_cast<size_t>(array.storage)];
+    for_each_run(program_, array, program_.writes.row[r], 0, [&](int64_t, int64_t offset, int64_t count) {
+      bytes.insert(bytes.end(), base + offset * array.item_bytes, base + (offset + count) * array.item_bytes);
+      return true;
+    });
+  }
+  return bytes;
+}
+
+void Launch::scatter(const std::vector<int32_t>& regions, const std::vector<std::byte>& bytes) const {
+  const std::byte* from = bytes.data();
+  for (int32_t r : regions) {
+    const Array& array = program_.arrays[program_.writes.array[r]];
+    std::byte* base = base_[static_cast<size_t>(array.storage)];
+    for_each_run(program_, array, program_.writes.row[r], 0, [&](int64_t, int64_t offset, int64_t count) {
+      const int64_t nbytes = count * array.item_bytes;
+      std::memcpy(base + offset * array.item_bytes, from, static_cast<size_t>(nbytes));
+      from += nbytes;
+      return true;
+    });
+  }
+}
+
 // --- What went wrong ---------------------------------------------------------------------------------------
 
 // Every worker then goes to its end without doing anything; whoever looks at a blocked one lets it go.
@@ -402,12 +537,18 @@ Outcome Launch::describe_deadlock() const {
     if (worker.done.load(std::memory_order_relaxed)) continue;
     ++blocked;
     if (worker.next == Next::kTasks && outcome.worker < 0) {
-      const int32_t event = program_.wait_event[worker.wait];
       outcome.worker = i;
       outcome.task = worker.queue[worker.position];
-      outcome.event = event;
       outcome.expected = worker.wait_until.load(std::memory_order_relaxed);
-      outcome.seen = events_[event].load(std::memory_order_relaxed);
+      if (const Tag* tag = worker.wait_tag.load(std::memory_order_relaxed)) {
+        const Array& array = program_.arrays[program_.tag_reads.array[worker.region]];
+        outcome.value = array.value;
+        outcome.element = tag - tags_.get() - array.first_tag;
+        outcome.seen = tag->load(std::memory_order_relaxed);
+      } else {
+        outcome.event = program_.wait_event[worker.wait];
+        outcome.seen = events_[outcome.event].load(std::memory_order_relaxed);
+      }
       lines.insert(lines.begin(), describe_wait(worker));
     } else {
       lines.push_back(describe_wait(worker));
@@ -431,9 +572,24 @@ std::string Launch::describe_wait(const Worker& worker) const {
            std::to_string(arrivals_.load(std::memory_order_relaxed));
   }
   const int32_t task = worker.queue[worker.position];
-  const int32_t event = program_.wait_event[worker.wait];
-  return who + " at task " + std::to_string(task) + label(task) + ", event " + std::to_string(event) + ": expected " +
-         expected + ", seen " + std::to_string(events_[event].load(std::memory_order_relaxed));
+  std::string what;
+  uint64_t seen = 0;
+  if (const Tag* tag = worker.wait_tag.load(std::memory_order_relaxed)) {
+    const Array& array = program_.arrays[program_.tag_reads.array[worker.region]];
+    int64_t rest = tag - tags_.get() - array.first_tag;
+    std::string element;
+    for (size_t d = array.extents.size(); d-- > 0; rest /= array.extents[d]) {
+      element = std::to_string(rest % array.extents[d]) + (element.empty() ? "" : ", ") + element;
+    }
+    what = "tag of value " + std::to_string(array.value) + "[" + element + "]";
+    seen = tag->load(std::memory_order_relaxed);
+  } else {
+    const int32_t event = program_.wait_event[worker.wait];
+    what = "event " + std::to_string(event);
+    seen = events_[event].load(std::memory_order_relaxed);
+  }
+  return who + " at task " + std::to_string(task) + label(task) + ", " + what + ": expected " + expected + ", seen " +
+         std::to_string(seen);
 }
 
 std::string Launch::label(int32_t task) const {

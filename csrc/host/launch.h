@@ -15,6 +15,7 @@
 namespace jax_mpk::host {
 
 using Counter = std::atomic<uint64_t>;
+using Tag = std::atomic<uint16_t>;
 
 // Small and fast; its quality is good enough to shuffle queues.
 class Random {
@@ -61,13 +62,15 @@ class Launch final : public Job, public std::enable_shared_from_this<Launch> {
   // What a worker does when it goes on.
   enum class Next : uint8_t { kTasks, kItem, kPredicate, kDone };
 
-  // A worker belongs to whoever has claimed it; only `claimed`, the two wait fields, `moves` and `done` are
-  // read by others.
+  // A worker belongs to whoever has claimed it; only `claimed`, the wait fields, `moves` and `done` are read by
+  // others.
   struct alignas(64) Worker {
     std::atomic<bool> claimed{false};
     std::atomic<bool> done{false};
-    // Blocked until *wait_for >= wait_until; not blocked when null. A hint for others: the owner checks again.
+    // Blocked until *wait_for >= wait_until, or until *wait_tag == wait_until; not blocked when both are null. A
+    // hint for others: the owner checks again.
     std::atomic<const Counter*> wait_for{nullptr};
+    std::atomic<const Tag*> wait_tag{nullptr};
     std::atomic<uint64_t> wait_until{0};
     std::atomic<uint64_t> moves{0};  // grows whenever this worker gets on
 
@@ -76,16 +79,35 @@ class Launch final : public Job, public std::enable_shared_from_this<Launch> {
     const int32_t* queue = nullptr;
     int32_t position = 0, end = 0;  // in `queue`
     int32_t wait = -1;              // entry in Program::wait_event to go on with, or -1: the task's first
+    int32_t region = -1;            // entry in Program::tag_reads to go on with, or -1: the task's first
+    int64_t element = 0;            // of that region, the first not yet seen with its tag
     uint64_t sequence = 0;          // how often the segment of `queue` has run, this time included
     uint64_t barriers = 0;          // barriers this worker has arrived at
     std::vector<Frame> frames;
     std::vector<uint64_t> segment_runs;
+
+    // Stores that only this worker sees: entries in Program::writes, and what these regions hold.
+    std::vector<int32_t> late_regions;
+    std::vector<std::byte> late_bytes;
+    bool late_held = false;  // those of the task whose stores are held are among them
+    bool ran = false;        // the task at `position` has run; its signals are late, too
   };
 
   bool advance(Worker& worker, Seat& seat, int budget);
   bool run_tasks(Worker& worker, Seat& seat, int& budget, bool& moved);
-  void run_one(int32_t task, Seat& seat);
+  bool may_run(Worker& worker, int32_t task);
+  bool run_one(int32_t task, Seat& seat);
+  bool run_late(Worker& worker, int32_t task, Seat& seat);
+  bool stores_late(Worker& worker, int32_t task, Seat& seat);
+  bool show_late(Worker& worker);
+  std::vector<std::byte> gather(const std::vector<int32_t>& regions) const;
+  void scatter(const std::vector<int32_t>& regions, const std::vector<std::byte>& bytes) const;
+  void publish_tags(const Worker& worker, int32_t task);
+  void signal(int32_t task);
   bool wait(Worker& worker, const Counter& counter, uint64_t until);
+  bool wait_for_tags(Worker& worker, int32_t task);
+  static bool waits(const Worker& worker);
+  static bool blocked(const Worker& worker, std::memory_order order);
   void arrive(Worker& worker, Next next);
   void start_item(Worker& worker);
   void start_list(Worker& worker);
@@ -114,8 +136,10 @@ class Launch final : public Job, public std::enable_shared_from_this<Launch> {
   const int seats_;
   std::unique_ptr<Worker[]> workers_;
   std::unique_ptr<Counter[]> events_;
+  std::unique_ptr<Tag[]> tags_;
   alignas(64) Counter arrivals_{0};  // at barriers; the k-th is open once all workers have arrived k times
-  Counter held_{0};                  // 1: the held task may run
+  alignas(64) Counter published_{0};  // tasks that have written tags
+  alignas(64) Counter held_{0};       // 1: what is held may go on
   std::atomic<int32_t> done_{0};
   std::atomic<bool> failed_{false};
   std::atomic<bool> finished_{false};

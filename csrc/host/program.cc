@@ -17,7 +17,7 @@ namespace {
 
 // "jax_mpk" in ASCII; the version changes whenever the meaning of a word does.
 constexpr int64_t kMagic = 0x6b706d5f78616a;
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 class Parser {
  public:
@@ -35,9 +35,10 @@ class Parser {
       program_.routine_label.push_back(reader_.text("label of a routine"));
       bodies_.routines.push_back(decode_routine(reader_, symbols_, program_.storages, bodies_));
     }
-    boxes();
+    box_rows_ = boxes(bodies_.box_rank, bodies_.boxes);
     tasks();
     events();
+    regions();
     placed_.assign(static_cast<size_t>(program_.tasks()), -1);
     program_.schedule = list(0);
     check_order();
@@ -63,7 +64,7 @@ class Parser {
   }
 
   void storages() {
-    const int64_t n = reader_.count("number of storages", 5);
+    const int64_t n = reader_.count("number of storages", 6);
     for (int64_t i = 0; i < n; ++i) {
       Storage s;
       s.kind = Storage::Kind(decode_word(reader_, symbols_, Word::kInput, Word::kWorkspace, "kind of a storage"));
@@ -73,24 +74,27 @@ class Parser {
       s.offset = reader_.in(0, workspace ? program_.workspace_bytes : 0, "offset of a storage");
       s.nbytes = reader_.in(0, workspace ? program_.workspace_bytes - s.offset : int64_t{1} << 60, "size of a storage");
       reader_.require(s.offset % 16 == 0, "a storage is not aligned to 16 bytes");
+      s.tagged = reader_.flag("whether a storage is tagged");
+      reader_.require(workspace || !s.tagged, "a tagged storage lies outside of the workspace");
       program_.storages.push_back(s);
     }
   }
 
-  void boxes() {
-    bodies_.box_rank = reader_.in32(0, kMaxAxes, "rank of boxes");
+  // Returns how many there are.
+  int64_t boxes(int& rank, std::vector<int64_t>& boxes) {
+    rank = reader_.in32(0, kMaxAxes, "rank of boxes");
     const bool wide = reader_.flag("width of boxes");
-    const int64_t per_row = 2 * int64_t{bodies_.box_rank};
+    const int64_t per_row = 2 * int64_t{rank};
     if (wide) {
       const int64_t rows = reader_.count("number of boxes", per_row);
-      box_rows_ = rows;
-      for (int64_t i = 0; i < rows * per_row; ++i) bodies_.boxes.push_back(reader_.size("corner of a box"));
-    } else {
-      box_rows_ = reader_.count("number of boxes", 0);
-      const std::vector<int32_t> corners = reader_.packed(0, INT32_MAX, "corner of a box");
-      reader_.require(static_cast<int64_t>(corners.size()) == box_rows_ * per_row, "boxes are incomplete");
-      bodies_.boxes.assign(corners.begin(), corners.end());
+      for (int64_t i = 0; i < rows * per_row; ++i) boxes.push_back(reader_.size("corner of a box"));
+      return rows;
     }
+    const int64_t rows = reader_.count("number of boxes", 0);
+    const std::vector<int32_t> corners = reader_.packed(0, INT32_MAX, "corner of a box");
+    reader_.require(static_cast<int64_t>(corners.size()) == rows * per_row, "boxes are incomplete");
+    boxes.assign(corners.begin(), corners.end());
+    return rows;
   }
 
   void tasks() {
@@ -111,24 +115,79 @@ class Parser {
                     "boxes belong to no task");
   }
 
-  void csr(std::vector<int32_t>& start, std::vector<int32_t>& event, std::string_view what) {
+  void csr(std::vector<int32_t>& start, std::vector<int32_t>& items, int64_t limit, std::string_view what) {
     start = reader_.packed(0, INT32_MAX, what);
-    event = reader_.packed(0, events_ - 1, what);
+    items = reader_.packed(0, limit - 1, what);
     const bool fits = start.size() == program_.task_routine.size() + 1 && start.front() == 0 &&
-                      std::is_sorted(start.begin(), start.end()) && static_cast<size_t>(start.back()) == event.size();
+                      std::is_sorted(start.begin(), start.end()) && static_cast<size_t>(start.back()) == items.size();
     if (!fits) reader_.fail(std::string(what) + " do not fit the tasks");
   }
 
   void events() {
     events_ = reader_.in32(0, INT32_MAX - 1, "number of events");
-    csr(program_.wait_start, program_.wait_event, "waits");
-    csr(program_.signal_start, program_.signal_event, "signals");
+    csr(program_.wait_start, program_.wait_event, events_, "waits");
+    csr(program_.signal_start, program_.signal_event, events_, "signals");
     // Every event has a signal, which also bounds their number.
     reader_.require(static_cast<size_t>(events_) <= program_.signal_event.size(), "an event is never signalled");
     program_.event_threshold.assign(static_cast<size_t>(events_), 0);
     program_.event_segment.assign(static_cast<size_t>(events_), -1);
     for (int32_t e : program_.signal_event) ++program_.event_threshold[e];
     for (int32_t threshold : program_.event_threshold) reader_.require(threshold > 0, "an event is never signalled");
+  }
+
+  void regions() {
+    const int64_t n = reader_.count("number of arrays", 4);
+    if (n == 0) return;
+    std::vector<bool> has_tags(program_.storages.size());
+    for (int64_t i = 0; i < n; ++i) {
+      Array a;
+      a.value = reader_.in32(INT32_MIN, INT32_MAX, "value of an array");
+      a.storage = reader_.in32(0, static_cast<int64_t>(program_.storages.size()) - 1, "storage of an array");
+      a.item_bytes = reader_.in(1, 16, "size of an element");
+      const int64_t rank = reader_.in(0, kMaxAxes, "rank of an array");
+      a.elements = 1;
+      const Storage& storage = program_.storages[a.storage];
+      for (int64_t d = 0; d < rank; ++d) {
+        a.extents.push_back(reader_.in(0, storage.nbytes, "extent of an array"));
+        reader_.require(a.elements <= storage.nbytes / a.item_bytes / std::max<int64_t>(a.extents.back(), 1),
+                        "an array is larger than its storage");
+        a.elements *= a.extents.back();
+      }
+      reader_.require(a.elements <= storage.nbytes / a.item_bytes, "an array is larger than its storage");
+      if (storage.tagged) {
+        reader_.require(!has_tags[a.storage], "two arrays share a tagged storage");
+        has_tags[a.storage] = true;
+        a.first_tag = program_.tags;
+        program_.tags += a.elements;
+      }
+      program_.arrays.push_back(std::move(a));
+    }
+    const int64_t rows = boxes(program_.region_rank, program_.region_boxes);
+    regions(program_.tag_reads, rows, "tagged reads");
+    regions(program_.writes, rows, "writes");
+    for (int32_t a : program_.tag_reads.array) {
+      reader_.require(program_.arrays[a].first_tag >= 0, "a task waits for tags of an array that has none");
+    }
+    for (int32_t a : program_.writes.array) {
+      const Storage& storage = program_.storages[program_.arrays[a].storage];
+      reader_.require(storage.kind != Storage::Kind::kInput, "a task writes an argument");
+    }
+  }
+
+  void regions(Regions& out, int64_t rows, std::string_view what) {
+    csr(out.start, out.array, static_cast<int64_t>(program_.arrays.size()), what);
+    out.row = reader_.packed(0, rows - 1, what);
+    reader_.require(out.row.size() == out.array.size(), "regions have no box each");
+    for (size_t i = 0; i < out.row.size(); ++i) {
+      const std::vector<int64_t>& extents = program_.arrays[out.array[i]].extents;
+      reader_.require(extents.size() <= static_cast<size_t>(program_.region_rank), "boxes have fewer axes than an array");
+      const size_t at = static_cast<size_t>(out.row[i]) * 2 * static_cast<size_t>(program_.region_rank);
+      for (size_t d = 0; d < extents.size(); ++d) {
+        const int64_t low = program_.region_boxes[at + d];
+        const int64_t high = program_.region_boxes[at + static_cast<size_t>(program_.region_rank) + d];
+        reader_.require(low >= 0 && low < high && high <= extents[d], "a region is empty or lies outside of its array");
+      }
+    }
   }
 
   int32_t scalar(std::string_view what, int64_t bytes) {

@@ -28,6 +28,23 @@ struct Storage {
   int32_t argument;  // kOutput: the donated argument whose buffer this is, or -1
   int64_t offset;    // first byte within the workspace; 0 for the other kinds
   int64_t nbytes;
+  bool tagged = false;  // its elements carry tags; those of its one Array are the launch's
+};
+
+// A value, or accumulators, of which tasks read or write regions.
+struct Array {
+  int32_t value;  // number in the graph, for messages; -1 - k for accumulators k
+  int32_t storage;
+  int64_t item_bytes;
+  std::vector<int64_t> extents;
+  int64_t elements;
+  int64_t first_tag = -1;  // where its tags begin among those of a launch, or -1: not tagged
+};
+
+// Boxes of arrays, in columns: task t has entries start[t] .. start[t + 1] of `array` and `row` (of
+// Program::region_boxes).
+struct Regions {
+  std::vector<int32_t> start, array, row;
 };
 
 // One item of a schedule. Between two items, and between two rounds of a loop, lies a barrier of all workers.
@@ -75,6 +92,14 @@ struct Program {
   // signal an event or wait for it are all in that segment; parse() refuses anything else.
   std::vector<int32_t> event_threshold, event_segment;
 
+  // Tagged values. Task t starts when all elements of its tag_reads carry the tag of this run of its segment, and
+  // then tags those of its writes that are of tagged arrays. All empty if nothing is tagged.
+  std::vector<Array> arrays;
+  int64_t tags = 0;  // of one launch
+  int region_rank = 0;
+  std::vector<int64_t> region_boxes;  // [rows][2][region_rank]; an array's axes are the first ones
+  Regions tag_reads, writes;          // not empty, within their arrays
+
   ScheduleNode::List schedule;
   int32_t segments = 0;
 
@@ -90,6 +115,32 @@ struct Program {
   // what is wrong and at which word.
   static std::unique_ptr<Program> parse(std::span<const int64_t> words);
 };
+
+// The tag of the `sequence`-th run of a segment; never 0, so that zeroed memory carries none.
+constexpr uint16_t tag_of(uint64_t sequence) { return static_cast<uint16_t>(1 + sequence % 65535); }
+
+// Calls f(number in the box, offset in the array, count) for every run of consecutive elements of a region, from the
+// element with number `from` on, until f returns false. Returns whether it never did.
+template <class F>
+bool for_each_run(const Program& program, const Array& array, int32_t row, int64_t from, const F& f) {
+  const int64_t* low = &program.region_boxes[static_cast<size_t>(row) * 2 * static_cast<size_t>(program.region_rank)];
+  const int64_t* high = low + program.region_rank;
+  const size_t rank = array.extents.size();
+  const int64_t length = rank > 0 ? high[rank - 1] - low[rank - 1] : 1;
+  int64_t elements = 1;
+  for (size_t d = 0; d < rank; ++d) elements *= high[d] - low[d];
+  for (int64_t at = from; at < elements;) {
+    int64_t rest = at, offset = 0, stride = 1;
+    for (size_t d = rank; d-- > 0; stride *= array.extents[d]) {
+      offset += (low[d] + rest % (high[d] - low[d])) * stride;
+      rest /= high[d] - low[d];
+    }
+    const int64_t count = length - at % length;
+    if (!f(at, offset, count)) return false;
+    at += count;
+  }
+  return true;
+}
 
 // Where the storages lie in one launch: base[i] is storage i's first byte (Program::storages order), aligned to
 // 16 bytes or more, nbytes long, or anything at all where nbytes is 0. Tasks never write storages of kind kInput.

@@ -6,7 +6,7 @@ numbers of the symbol table. -1 stands for none.
 
     header     magic, version, number of words, workers, workspace bytes, bytes of local values
     symbols    list of texts: instructions, element types, kinds
-    storages   list of: kind, argument or result number, aliased argument, offset, bytes
+    storages   list of: kind, argument or result number, aliased argument, offset, bytes, is tagged
     codes      list of: rank, axis of each loop, bytes of a lane, number of arrays,
                  list of accesses (slot, constant, offset register, its level, predicate register, its level, stepped
                    only, stride of each loop),
@@ -21,6 +21,9 @@ numbers of the symbol table. -1 stands for none.
     boxes      axes, wide (0: packed, 1: words), number of rows; low and high corner of each row
     tasks      packed routines, packed workers, packed rows of boxes (one per member, task by task)
     events     number; packed starts and events of waits, packed starts and events of signals
+    regions    list of arrays (value or -1 - accumulators, storage, bytes of an element, list of extents), none if nothing
+               is tagged; else boxes as above; packed starts, arrays and rows of boxes of what tasks read when its tags
+               have arrived; the same of all they write
     schedule   list of items: "segment", packed queue of each worker; "loop", 1, rounds, body or "loop", 0, storage of
                the predicate, condition, body; "branch", storage of the index, list of arms
 """
@@ -31,7 +34,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -43,10 +46,11 @@ from jax_mpk.codegen.words import Writer
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Combine, Cumulative, Nest, Op, Sort, Source, Update
 from jax_mpk.graph.scalar import Builder, Expr
-from jax_mpk.plan.ir import FINISH, PARTIAL, BranchNode, LoopNode, Plan, Routine, Schedule, Segment
+from jax_mpk.plan.ir import FINISH, PARTIAL, READ, BranchNode, LoopNode, Plan, Routine, Schedule, Segment
+from jax_mpk.plan.tags import tagged_accesses
 
 MAGIC = int.from_bytes(b"jax_mpk", "little")
-VERSION = 1
+VERSION = 2
 #: Most axes of a member or an array (csrc/host/bodies.h refuses more).
 MAX_AXES = 32
 
@@ -69,13 +73,14 @@ def encode(plan: Plan) -> Program:
 
     for storage in plan.storages:
         w.put_symbol(storage.kind)
-        w.put(storage.index, storage.argument, storage.offset, storage.nbytes)
+        w.put(storage.index, storage.argument, storage.offset, storage.nbytes, int(storage.tagged))
     w.put(len(routines.codes))
     for code in routines.codes:
         _put_code(w, code)
     w.put(len(plan.routines))
     w.array(tail.words())
     _put_tasks(w, plan)
+    _put_regions(w, plan)
     _put_schedule(w, plan, plan.schedule)
     rest = w.words()[len(header) :]
 
@@ -412,26 +417,59 @@ def _put_tasks(w: Writer, plan: Plan) -> None:
     counts = members[tasks.table["routine"]]
     starts = np.repeat(tasks.table["box"].astype(np.int64), counts)
     within = np.arange(len(starts)) - np.repeat(np.cumsum(counts) - counts, counts)
-    rows = starts + within
-    rank = tasks.boxes.shape[2]
-    flat = np.ascontiguousarray(tasks.boxes.reshape(len(tasks.boxes), 2 * rank), np.int64)
+    numbers = _put_boxes(w, tasks.boxes)
+    w.packed(tasks.table["routine"])
+    w.packed(tasks.table["worker"])
+    w.packed(numbers[starts + within])
+    w.put(plan.events)
+    for column in (tasks.wait_start, tasks.wait_event, tasks.signal_start, tasks.signal_event):
+        w.packed(column)
+
+
+def _put_boxes(w: Writer, boxes: np.ndarray) -> np.ndarray:
+    """Writes boxes, int64 [boxes, 2, rank], each once: layers of a model cut their work alike. Returns their rows."""
+    rank = boxes.shape[2]
+    flat = np.ascontiguousarray(boxes.reshape(len(boxes), 2 * rank), np.int64)
+    rows = np.arange(len(flat))
     if rank and len(flat):
-        # Layers of a model cut their work alike: rows are stored once.
         keys = flat.view(np.dtype((np.void, flat.dtype.itemsize * 2 * rank))).reshape(-1)
         _, kept, where = np.unique(keys, return_index=True, return_inverse=True)
-        flat, rows = flat[kept], where.reshape(-1)[rows]
+        flat, rows = flat[kept], where.reshape(-1)
     wide = bool(flat.size and flat.max() > np.iinfo(np.int32).max)
     w.put(rank, int(wide), len(flat))
     if wide:
         w.array(flat)
     else:
         w.packed(flat)
-    w.packed(tasks.table["routine"])
-    w.packed(tasks.table["worker"])
-    w.packed(rows)
-    w.put(plan.events)
-    for column in (tasks.wait_start, tasks.wait_event, tasks.signal_start, tasks.signal_event):
-        w.packed(column)
+    return rows
+
+
+def _put_regions(w: Writer, plan: Plan) -> None:
+    if not any(storage.tagged for storage in plan.storages):
+        w.put(0)
+        return
+    rows = plan.accesses
+    filled = np.all(rows.box[:, 1] > rows.box[:, 0], axis=1)
+    reads = tagged_accesses(plan)[0]
+    reads, writes = reads[filled[reads]], np.flatnonzero(filled & (rows.kind != READ))
+    both = np.concatenate([reads, writes])
+    values, array = np.unique(rows.value[both], return_inverse=True)
+    accumulators = [
+        (storage, acc, (len(split.bounds) - 1, *cast(Nest, plan.ops[split.op]).space))
+        for split in plan.splits
+        for storage, acc in zip(split.storages, cast(Nest, plan.ops[split.op]).acc, strict=True)
+    ]
+    w.put(len(values))
+    for v in values.tolist():
+        value = plan.graph.values[v]
+        here = (int(plan.value_storage[v]), value.dtype, value.shape) if v >= 0 else accumulators[-1 - v]
+        w.put(v, here[0], dtypes.itemsize(here[1]))
+        w.many(here[2])
+    box = _put_boxes(w, rows.box[both])
+    for part in (slice(0, len(reads)), slice(len(reads), None)):
+        w.packed(np.searchsorted(rows.task[both[part]], np.arange(len(plan.tasks.table) + 1)))
+        w.packed(array.reshape(-1)[part])
+        w.packed(box[part])
 
 
 def _put_schedule(w: Writer, plan: Plan, schedule: Schedule) -> None:

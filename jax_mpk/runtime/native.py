@@ -50,6 +50,7 @@ def run_program(
     threads: int | None = None,
     chaos_seed: int | None = None,
     held_task: int = -1,
+    held_stores: int = -1,
 ) -> None:
     """Runs a Program once on NumPy arrays.
 
@@ -60,9 +61,12 @@ def run_program(
       threads: most OS threads to use, this one included.
       chaos_seed: run in chaos mode with this seed.
       held_task: a task to put off for as long as anything else can run, or -1.
+      held_stores: a task whose stores other workers do not see for as long as anything else can run, tagged values
+        excepted, or -1. Only in programs with tagged values.
 
     Raises:
-      DeadlockError: no worker could go on; the error names worker, task, event, expected and seen value.
+      DeadlockError: no worker could go on; the error names worker, task, event or tagged element, expected and seen
+        value.
       LaunchError: a task found something it cannot work with, or the arrays do not fit the program.
     """
     executable = parse_program(program) if isinstance(program, bytes) else program
@@ -72,7 +76,12 @@ def run_program(
         skip = -buffers[-1].ctypes.data % 64
         buffers[-1] = buffers[-1][skip : skip + executable.workspace_bytes]
     outcome = executable.run(
-        [_bytes(array) for array in arguments], buffers, threads=threads, chaos_seed=chaos_seed, held_task=held_task
+        [_bytes(array) for array in arguments],
+        buffers,
+        threads=threads,
+        chaos_seed=chaos_seed,
+        held_task=held_task,
+        held_stores=held_stores,
     )
     if outcome.kind == "deadlock":
         raise DeadlockError(outcome.message)

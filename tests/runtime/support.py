@@ -1,6 +1,6 @@
 """Programs of real functions, run without XLA."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,10 +33,15 @@ class Case:
             np.testing.assert_array_equal(actual, expected)
 
 
-def case(function: Callable[..., Any], *args: Any, workers: int = 3) -> Case:
-    lowered = megakernelize(function, target=f"cpu-{workers}").lower(*args)
+def case(function: Callable[..., Any], *args: Any, workers: int = 3, tagged: bool = False) -> Case:
+    target = f"cpu-{workers}" + ("+tagged" if tagged else "")
+    lowered = megakernelize(function, target=target).lower(*args)
     expected = jax.tree.leaves(jax.jit(function)(*args))
-    return Case(lowered.plan, [np.array(a) for a in jax.tree.leaves(args)], [np.array(e) for e in expected])
+    return of_plan(lowered.plan, jax.tree.leaves(args), expected)
+
+
+def of_plan(plan: Plan, arguments: Sequence[Any], expected: Sequence[Any]) -> Case:
+    return Case(plan, [np.array(a, order="C") for a in arguments], [np.array(e, order="C") for e in expected])
 
 
 def without_wait(plan: Plan, task: int, event: int) -> Plan:

@@ -276,6 +276,33 @@ bool Launch::run_one(int32_t task, Seat& seat) {
   return true;
 }
 
+// Whether the other workers are to see what a task stores later than its tags. If not, stores that are still late
+// show now: this worker's are seen in their order.
+bool Launch::stores_late(Worker& worker, int32_t task, Seat& seat) {
+  if (held_.load(std::memory_order_relaxed) == 0) {
+    worker.late_held |= task == options_.held_stores;
+    if (worker.late_held) return true;
+  }
+  const bool late = options_.chaos_seed.has_value() && seat.random.below(2) == 0;
+  if (!late) show_late(worker);
+  return late;
+}
+
+// Runs a task that sees all its worker's stores while the others still see what was there before.
+bool Launch::run_late(Worker& worker, int32_t task, Seat& seat) {
+  std::vector<int32_t> regions = worker.late_regions;
+  for (int32_t r = program_.writes.start[task]; r < program_.writes.start[task + 1]; ++r) {
+    if (program_.arrays[program_.writes.array[r]].first_tag < 0) regions.push_back(r);
+  }
+  const std::vector<std::byte> before = gather(regions);
+  scatter(worker.late_regions, worker.late_bytes);
+  if (!run_one(task, seat)) return false;
+  worker.late_bytes = gather(regions);
+  scatter(regions, before);
+  worker.late_regions = std::move(regions);
+  return true;
+}
+
 void Launch::signal(int32_t task) {
   const int32_t end = program_.signal_start[task + 1];
   for (int32_t i = program_.signal_start[task]; i < end; ++i) {
@@ -408,113 +435,6 @@ void Launch::finish_worker(Worker& worker) {
   if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 != workers_count_) return;
   finished_.store(true, std::memory_order_seq_cst);
   ThreadPool::wake();
-}
-
-// --- Tags --------------------------------------------------------------------------------------------------
-
-// Like wait(), for the next element that a task reads and that has not got its tag.
-bool Launch::wait_for_tags(Worker& worker, int32_t task) {
-  const Regions& reads = program_.tag_reads;
-  const uint16_t expected = tag_of(worker.sequence);
-  if (worker.region < 0) worker.region = reads.start[task], worker.element = 0;
-  for (; worker.region < reads.start[task + 1]; ++worker.region, worker.element = 0) {
-    const Array& array = program_.arrays[reads.array[worker.region]];
-    const Tag* tags = &tags_[static_cast<size_t>(array.first_tag)];
-    const auto all_there = [&](int64_t at, int64_t offset, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) {
-        if (tags[offset + i].load(std::memory_order_acquire) == expected) continue;
-        worker.element = at + i;
-        worker.wait_until.store(expected, std::memory_order_relaxed);
-        worker.wait_tag.store(&tags[offset + i], std::memory_order_relaxed);
-        return false;
-      }
-      return true;
-    };
-    if (!for_each_run(program_, array, reads.row[worker.region], worker.element, all_there)) return true;
-  }
-  return false;
-}
-
-void Launch::publish_tags(const Worker& worker, int32_t task) {
-  const Regions& writes = program_.writes;
-  const uint16_t tag = tag_of(worker.sequence);
-  bool any = false;
-  for (int32_t r = writes.start[task]; r < writes.start[task + 1]; ++r) {
-    const Array& array = program_.arrays[writes.array[r]];
-    if (array.first_tag < 0) continue;
-    any = true;
-    Tag* tags = &tags_[static_cast<size_t>(array.first_tag)];
-    for_each_run(program_, array, writes.row[r], 0, [&](int64_t, int64_t offset, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) tags[offset + i].store(tag, std::memory_order_release);
-      return true;
-    });
-  }
-  if (!any) return;
-  published_.fetch_add(1, std::memory_order_seq_cst);
-  ThreadPool::wake();
-}
-
-// Whether the other workers are to see what a task stores later than its tags. What they see of this worker's plain
-// stores never falls behind what they have seen.
-bool Launch::stores_late(Worker& worker, int32_t task, Seat& seat) {
-  if (held_.load(std::memory_order_relaxed) == 0) {
-    worker.late_held |= task == options_.held_stores;
-    if (worker.late_held) return true;
-  }
-  const bool late = options_.chaos_seed.has_value() && seat.random.below(2) == 0;
-  if (!late) show_late(worker);
-  return late;
-}
-
-// Runs a task that sees all its worker's stores while the others still see what was there before.
-bool Launch::run_late(Worker& worker, int32_t task, Seat& seat) {
-  std::vector<int32_t> regions = worker.late_regions;
-  for (int32_t r = program_.writes.start[task]; r < program_.writes.start[task + 1]; ++r) {
-    if (program_.arrays[program_.writes.array[r]].first_tag < 0) regions.push_back(r);
-  }
-  const std::vector<std::byte> before = gather(regions);
-  scatter(worker.late_regions, worker.late_bytes);
-  if (!run_one(task, seat)) return false;
-  worker.late_bytes = gather(regions);
-  scatter(regions, before);
-  worker.late_regions = std::move(regions);
-  return true;
-}
-
-// Makes late stores visible. Returns false if they are held: then the worker has to wait.
-bool Launch::show_late(Worker& worker) {
-  if (worker.late_held && wait(worker, held_, 1)) return false;
-  worker.late_held = false;
-  scatter(worker.late_regions, worker.late_bytes);
-  worker.late_regions.clear();
-  return true;
-}
-
-std::vector<std::byte> Launch::gather(const std::vector<int32_t>& regions) const {
-  std::vector<std::byte> bytes;
-  for (int32_t r : regions) {
-    const Array& array = program_.arrays[program_.writes.array[r]];
-    const std::byte* base = base_[static_cast<size_t>(array.storage)];
-    for_each_run(program_, array, program_.writes.row[r], 0, [&](int64_t, int64_t offset, int64_t count) {
-      bytes.insert(bytes.end(), base + offset * array.item_bytes, base + (offset + count) * array.item_bytes);
-      return true;
-    });
-  }
-  return bytes;
-}
-
-void Launch::scatter(const std::vector<int32_t>& regions, const std::vector<std::byte>& bytes) const {
-  const std::byte* from = bytes.data();
-  for (int32_t r : regions) {
-    const Array& array = program_.arrays[program_.writes.array[r]];
-    std::byte* base = base_[static_cast<size_t>(array.storage)];
-    for_each_run(program_, array, program_.writes.row[r], 0, [&](int64_t, int64_t offset, int64_t count) {
-      const int64_t nbytes = count * array.item_bytes;
-      std::memcpy(base + offset * array.item_bytes, from, static_cast<size_t>(nbytes));
-      from += nbytes;
-      return true;
-    });
-  }
 }
 
 // --- What went wrong ---------------------------------------------------------------------------------------

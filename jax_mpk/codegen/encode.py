@@ -21,9 +21,9 @@ numbers of the symbol table. -1 stands for none.
     boxes      axes, wide (0: packed, 1: words), number of rows; low and high corner of each row
     tasks      packed routines, packed workers, packed rows of boxes (one per member, task by task)
     events     number; packed starts and events of waits, packed starts and events of signals
-    regions    list of arrays (value or -1 - accumulators, storage, bytes of an element, list of extents), none if nothing
-               is tagged; else boxes as above; packed starts, arrays and rows of boxes of what tasks read when its tags
-               have arrived; the same of all they write
+    regions    list of arrays (value or -1 - accumulators, storage, bytes of an element, list of extents), empty and
+               the end where nothing is tagged; boxes as above; packed starts, arrays and rows of boxes of what tasks
+               read when its tags have arrived; the same of all they write
     schedule   list of items: "segment", packed queue of each worker; "loop", 1, rounds, body or "loop", 0, storage of
                the predicate, condition, body; "branch", storage of the index, list of arms
 """

@@ -51,6 +51,8 @@ namespace {
 struct Task {
   int32_t worker;
   std::vector<int32_t> waits, signals;
+  std::vector<int32_t> tag_reads = {};                    // arrays, whole
+  std::vector<std::pair<int32_t, int32_t>> writes = {};  // elements of arrays
 };
 
 // A program under construction. Segments take the tasks added since the last one.
@@ -67,6 +69,14 @@ class Maker {
     program_->storages.push_back({Storage::Kind::kOutput, index, -1, 0, nbytes});
     return static_cast<int32_t>(program_->storages.size()) - 1;
   }
+  // An array of one element per worker.
+  int32_t array(int32_t storage, bool tagged) {
+    const int64_t n = program_->workers;
+    const int64_t bytes = program_->storages[static_cast<size_t>(storage)].nbytes / n;
+    program_->arrays.push_back({int32_t{7}, storage, bytes, {n}, n, tagged ? program_->tags : -1});
+    if (tagged) program_->tags += n;
+    return static_cast<int32_t>(program_->arrays.size()) - 1;
+  }
   ScheduleNode segment() {
     ScheduleNode node;
     node.kind = Kind::kSegment;
@@ -82,7 +92,15 @@ class Maker {
     Program& p = *program_;
     p.event_threshold.resize(static_cast<size_t>(events_));
     p.event_segment.resize(static_cast<size_t>(events_));
-    p.wait_start = p.signal_start = {0};
+    p.wait_start = p.signal_start = p.tag_reads.start = p.writes.start = {0};
+    // Row w is element w, the last one the whole array.
+    p.region_rank = 1;
+    for (int32_t w = 0; w < p.workers; ++w) p.region_boxes.insert(p.region_boxes.end(), {w, w + 1});
+    p.region_boxes.insert(p.region_boxes.end(), {0, p.workers});
+    auto add = [](Regions& regions, int32_t array, int32_t row) {
+      regions.array.push_back(array);
+      regions.row.push_back(row);
+    };
     for (size_t t = 0; t < tasks_.size(); ++t) {
       p.task_routine.push_back(0);
       p.task_worker.push_back(tasks_[t].worker);
@@ -92,8 +110,12 @@ class Maker {
         ++p.event_threshold[static_cast<size_t>(e)];
         p.event_segment[static_cast<size_t>(e)] = segment_of_[t];
       }
+      for (int32_t a : tasks_[t].tag_reads) add(p.tag_reads, a, p.workers);
+      for (auto [a, w] : tasks_[t].writes) add(p.writes, a, w);
       p.wait_start.push_back(static_cast<int32_t>(p.wait_event.size()));
       p.signal_start.push_back(static_cast<int32_t>(p.signal_event.size()));
+      p.tag_reads.start.push_back(static_cast<int32_t>(p.tag_reads.array.size()));
+      p.writes.start.push_back(static_cast<int32_t>(p.writes.array.size()));
     }
     for (auto& threshold : p.event_threshold) threshold = threshold == 0 ? 1 : threshold;
     p.routine_label = {"here.py:1 step"};
@@ -330,6 +352,64 @@ void test_held_task() {
   }
 }
 
+// In every round each worker tags its element of an array, then adds up all elements, the sum being a plain store.
+void test_tags(int32_t workers, int64_t rounds) {
+  Maker maker(workers);
+  const int32_t sums = maker.array(maker.result(0, workers * 8), false);
+  const int32_t passed = maker.array(maker.result(1, workers * 4), true);
+  for (int32_t w = 0; w < workers; ++w) maker.task({w, {}, {}, {}, {{passed, w}}});
+  for (int32_t w = 0; w < workers; ++w) maker.task({w, {}, {}, {passed}, {{sums, w}}});
+  ScheduleNode::List body, schedule;
+  body.push_back(maker.segment());
+  schedule.push_back(loop({}, std::move(body), -1, rounds));
+  std::vector<int32_t> round(static_cast<size_t>(workers));
+  const auto executable = maker.finish(std::move(schedule), [&](int32_t task, const Memory& memory) {
+    const auto w = static_cast<size_t>(task % workers);
+    int64_t& sum = reinterpret_cast<int64_t*>(memory.base[0])[w];
+    auto* cells = reinterpret_cast<int32_t*>(memory.base[1]);
+    if (task < workers) {
+      cells[w] = ++round[w];
+      return;
+    }
+    if (round[w] == 1) sum = 0;
+    for (int32_t i = 0; i < workers; ++i) {
+      CHECK(cells[i] == round[w]);
+      sum += cells[i];
+    }
+  });
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    std::fill(round.begin(), round.end(), 0);
+    std::vector<std::byte> first(static_cast<size_t>(workers) * 8), second(static_cast<size_t>(workers) * 4);
+    const Buffer results[] = {buffer(first), buffer(second)};
+    LaunchOptions options;
+    if (seed > 0) options.chaos_seed = seed;
+    CHECK(executable->launch({}, results, options).kind == Outcome::Kind::kOk);
+    for (int32_t w = 0; w < workers; ++w) {
+      int64_t sum;
+      std::memcpy(&sum, first.data() + 8 * w, 8);
+      CHECK(sum == workers * rounds * (rounds + 1) / 2);
+    }
+  }
+}
+
+// Nobody writes what the only task waits for.
+void test_missing_tag() {
+  Maker maker(2);
+  const int32_t array = maker.array(maker.result(0, 8), true);
+  maker.task({1, {}, {}, {array}, {}});
+  ScheduleNode::List schedule;
+  schedule.push_back(maker.segment());
+  const auto executable = maker.finish(std::move(schedule), [](int32_t, const Memory&) {});
+  std::vector<std::byte> out(8);
+  const Buffer result = buffer(out);
+  const Outcome outcome = executable->launch({}, {&result, 1}, {});
+  CHECK(outcome.kind == Outcome::Kind::kDeadlock);
+  CHECK(outcome.worker == 1 && outcome.task == 0 && outcome.event == -1);
+  CHECK(outcome.value == 7 && outcome.element == 0 && outcome.expected == 2 && outcome.seen == 0);
+  CHECK(outcome.message.find("worker 1 at task 0 (here.py:1 step), tag of value 7[0]: expected 2, seen 0") !=
+        std::string::npos);
+}
+
 void test_wrong_buffers() {
   Maker maker(1);
   maker.result(0, 8);
@@ -417,6 +497,9 @@ int main(int argc, char** argv) {
     test_deadlock();
     test_failing_task();
     test_held_task();
+    for (int32_t workers : {1, 2, 8}) test_tags(workers, 300);
+    test_tags(2, 70'000);  // more rounds than tags
+    test_missing_tag();
     test_wrong_buffers();
     test_sleeping_beside_a_job(limit);
     for (int callers : {2, 8}) test_concurrent_launches(limit, callers);

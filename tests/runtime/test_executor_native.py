@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *(ROOT / "csrc/host" / name for name in ("executor.cc", "launch.cc", "thread_pool.cc")),
+    *(ROOT / "csrc/host" / name for name in ("executor.cc", "launch.cc", "launch_tags.cc", "thread_pool.cc")),
     Path(__file__).with_name("executor_check.cc"),
 ]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

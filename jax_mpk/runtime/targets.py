@@ -16,22 +16,25 @@ def resolve(target: Target | str | None) -> Target:
 
     Args:
       target: a Target; ``"cpu"`` (a worker for each thread); ``"cpu-8"`` (eight workers, whatever the number of
-        threads); ``"cpu-8+tagged"`` (the same, with tagged hand-offs); the name of a GPU, such as ``"h100-sxm"``; or
-        None: this machine's CPU.
+        threads); either with ``"+tagged"`` behind it (tagged hand-offs); the name of a GPU, such as ``"h100-sxm"``;
+        or None: this machine's CPU.
 
     Raises:
       ConfigError: no such target.
     """
     if isinstance(target, Target):
         return target
-    if target is None or target == "cpu":
+    if target is None:
         return targets.cpu(config.current().threads)
     if isinstance(target, str):
         if target in _GPUS:
             return _GPUS[target]
         name = target.removesuffix(targets.TAGGED)
+        tagged = name != target
         kind, _, count = name.partition("-")
+        if name == "cpu":
+            return targets.cpu(config.current().threads, tagged)
         if kind == "cpu" and count.isdecimal() and 1 <= int(count) <= _MAX_WORKERS:
-            return targets.cpu(int(count), tagged=name != target)
-    known = ", ".join(["cpu", f"cpu-1 … cpu-{_MAX_WORKERS}", *_GPUS])
+            return targets.cpu(int(count), tagged)
+    known = ", ".join(["cpu", f"cpu-1 … cpu-{_MAX_WORKERS}", f"these with {targets.TAGGED}", *_GPUS])
     raise ConfigError(f"target={target!r} is not known; known are {known}, and jax_mpk.Target objects")

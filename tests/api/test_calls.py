@@ -280,6 +280,8 @@ def test_bad_options() -> None:
         {"backend": "tpu"},
         {"target": "cpu-0"},
         {"target": "cpu-x"},
+        {"target": "cpu-8+tag"},
+        {"target": "h100-sxm+tagged"},
         {"target": "toaster"},
     ):
         with pytest.raises(jax_mpk.ConfigError, match=next(iter(options))):
@@ -288,7 +290,7 @@ def test_bad_options() -> None:
         megakernelize(lambda x: x + 1, target="h100-sxm")(1.0)
 
 
-@pytest.mark.parametrize("target", ["cpu-1", "cpu-2", "cpu-3", "cpu-8", "cpu-64"])
+@pytest.mark.parametrize("target", ["cpu-1", "cpu-2", "cpu-3", "cpu-8", "cpu-64", "cpu-8+tagged", "cpu+tagged"])
 def test_any_number_of_workers(target) -> None:
     def f(x, w):
         return (x @ w).sum(0) + jnp.cumsum(x[:, 0])[-1]

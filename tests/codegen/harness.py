@@ -32,8 +32,10 @@ def graph_of(fn: Callable[..., Any], *args: Any, donated: frozenset[int] = froze
     return fuse(graph) if fused else graph
 
 
-def plan_of(fn: Callable[..., Any], *args: Any, workers: int = 1, fused: bool = True, **options: Any) -> Plan:
-    return make_plan(graph_of(fn, *args, fused=fused, **options), cpu(workers))
+def plan_of(
+    fn: Callable[..., Any], *args: Any, workers: int = 1, tagged: bool = False, fused: bool = True, **options: Any
+) -> Plan:
+    return make_plan(graph_of(fn, *args, fused=fused, **options), cpu(workers, tagged))
 
 
 def run_plan(plan: Plan, args: Sequence[Any], *, chaos: int | None = None, threads: int | None = 1) -> list[Array]:
@@ -56,9 +58,9 @@ def run_executable(
     return results
 
 
-def run(fn: Callable[..., Any], *args: Any, workers: int = 1, fused: bool = True) -> list[Array]:
+def run(fn: Callable[..., Any], *args: Any, workers: int = 1, tagged: bool = False, fused: bool = True) -> list[Array]:
     """Results of a function of flat arrays, planned for a number of workers."""
-    return run_plan(plan_of(fn, *args, workers=workers, fused=fused), args)
+    return run_plan(plan_of(fn, *args, workers=workers, tagged=tagged, fused=fused), args)
 
 
 def expected(fn: Callable[..., Any], *args: Any) -> list[Array]:

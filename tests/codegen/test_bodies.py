@@ -213,11 +213,11 @@ def _wide_types() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("workers", [1, 5])
+@pytest.mark.parametrize(("workers", "tagged"), [(1, False), (5, False), (5, True)], ids=["1", "5", "5+tagged"])
 @pytest.mark.parametrize("name", CASES)
-def test_body(name: str, workers: int, fused: bool) -> None:
+def test_body(name: str, workers: int, tagged: bool, fused: bool) -> None:
     fn, args, tolerance = CASES[name]
-    got = run(fn, *args, workers=workers, fused=fused)
+    got = run(fn, *args, workers=workers, tagged=tagged, fused=fused)
     for g, want in zip(got, expected(fn, *args), strict=True):
         assert (g.dtype, g.shape) == (want.dtype, want.shape)
         if tolerance == 0:

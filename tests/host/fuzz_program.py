@@ -42,13 +42,21 @@ def _moves(x: Any, i: Any) -> Any:
 def plans() -> Iterator[Plan]:
     f = F32
     args = (f((2, 8), np.float32), f((8, 16), np.float32), f((9, 16), np.float32), f((1, 16), np.float32), np.int32(3))
-    for fn, given, workers in (
-        (_step, args, 1),
-        (_step, args, 3),
-        (_moves, (f((12, 20), np.float32), np.array([3, -1, 40], np.int32)), 2),
-        (lambda x: (x.T.astype(jnp.bfloat16) * 2).sum(0), (f((5, 300), np.float32),), 2),
+    large = (
+        f((2, 256), np.float32),
+        f((256, 256), np.float32),
+        f((9, 256), np.float32),
+        f((1, 256), np.float32),
+        args[4],
+    )
+    for fn, given, workers, tagged in (
+        (_step, args, 1, False),
+        (_step, args, 3, False),
+        (_moves, (f((12, 20), np.float32), np.array([3, -1, 40], np.int32)), 2, False),
+        (lambda x: (x.T.astype(jnp.bfloat16) * 2).sum(0), (f((5, 300), np.float32),), 2, False),
+        (_step, large, 8, True),
     ):
-        yield plan_of(fn, *given, workers=workers)
+        yield plan_of(fn, *given, workers=workers, tagged=tagged)
 
 
 def damage(words: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.graph.verify import verify_graph
 from jax_mpk.plan import targets
-from jax_mpk.plan.ir import Plan
+from jax_mpk.plan.ir import MUST, READ, Plan
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
@@ -152,25 +153,27 @@ ATTENTION = (aval(1, 2, 3, 8), *[aval(1, 1, 2, 8)] * 2, *[aval(1, 256, 2, 8)] * 
 CASES["attention"] = (attention, ATTENTION, (3, 4))
 
 
-def planned(name: str, workers: int) -> tuple[Plan, list[Array], list[Array]]:
+def planned(name: str, workers: int, tagged: bool = False) -> tuple[Plan, list[Array], list[Array]]:
     f, avals, donate = CASES[name]
     rng = np.random.default_rng([workers, *name.encode()])
     inputs = [np.asarray(rng.integers(0, 3, a.shape) - (a.dtype != jnp.int32), a.dtype) for a in avals]
     captured = capture(jax.make_jaxpr(f)(*avals))
     graph = fuse(build_graph(captured.jaxpr, donated=frozenset(len(captured.consts) + i for i in donate)))
-    plan = make_plan(graph, targets.cpu(workers))
+    plan = make_plan(graph, targets.cpu(workers, tagged))
     want = [np.asarray(x) for x in jax.tree.leaves(jax.jit(f)(*inputs))]
     return plan, [np.asarray(c) for c in captured.consts] + inputs, want
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize(
+    ("workers", "tagged"), [(1, False), (2, False), (3, False), (8, False), (64, False), (3, True), (64, True)]
+)
 @pytest.mark.parametrize("name", CASES)
-def test_plan_is_proved_and_computes(name: str, workers: int) -> None:
-    plan, inputs, want = planned(name, workers)
+def test_plan_is_proved_and_computes(name: str, workers: int, tagged: bool) -> None:
+    plan, inputs, want = planned(name, workers, tagged)
     verify_graph(plan.graph)
     verify_plan(plan)
     for seed in range(3):
-        got = Simulator(plan, inputs, seed=seed, poison=seed).run()
+        got = Simulator(plan, inputs, seed=seed, poison=seed, late=True).run()
         for a, b in zip(got, want, strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -189,6 +192,22 @@ def test_plan_is_proved_and_computes(name: str, workers: int) -> None:
 def test_donated_arguments_are_updated_in_place(name: str, aliases: dict[int, int]) -> None:
     plan, _, _ = planned(name, 2)
     assert plan.aliases == aliases
+
+
+def test_what_crosses_workers_is_tagged_where_it_may_be() -> None:
+    plan, _, _ = planned("stored_and_copied", 8, tagged=True)
+    graph, rows, worker = plan.graph, plan.accesses, plan.tasks.table["worker"]
+    writers = {v: set(worker[rows.task[(rows.value == v) & (rows.kind == MUST)]]) for v in range(len(graph.values))}
+    tagged = [v for v in writers if plan.value_storage[v] >= 0 and plan.storages[plan.value_storage[v]].tagged]
+    assert tagged
+    for v in tagged:
+        # Program order alone would not do.
+        readers = set(worker[rows.task[(rows.value == v) & (rows.kind == READ)]])
+        assert len(readers | writers[v]) > 1
+    # Results, arguments and what stays on one worker are as ever; nothing is tagged beyond the target's limit.
+    assert all(storage.kind == "workspace" for storage in plan.storages if storage.tagged)
+    small = replace(targets.cpu(8, tagged=True), tagged_bytes=4)
+    assert not any(storage.tagged for storage in make_plan(graph, small).storages)
 
 
 def test_attention_is_split_over_workers_and_merged_by_its_reader() -> None:

@@ -64,7 +64,20 @@ def test_bytes_of_a_chain() -> None:
     assert first.streamed_bytes == 4 * (8 * 640 + 640 * 1280)
     assert second.streamed_bytes == 4 * 1280 * 320
     assert (first.busy, first.imbalance) == (1.0, 0.0)
+    assert (first.handoff, second.handoff) == ("counters", "result")
     assert stats.large_contractions == (first, second)
+
+
+def test_tagged_hand_offs_count_like_events() -> None:
+    chain = (lambda x, a, b: jnp.tanh(x @ a) @ b, f32(1, 640), f32(640, 1280), f32(1280, 320))
+    counted, tagged = (plan_of(*chain, target=targets.cpu(8, tagged)) for tagged in (False, True))
+    assert (counted.events, tagged.events) == (1, 0)
+    first, second = plan_stats(tagged).routines
+    assert (first.handoff, second.handoff) == ("tagged", "result")
+    assert plan_stats(tagged).phases == plan_stats(counted).phases == 2
+    assert plan_stats(tagged).predicted_s == pytest.approx(plan_stats(counted).predicted_s)
+    (line,) = (line for line in explain(tagged, name="f", equations=3).splitlines() if "1×640×1280" in line)
+    assert "  tagged  " in line
 
 
 def test_time_of_one_task() -> None:

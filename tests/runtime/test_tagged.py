@@ -14,6 +14,7 @@ from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
 from tests.plan import graphs, handmade
 from tests.plan.draft import take_apart
+from tests.plan.large_step import Shape
 from tests.plan.mutations import Skip, mutate
 from tests.plan.test_verify_tags import looping
 from tests.runtime.support import Case, case, of_plan
@@ -70,6 +71,26 @@ def test_holding_stores_back_changes_nothing() -> None:
     for task in range(0, len(made.plan.tasks.table), 2):
         made.check(held_stores=task, threads=1)
         made.check(held_task=task, threads=1, chaos_seed=task)
+
+
+def test_a_decode_step() -> None:
+    """Norms, attention over a cache and a sampled token: the same bits with tags and with counters."""
+    shape = Shape(layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=128, cache=64)
+    rng = np.random.default_rng(0)
+
+    def filled(aval):
+        if aval.dtype == jnp.int32:
+            return jnp.full(aval.shape, 5, aval.dtype)
+        return jnp.asarray(rng.standard_normal(aval.shape) * 0.2, aval.dtype)
+
+    args = jax.tree.map(filled, shape.avals())
+    expected = jax.tree.leaves(megakernelize(shape.step(), target="cpu-8")(*args))
+    tagged = megakernelize(shape.step(), target="cpu-8+tagged")
+    assert count_tagged(tagged.lower(*args).plan) > 3
+    for chaos in (None, 1, 2, 3):
+        with config.override(chaos=chaos):
+            for got, want in zip(jax.tree.leaves(tagged(*args)), expected, strict=True):
+                assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
 def handmade_case(name: str, **options) -> Case:

@@ -111,7 +111,7 @@ def test_updates_in_place() -> None:
     plan = make_plan(updates("set"))
     update = next(op for op in plan.ops if isinstance(op, Update))
     refused(edit(plan, tag(int(plan.value_storage[update.base]))), "holds 2 values")
-    # Declared as such, the base being somewhere else.
+    # An update that copies its base stores all of its output.
     apart = make_plan(updates("set"), Options(in_place=False, tiles=1))
     output = apart.value_storage[update.output]
     verify_plan(edit(apart, tag(output)))
@@ -141,6 +141,30 @@ def test_carries() -> None:
 def test_one_segment_only() -> None:
     plan = edit(make_plan(maps("same", "turned"), Options(cut=1)), tag(2))
     refused(plan, r"in segment 1 \(top level\) touches tagged value 1 f32\[8\], which belongs to segment 0|segment 0")
+
+
+def test_what_is_read_is_written() -> None:
+    """The second of two routines reads a value that the first only keeps to itself."""
+    bb = BlockBuilder()
+    x = bb.value((8,), "f32")
+    (y,) = bb.map((8,), [x], lambda b, at, load: b.op("neg", load(0, at)), ["f32"])
+    (z,) = bb.map((8,), [y], lambda b, at, load: b.op("neg", load(0, at)), ["f32"])
+    (w,) = bb.map(
+        (8,), [y, z], lambda b, at, load: b.op("add", load(0, [b.sub(b.index(7), at[0])]), load(1, at)), ["f32"]
+    )
+    graph = Graph(tuple(bb.values), (x.id,), bb.block([w]))
+    plan = edit(make_plan(graph, Options(bundle=True, tiles=2)), tag(2, 3))
+    assert [len(routine.members) for routine in plan.routines] == [2, 1]
+    verify_plan(plan)
+
+    def keep(d: Draft) -> None:
+        d.routines[0] = replace(d.routines[0], local_values=(1,), local_offsets=(0,), local_extents=((4,),))
+        d.changes["scratch_bytes"] = 16
+        for task in d.tasks:
+            if task.routine == 0:
+                task.accesses = [a for a in task.accesses if a[0] != 1]
+
+    refused(edit(plan, keep), r"task \d of op 2 .* reads tagged value 1 f32\[8\], which nobody writes")
 
 
 def test_what_nobody_writes_is_not_waited_for() -> None:

@@ -133,6 +133,8 @@ def test_a_plan_that_relies_on_a_tagged_path_goes_wrong() -> None:
             chaotic += any(wrong(made.run(mutation.plan, threads=1, chaos_seed=k)) for k in range(20))
             replayed += wrong(Simulator(mutation.plan, it.samples[0][0], choose=choose, late=True).run())
             made.check(held_stores=first, threads=1, chaos_seed=seed)
+            for chaos in range(5):
+                made.check(threads=1 + chaos % 2, chaos_seed=chaos)
             assert not wrong(Simulator(made.plan, it.samples[0][0], choose=choose, late=True).run())
     assert min(native, replayed, chaotic) > 3, (native, replayed, chaotic)
 

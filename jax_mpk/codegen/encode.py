@@ -449,9 +449,8 @@ def _put_regions(w: Writer, plan: Plan) -> None:
         w.put(0)
         return
     rows = plan.accesses
-    filled = np.all(rows.box[:, 1] > rows.box[:, 0], axis=1)
-    reads = tagged_accesses(plan)[0]
-    reads, writes = reads[filled[reads]], np.flatnonzero(filled & (rows.kind != READ))
+    reads, _ = tagged_accesses(plan)
+    writes = np.flatnonzero((rows.kind != READ) & np.all(rows.box[:, 1] > rows.box[:, 0], axis=1))
     both = np.concatenate([reads, writes])
     values, array = np.unique(rows.value[both], return_inverse=True)
     accumulators = [

@@ -13,10 +13,11 @@ _CHUNK = 1 << 22
 
 
 def tagged_accesses(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in ``plan.accesses`` of the reads that wait for tags, and of the writes that publish them."""
+    """Positions in ``plan.accesses`` of reads that wait for tags, and of writes that publish them; none is empty."""
     rows = plan.accesses
     tagged = np.array([*(storage.tagged for storage in plan.storages), False], bool)
-    touches = np.flatnonzero((rows.value >= 0) & tagged[plan.value_storage[np.maximum(rows.value, 0)]])
+    found = (rows.value >= 0) & tagged[plan.value_storage[np.maximum(rows.value, 0)]]
+    touches = np.flatnonzero(found & np.all(rows.box[:, 1] > rows.box[:, 0], axis=1))
     key = plan.tasks.table["routine"][rows.task[touches]].astype(np.int64) * len(plan.graph.values)
     key += rows.value[touches]
     reads = rows.kind[touches] == READ

@@ -665,29 +665,41 @@ def _holding(d: Draft, storage: int, *kinds: int) -> list[Task]:
 
 @breaking
 def _rely_on_tags(d: Draft, rng: random.Random) -> Outcome:
-    """An event goes because a tagged path seems to imply it."""
+    """An event goes because a tagged path seems to imply it; one between writer and reader, if possible.
+
+    Replays have late stores. They have no late loads, and no stores that some workers see before others do.
+    """
     if not _tagged(d):
         raise Skip
     pairs = conflicting_pairs(d.plan)
     events = sorted({e for t in d.tasks for e in t.waits})
+    found: tuple[int, int, int] | None = None
     for event in rng.sample(events, len(events)):
         waits = [list(t.waits) for t in d.tasks]
         for task in d.tasks:
             task.waits = [e for e in task.waits if e != event]
         without = d.build()
-        order, implied = Order(without), Order(without, tags=True)
-        lost = [(a, b) for a, b in pairs if not order.before(a, b) and implied.before(a, b)]
-        if lost:
-            # The last event takes its number.
-            d.events -= 1
-            for task in d.tasks:
-                task.waits = [event if e == d.events else e for e in task.waits]
-                task.signals = [event if e == d.events else e for e in task.signals if e != event]
-            a, b = rng.choice(lost)
-            return [d.tasks[b]], [d.tasks[a]], False
         for task, old in zip(d.tasks, waits, strict=True):
             task.waits = old
-    raise Skip
+        order, implied = Order(without), Order(without, tags=True)
+        lost = [(a, b) for a, b in pairs if not order.before(a, b) and implied.before(a, b)]
+        stored = [(a, b) for a, b in lost if _written(d.tasks[a]) & {v for v, _, _ in d.tasks[b].accesses}]
+        if lost:
+            found = event, *rng.choice(stored or lost)
+        if stored:
+            break
+    if found is None:
+        raise Skip
+    event, first, second = found
+    d.events -= 1  # the last event takes the number
+    for task in d.tasks:
+        for events in (task.waits, task.signals):
+            events[:] = [event if e == d.events else e for e in events if e != event]
+    return [d.tasks[second]], [d.tasks[first]], False
+
+
+def _written(task: Task) -> set[int]:
+    return {value for value, kind, _ in task.accesses if kind != READ}
 
 
 @breaking

@@ -88,7 +88,7 @@ def test_cache_is_updated_in_place() -> None:
     assert stats().aliased == 2 * SHAPE.layers
     # Neither a copy of the cache nor anything else of its size passes through memory.
     assert stats().written_bytes < 1 << 20
-    assert stats().workspace_bytes < 4 << 20
+    assert stats().workspace_bytes < 8 << 20
 
 
 def test_every_weight_is_read_once() -> None:

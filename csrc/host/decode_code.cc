@@ -116,6 +116,9 @@ Access decode_access(WordReader& reader, const Code& code) {
   access.predicate_register = decode_register(reader, code, 1, "predicate register");
   access.predicate_level = reader.in32(0, code.rank + 2, "level of a predicate register");
   access.stepped_only = reader.flag("whether an access is only stepped");
+  // Tiles are as large as the box that is walked: what steps through one in order needs no bounds.
+  reader.require(access.slot < code.first_tile || (access.offset_register < 0 && access.predicate_register < 0),
+                 "a tile has an offset or predicate register");
   for (int p = 0; p < code.rank; ++p) access.strides[p] = reader.any("stride of an access");
   return access;
 }

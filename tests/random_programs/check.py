@@ -198,8 +198,8 @@ def workers_of(program: Program) -> tuple[int, int]:
     return pairs[program.seed % len(pairs)]
 
 
-def planned(program: Program, args: Sequence[Any], workers: int, runs: int = 2) -> list[Array]:
-    """Results of a program planned for a number of workers and run in chaos mode; every run must give the same bits.
+def planned(program: Program, args: Sequence[Any], target: str, runs: int = 2) -> list[Array]:
+    """Results of a program planned for a target and run in chaos mode; every run must give the same bits.
 
     Raises:
       NotReproducible: two runs differ.
@@ -207,7 +207,7 @@ def planned(program: Program, args: Sequence[Any], workers: int, runs: int = 2) 
     import jax_mpk
     from jax_mpk import config
 
-    fn = jax_mpk.megakernelize(program.function(), target=f"cpu-{workers}")
+    fn = jax_mpk.megakernelize(program.function(), target=target)
     first: list[Array] = []
     for run in range(runs):
         with config.override(chaos=(program.seed * 31 + run) % 2**63):
@@ -230,6 +230,8 @@ class Refused(Exception):
 def verdict(program: Program) -> str | None:
     """What is wrong with a program as a megakernel, for either worker count, or None.
 
+    The plan for the larger one hands values over by tagged words where it can.
+
     Raises:
       Refused: there is nothing to compare with.
     """
@@ -237,13 +239,14 @@ def verdict(program: Program) -> str | None:
         expected = reference(program)
     except jax.errors.JaxRuntimeError as error:
         raise Refused(str(error)) from error
-    for workers in workers_of(program):
+    few, many = workers_of(program)
+    for target in (f"cpu-{few}", f"cpu-{many}+tagged"):
         try:
-            wrong = disagreement(program, expected, planned(program, expected.args, workers))
+            wrong = disagreement(program, expected, planned(program, expected.args, target))
         except Exception as error:  # whatever it is, it is the finding
             wrong = f"{type(error).__name__}: {error}"
         if wrong is not None:
-            return f"{workers} workers: {wrong}"
+            return f"{target}: {wrong}"
     return None
 
 

@@ -64,13 +64,15 @@ class Clusterer:
       tiler: finds cuts.
       pinned: values that need bytes of their own: results, values read by nested blocks or other stretches, values
         that share storage.
+      share: per value, a name for the storage it lives in.
     """
 
-    def __init__(self, graph: Graph, target: Target, tiler: Tiler, pinned: set[int]):
+    def __init__(self, graph: Graph, target: Target, tiler: Tiler, pinned: set[int], share: tuple[int, ...]):
         self.graph = graph
         self.target = target
         self.tiler = tiler
         self.pinned = pinned
+        self.share = share
 
     def run(self, ops: list[Op], after: list[set[int]]) -> list[Routine]:
         """Routines in an order that respects data flow.
@@ -82,8 +84,14 @@ class Clusterer:
         self.ops = ops
         read = [set(reads(op)) for op in ops]
         self.users = [{i for i in after[p] if not read[i].isdisjoint(op.outputs)} for p, op in enumerate(ops)]
-        # Later operators that only have to wait: they overwrite what this one reads, or its bytes.
-        self.waiters = [after[p] - self.users[p] for p in range(len(ops))]
+        # Later operators that have to wait, whoever has computed what they read: they overwrite what this one reads, or
+        # its bytes.
+        shared_reads = [{self.share[v] for v in values} for values in read]
+        shared_writes = [{self.share[v] for v in op.outputs} for op in ops]
+        self.waiters = [
+            {i for i in after[p] if i not in self.users[p] or not shared_writes[i].isdisjoint(shared_reads[p])}
+            for p in range(len(ops))
+        ]
         groups: dict[int, _Group] = {}  # by last anchor
         homes: dict[int, set[int]] = {}  # op → last anchors of the groups that hold it
         for siblings in _siblings(ops, after):

@@ -105,7 +105,7 @@ class _Planner:
         return tuple(items)
 
     def _segment(self, ops: list[Op]) -> ir.Segment:
-        clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned)
+        clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned, self.share)
         placer = Placer(self.target)
         routines = clusterer.run(ops, _after(ops, self.share))
         touched = [accesses(routine, self.tiler.in_place) for routine in routines]

@@ -188,6 +188,8 @@ def evaluated(fn: Callable[..., Any], args: Sequence[Any]) -> list[Array]:
     return results
 
 
+#: OS threads of the runs of one plan: alone, and more than this machine may have cores.
+THREADS = (1, 5)
 #: Worker counts that plans are made for; each program gets two of them.
 WORKERS = (1, 2, 3, 8, 64)
 
@@ -198,8 +200,8 @@ def workers_of(program: Program) -> tuple[int, int]:
     return pairs[program.seed % len(pairs)]
 
 
-def planned(program: Program, args: Sequence[Any], target: str, runs: int = 2) -> list[Array]:
-    """Results of a program planned for a target and run in chaos mode; every run must give the same bits.
+def planned(program: Program, args: Sequence[Any], target: str) -> list[Array]:
+    """Results of a program planned for a target and run in chaos mode, on different numbers of OS threads.
 
     Raises:
       NotReproducible: two runs differ.
@@ -209,8 +211,8 @@ def planned(program: Program, args: Sequence[Any], target: str, runs: int = 2) -
 
     fn = jax_mpk.megakernelize(program.function(), target=target)
     first: list[Array] = []
-    for run in range(runs):
-        with config.override(chaos=(program.seed * 31 + run) % 2**63):
+    for run in range(len(THREADS)):
+        with config.override(chaos=(program.seed * 31 + run) % 2**63, threads=THREADS[run]):
             got = [np.asarray(r) for r in fn(*args)]
         first = first or got
         for k, (a, b) in enumerate(zip(first, got, strict=True)):

@@ -67,6 +67,19 @@ def test_holding_a_task_back_changes_nothing() -> None:
         made.check(held_task=task, threads=1)
 
 
+def test_tasks_without_a_share_of_a_member_leave_it_alone() -> None:
+    """A sort belongs to a routine of several tasks, one of which does it."""
+
+    def ordered(x):
+        keys, payload = jax.lax.sort((x, x > 0), num_keys=1)
+        return keys, payload, jnp.stack([x, keys], 1), payload.min()
+
+    made = case(ordered, integers(3, 7), workers=64)
+    assert made.plan.tasks.table["routine"].tolist().count(0) > 1
+    for task in range(len(made.plan.tasks.table)):
+        made.check(held_task=task, threads=1, chaos_seed=task)
+
+
 def waiting_tasks(plan: Plan) -> list[tuple[int, int]]:
     """(task, event) of every wait."""
     start, events = plan.tasks.wait_start, plan.tasks.wait_event

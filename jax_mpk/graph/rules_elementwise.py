@@ -258,15 +258,7 @@ def _convert(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value
     assert dtype is not None
     if dtype == xs[0].dtype:
         return xs
-    if (xs[0].dtype, dtype) == ("bf16", "b1"):
-        return bb.map(xs[0].shape, xs, _bf16_is_not_zero, ["b1"])
     return elementwise(bb, eqn, xs, lambda b, x: b.convert(x, dtype))
-
-
-def _bf16_is_not_zero(b: Builder, at: list[int], load: Load) -> int:
-    """By bits, as XLA does: in f32 the subnormals would be zeros."""
-    bits = b.op("bitcast", load(0, at), dtype="u16")
-    return b.op("ne", b.op("and", bits, b.const(0x7FFF, "u16")), b.const(0, "u16"))
 
 
 @rule("reduce_precision")

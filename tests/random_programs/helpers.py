@@ -70,15 +70,15 @@ def hashed(x: Any) -> Any:
 
 
 def least(x: Any) -> Any:
-    """The smallest value of an array's type."""
+    """The smallest value of an array's type (of bools the other one: their extremes have no primitive of their own)."""
     kind = x.dtype.type
-    return kind(-jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype != bool and jnp.iinfo(x.dtype).min)
+    return kind(-jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype == bool or jnp.iinfo(x.dtype).min)
 
 
 def most(x: Any) -> Any:
-    """The largest value of an array's type."""
+    """The largest value of an array's type; see :func:`least`."""
     kind = x.dtype.type
-    return kind(jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype == bool or jnp.iinfo(x.dtype).max)
+    return kind(jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype != bool and jnp.iinfo(x.dtype).max)
 
 
 def pooled(x: Any) -> Any:

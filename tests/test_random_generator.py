@@ -60,6 +60,7 @@ def test_sizes_go_from_one_to_sixty() -> None:
     assert {1, 60} <= sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bounds_hold(family: str) -> None:
     """Results are of the shape and type, and in the range, that the generator thinks."""
@@ -97,6 +98,7 @@ def _swapped(program: Program) -> Program:
     return dataclasses.replace(program, instrs=instrs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checks_notice_and_shrink(family: str) -> None:
     def fails(program: Program) -> bool:

@@ -24,7 +24,7 @@ def test_many(first: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(family=st.sampled_from(FAMILIES), seed=st.integers(0, 2**32 - 1), size=st.integers(1, MAX_SIZE))
 def test_any(family: str, seed: int, size: int) -> None:
     """Sizes over the whole range; a smaller size is the beginning of the same program, so failures shrink."""

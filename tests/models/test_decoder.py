@@ -115,6 +115,7 @@ def random_tokens(config: DecoderConfig, batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(2).integers(config.vocab_size, size=shape, dtype=np.int32)
 
 
+@pytest.mark.slow
 def test_matches_numpy(config, engine) -> None:
     """A padded prompt, then single tokens, for two sequences."""
     graphdef, params = random_decoder(config)
@@ -136,6 +137,7 @@ def test_matches_numpy(config, engine) -> None:
         np.testing.assert_allclose(logits, expected[:, pos], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_prefill_equals_decode(config, engine) -> None:
     """The same positions in one call and one by one: same logits, same cache."""
     graphdef, params = random_decoder(config)

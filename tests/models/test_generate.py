@@ -63,12 +63,14 @@ def test_stops_at_the_end_of_text(model, greedy_answer) -> None:
     assert list(generator.stream(PROMPT, 16)) == expected
 
 
+@pytest.mark.slow
 def test_warm_up_changes_nothing(engine, model, greedy_answer) -> None:
     generator = Generator(model, engine, cache_len=32)
     assert generator.warm_up(len(PROMPT)) > 0
     assert list(generator.stream(PROMPT, 16)) == greedy_answer
 
 
+@pytest.mark.slow
 def test_seed(engine, model) -> None:
     sampling = Sampling(temperature=2.0, top_k=50, top_p=0.95)
 
@@ -81,6 +83,7 @@ def test_seed(engine, model) -> None:
     assert len(set(first)) > 1
 
 
+@pytest.mark.slow
 def test_engines_sample_alike(engine, model) -> None:
     sampling = Sampling(temperature=1.0)
     answers = [

@@ -23,6 +23,8 @@ from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
 from tests.plan.attention_forms import FORMS, Attend, Sizes
 
+pytestmark = pytest.mark.slow
+
 #: Queries, keys and values; attention; output projection.
 PHASES = 3
 
@@ -33,8 +35,7 @@ def plan_of(sizes: Sizes, form: str, target: Target) -> Plan:
     return make_plan(fuse(build_graph(captured.jaxpr, donated=frozenset({5, 6}))), target)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "batch"), [(form, (1, 4)[i % 2]) for i, form in enumerate(FORMS)])
 def test_phases(form: str, batch: int) -> None:
     sizes = Sizes(batch=batch, width=2048, kv_heads=8, group=4, head_dim=64, cache=1024, dtype=jnp.bfloat16)
     stats = plan_stats(plan_of(sizes, form, targets.H100))
@@ -46,8 +47,7 @@ def test_phases(form: str, batch: int) -> None:
     assert all(r.busy >= 0.95 and r.imbalance <= 0.05 for r in attention)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "batch"), [(form, (4, 1)[i % 2]) for i, form in enumerate(FORMS)])
 def test_results(form: str, batch: int) -> None:
     sizes = Sizes(batch=batch)
     check(plan_of(sizes, form, targets.cpu(32)), sizes.block(FORMS[form]), sizes)

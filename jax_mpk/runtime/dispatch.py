@@ -25,7 +25,7 @@ from jax_mpk.capture import jaxprs
 from jax_mpk.runtime import pipeline
 from jax_mpk.runtime.call import Options, lift, megakernel_p, plan_target
 from jax_mpk.runtime.jax_internals import core, eager, jax_config, parse_arguments, tree_util, weakref_lru_cache
-from jax_mpk.runtime.split import Split, is_whole, split
+from jax_mpk.runtime.split import Split, is_whole, refuse_effects, split
 
 #: NumPy constants up to this size stay in the HLO: functions often make them anew in every trace.
 _SMALL_CONSTANT = 4096
@@ -68,7 +68,9 @@ def _specialise(
     kept_consts = tuple(c for c, use in zip(consts, used[: len(consts)], strict=True) if use)
     flags = (False,) * len(kept_consts) + tuple(donated[i] for i in kept)
     parts = None
-    if may_split and not is_whole(jaxpr):
+    if not may_split:
+        refuse_effects(jaxpr)
+    elif not is_whole(jaxpr):
         parts = split(jaxpr, flags, name, options)
         jaxpr = parts.jaxpr
     return Traced(jaxprs.close_jaxpr(jaxpr), kept_consts, kept, flags, out_tree, parts)

@@ -17,8 +17,9 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jax_mpk.capture import jaxprs
 from jax_mpk.errors import UnsupportedError
-from jax_mpk.graph.build import build_graph
+from jax_mpk.graph.build import build_graph, unsupported
 from jax_mpk.runtime.call import Options, megakernel_p
+from jax_mpk.runtime.jax_internals import core
 
 _NESTING = ("cond", "scan", "shard_map", "while")
 
@@ -53,6 +54,24 @@ def split(jaxpr: Jaxpr, donated: Sequence[bool], name: str, options: Options) ->
       options: of the call site.
     """
     return _Splitter(name, options).run(jaxpr, donated)
+
+
+def refuse_effects(jaxpr: Jaxpr) -> None:
+    """Raises UnsupportedPrimitiveError where a captured jaxpr has side effects."""
+    # Most are refused when the megakernel is lowered, but JAX drops one whose results nobody needs before that.
+    eqn = _effectful(jaxpr)
+    if eqn is not None:
+        raise unsupported(eqn, "it has a side effect, and a megakernel only computes its results")
+
+
+def _effectful(jaxpr: Jaxpr) -> JaxprEqn | None:
+    """The first equation with a side effect: the callback or access itself, not the loops around it."""
+    for eqn in jaxpr.eqns:
+        if all(isinstance(effect, core.NamedAxisEffect) for effect in eqn.effects):
+            continue
+        nested = (_effectful(inner) for inner in core.jaxprs_in_params(eqn.params))
+        return next((found for found in nested if found is not None), eqn)
+    return None
 
 
 class _Splitter:
@@ -171,6 +190,7 @@ def _single(eqn: JaxprEqn, like: Jaxpr) -> Jaxpr:
 
 def _refusal(jaxpr: Jaxpr) -> UnsupportedError | None:
     try:
+        refuse_effects(jaxpr)
         build_graph(jaxpr)
     except UnsupportedError as error:
         return error

@@ -136,7 +136,9 @@ def megakernelize(
     ``megakernelize(jax.grad(f))``.
 
     Args:
-      function: any function that ``jax.jit`` takes. Arrays it closes over are passed to the kernel as arguments.
+      function: any function that ``jax.jit`` takes. Arrays it closes over are passed to the kernel as arguments,
+        with the values they have at the first call: NumPy arrays are copied, those of JAX are not. Donating an array
+        that is also closed over copies it.
       donate_argnums: positions of arguments whose buffers may be reused for results, such as a KV cache that is
         updated in place. Under an outer ``jax.jit`` the caller must donate them too, or XLA copies them first.
       donate_argnames: the same, by name.

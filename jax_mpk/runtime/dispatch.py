@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from jax_mpk.capture import jaxprs
 from jax_mpk.runtime import pipeline
 from jax_mpk.runtime.call import Options, lift, megakernel_p, plan_target
+from jax_mpk.runtime.constants import Constants, Copies, is_small
 from jax_mpk.runtime.jax_internals import core, eager, jax_config, parse_arguments, tree_util, weakref_lru_cache
 from jax_mpk.runtime.split import Split, is_whole, refuse_effects, split
 
-#: NumPy constants up to this size stay in the HLO: functions often make them anew in every trace.
-_SMALL_CONSTANT = 4096
 _MAX_SIGNATURES = 4096
+#: How often a call gets a new entry point before it takes one that fits any trace.
+_MAX_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,33 @@ class _Respecialise(Exception):
 
 
 @dataclass(frozen=True)
+class Donations:
+    """What becomes of the leaves that a call donates.
+
+    Attributes:
+      reused: the plan takes their buffers over.
+      deleted: it does not, though results of their types exist: ``jax.jit`` deletes these too.
+    """
+
+    reused: frozenset[int]
+    deleted: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Entry:
     """A compiled entry point.
 
     Attributes:
       jitted: takes ``consts`` and the leaves.
       consts: closed-over arrays passed as arguments.
-      donated: leaves given to XLA for reuse.
+      donations: what becomes of donated leaves.
+      key: types of the leaves it was made for, and JAX's settings then.
     """
 
     jitted: Any
     consts: tuple[Any, ...]
-    donated: frozenset[int]
+    donations: Donations
+    key: Any
 
 
 @jax.tree_util.register_pytree_node_class
@@ -130,6 +145,7 @@ class CallSite:
         self.compiled: OrderedDict[Any, Any] = OrderedDict()
         self._entries: dict[Any, Entry | dict[Any, Entry]] = {}
         self._lock = threading.Lock()
+        self._copies: Copies = weakref.WeakValueDictionary()
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Calls the function eagerly."""
@@ -140,12 +156,27 @@ class CallSite:
         try:
             results = entry.jitted(*entry.consts, *leaves)
         except _Respecialise:
-            with self._lock:
-                if type(self._entries.get(signature)) is Entry:
-                    self._entries[signature] = {}
-            entry = self._entry(signature, leaves, args, kwargs)
-            results = entry.jitted(*entry.consts, *leaves)
+            entry, results = self._retry(entry, signature, leaves, args, kwargs)
+        if entry.donations.deleted:
+            _delete([leaves[i] for i in entry.donations.deleted], results)
         return results.restore() if type(results) is Reordered else results
+
+    def _retry(
+        self, entry: Entry, signature: Any, leaves: list[Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Entry, Any]:
+        """Calls the function once ``entry`` has turned out not to fit."""
+        for _ in range(_MAX_ATTEMPTS):
+            self._forget(signature, entry, leaves)
+            entry = self._entry(signature, leaves, args, kwargs)
+            try:
+                return entry, entry.jitted(*entry.consts, *leaves)
+            except _Respecialise:
+                pass
+        # The function differs from trace to trace, and JAX keeps none (jax.checking_leaks).
+        self._forget(signature, entry, leaves)
+        traced, _ = self.trace(args, kwargs)
+        entry = self._make_entry(traced, args, kwargs, leaves, any_trace=True)
+        return entry, entry.jitted(*entry.consts, *leaves)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Calls the function under a transformation."""
@@ -186,27 +217,54 @@ class CallSite:
 
     def _entry(self, signature: Any, leaves: list[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Entry:
         known = self._entries.get(signature)
-        key = None
-        if isinstance(known, dict):
-            key = (tuple(core.shaped_abstractify(x) for x in leaves), jax_config.trace_context())
-            if key in known:
-                return known[key]
+        if isinstance(known, dict) and (key := _entry_key(leaves)) in known:
+            return known[key]
         traced, _ = self.trace(args, kwargs)
         _warn_of_unusable_donations(traced)
         entry = self._make_entry(traced, args, kwargs, leaves)
         with self._lock:
-            if key is not None and isinstance(known, dict):
-                known[key] = entry
+            known = self._entries.get(signature)
+            if isinstance(known, dict):
+                known[entry.key] = entry
             else:
                 if len(self._entries) >= _MAX_SIGNATURES:
                     del self._entries[next(iter(self._entries))]
                 self._entries[signature] = entry
         return entry
 
-    def _make_entry(self, traced: Traced, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any]) -> Entry:
-        consts = tuple(c for c in traced.consts if not _is_small(c))
-        positions = {id(c): i for i, c in enumerate(consts)}
-        donated = self._donated_leaves(traced)
+    def _forget(self, signature: Any, entry: Entry, leaves: list[Any]) -> None:
+        """Drops an entry that no longer fits; one that fits other types of arguments stays, for those."""
+        with self._lock:
+            known = self._entries.get(signature)
+            if known is entry:
+                if entry.key == _entry_key(leaves):
+                    del self._entries[signature]
+                else:
+                    self._entries[signature] = {entry.key: entry}
+            elif isinstance(known, dict) and known.get(entry.key) is entry:
+                del known[entry.key]
+
+    def _make_entry(
+        self,
+        traced: Traced,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        leaves: list[Any],
+        any_trace: bool = False,
+    ) -> Entry:
+        """Makes an entry point.
+
+        Args:
+          traced: the function for these arguments.
+          args: of the call.
+          kwargs: of the call.
+          leaves: of the call.
+          any_trace: should the function be traced anew, make do with these donations, and let constants that are not
+            known yet go into the HLO.
+        """
+        constants = Constants(traced.consts, self._copies)
+        consts = constants.values
+        donations = self._donations(traced)
         rebuild = _rebuilder(self.tracer, args, kwargs, leaves)
 
         def entry_point(*operands: Any) -> Any:
@@ -216,14 +274,16 @@ class CallSite:
                 # JAX looks for the operation that made a NaN: it has to see them all.
                 return self.tracer.__wrapped__(*new_args, **new_kwargs)
             now, all_arguments = self.trace(new_args, new_kwargs)
-            if self._donated_leaves(now) != donated:
+            if self._donations(now) != donations and not any_trace:
                 raise _Respecialise
             values = []
             for value in now.consts:
-                if id(value) in positions:
-                    value = own[positions[id(value)]]
-                elif not _is_small(value):
-                    raise _Respecialise
+                if not is_small(value):
+                    position = constants.find(value)
+                    if position is not None:
+                        value = own[position]
+                    elif not any_trace:
+                        raise _Respecialise
                 values.append(value)
             results = self._bind(now, [*values, *(all_arguments[i] for i in now.kept)])
             order = _result_order(now, self._aliases(now))
@@ -232,8 +292,8 @@ class CallSite:
             return Reordered([results[i] for i in order], order, now.out_tree)
 
         entry_point.__name__ = entry_point.__qualname__ = self.name
-        donate_argnums = tuple(len(consts) + i for i in sorted(donated))
-        return Entry(jax.jit(entry_point, donate_argnums=donate_argnums), consts, donated)
+        donate_argnums = tuple(len(consts) + i for i in sorted(donations.reused))
+        return Entry(jax.jit(entry_point, donate_argnums=donate_argnums), consts, donations, _entry_key(leaves))
 
     def _aliases(self, traced: Traced) -> tuple[tuple[int, int], ...]:
         if not any(traced.donated):
@@ -243,13 +303,26 @@ class CallSite:
         made = pipeline.artifact(traced.jaxpr, traced.donated, self.name, plan_target(self.options))
         return made.aliases
 
-    def _donated_leaves(self, traced: Traced) -> frozenset[int]:
+    def _donations(self, traced: Traced) -> Donations:
+        reused = {operand for _, operand in self._aliases(traced)}
+        pairs = _pairs(traced.donated, traced.jaxpr.in_avals, traced.jaxpr.out_avals)
+        deleted = {operand for _, operand in pairs} - reused
         first = len(traced.consts)
-        return frozenset(traced.kept[operand - first] for _, operand in self._aliases(traced))
+        return Donations(
+            frozenset(traced.kept[operand - first] for operand in reused),
+            frozenset(traced.kept[operand - first] for operand in deleted),
+        )
 
 
-def _is_small(value: Any) -> bool:
-    return isinstance(value, np.ndarray | np.generic) and value.nbytes <= _SMALL_CONSTANT
+def _entry_key(leaves: Sequence[Any]) -> Any:
+    return tuple(core.shaped_abstractify(x) for x in leaves), jax_config.trace_context()
+
+
+def _delete(leaves: Sequence[Any], results: Any) -> None:
+    kept = {id(result) for result in jax.tree.leaves(results)}
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and id(leaf) not in kept:
+            leaf.delete()  # a call that still runs keeps the memory
 
 
 def _rebuilder(

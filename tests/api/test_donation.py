@@ -229,3 +229,17 @@ def test_other_shapes_donate_otherwise() -> None:
         a = integers(0, 4)
         where = pointer(a)
         assert pointer(step(a, b)) == where
+
+
+def test_donated_buffer_that_the_plan_does_not_take_over() -> None:
+    square = megakernelize(lambda a: a @ a, donate_argnums=0)
+    expected = fresh()[:8] @ fresh()[:8]
+    for x in (fresh()[:8], fresh()[:8]):
+        assert_same(square(x), expected)
+        assert x.is_deleted()
+    assert_same(square(np.asarray(fresh()[:8])), expected)
+
+    # A result that is the argument itself stays.
+    for how in ("error", "split"):
+        same = megakernelize(lambda a, b: (b, a, a @ b), donate_argnums=(0, 1), on_unsupported=how)
+        assert_same(same(fresh()[:8], fresh()[:8]), (fresh()[:8], fresh()[:8], expected))

@@ -34,6 +34,7 @@ class Megakernelized:
 
     def __init__(self, function: Callable[..., Any], options: Options, may_split: bool, **jit_options: Any):
         functools.update_wrapper(self, function)
+        self._made_from = {"options": options, "may_split": may_split, **jit_options}
         name = getattr(function, "__name__", None) or type(function).__name__
         self._site = CallSite(function, name, options, may_split, **jit_options)
 
@@ -47,6 +48,10 @@ class Megakernelized:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
+    def __reduce__(self) -> Any:
+        # Like jax.jit's: copies compile anew, and a pickle holds the function and the options.
+        return functools.partial(Megakernelized, **self._made_from), (self.__wrapped__,)
+
     def __repr__(self) -> str:
         return f"<megakernelized {self.__wrapped__!r}>"
 
@@ -57,9 +62,7 @@ class Megakernelized:
           An object like that of ``jax.jit(f).lower(…)``, which besides has every stage of the compilation:
           ``.jaxpr``, ``.graph``, ``.plan``, ``.program``, and ``.as_text(…)`` of each.
         """
-        traced, _ = self._site.trace(args, kwargs)
-        entry, leaves = self._site.entry(args, kwargs)
-        args_info = self._site.tracer.trace(*args, **kwargs).args_info
+        traced, entry, leaves, args_info = self._site.lower(args, kwargs)
         return MegakernelLowered(traced, entry, leaves, args_info, self._kernels(traced))
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:

@@ -20,7 +20,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import mlir as public_mlir
 
 from jax_mpk.capture import capture, jaxprs
-from jax_mpk.errors import DifferentiationError, ShardedInputError, TargetError
+from jax_mpk.errors import DifferentiationError, ShardedInputError, TargetError, UnsupportedError
 from jax_mpk.plan.ir import Target
 from jax_mpk.runtime import pipeline, targets
 from jax_mpk.runtime.jax_internals import (
@@ -91,6 +91,12 @@ batching.fancy_primitive_batchers[megakernel_p] = _batch
 @weakref_lru_cache
 def lift(closed: Any) -> tuple[Any, tuple[Any, ...]]:
     """Captures a closed jaxpr: without calls, and with its constants, returned too, as leading arguments."""
+    for aval in closed.in_avals:
+        if not core.is_constant_shape(getattr(aval, "shape", ())):
+            raise UnsupportedError(
+                f"A megakernel is planned for fixed sizes, and an argument has the symbolic shape {aval.str_short()}. "
+                "Export the function once for each size."
+            )
     captured = capture(closed)
     return jaxprs.close_jaxpr(captured.jaxpr), captured.consts
 

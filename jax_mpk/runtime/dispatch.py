@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from jax_mpk.capture import jaxprs
 from jax_mpk.runtime import pipeline
@@ -42,6 +43,8 @@ class Traced:
       kept: positions, among the function's array arguments, of its further arguments.
       donated: one flag per argument of ``jaxpr``.
       out_tree: structure of the results.
+      float0: positions and shapes, among the function's results, of those of type float0. They hold nothing, and are
+        no results of ``jaxpr``.
       parts: None where the jaxpr is one megakernel; else the jaxpr consists of several and of other equations.
     """
 
@@ -50,11 +53,19 @@ class Traced:
     kept: tuple[int, ...]
     donated: tuple[bool, ...]
     out_tree: Any
+    float0: tuple[tuple[int, tuple[int, ...]], ...] = ()
     parts: Split | None = None
 
     def operands(self, arguments: Sequence[Any]) -> list[Any]:
         """What to bind the primitive to."""
         return [*self.consts, *(arguments[i] for i in self.kept)]
+
+    def results(self, computed: Sequence[Any]) -> list[Any]:
+        """All results of the function, given those of ``jaxpr``."""
+        results = list(computed)
+        for position, shape in self.float0:
+            results.insert(position, np.zeros(shape, jax.dtypes.float0))
+        return results
 
 
 @weakref_lru_cache
@@ -63,6 +74,10 @@ def _specialise(
 ) -> Traced:
     lifted, consts = lift(closed)
     jaxpr, _ = jaxprs.open_jaxpr(lifted)
+    float0 = tuple((i, v.shape) for i, v in enumerate(lifted.out_avals) if _is_float0(v))
+    if float0:
+        outvars = [v for v in jaxpr.outvars if not _is_float0(v.aval)]
+        jaxpr = jaxprs.make_jaxpr(jaxpr.invars, outvars, jaxpr.eqns, jaxpr)
     jaxpr, used = jaxprs.eliminate_dead_code(jaxpr, len(jaxpr.invars))
     kept = tuple(i for i, use in enumerate(used[len(consts) :]) if use)
     kept_consts = tuple(c for c, use in zip(consts, used[: len(consts)], strict=True) if use)
@@ -73,7 +88,11 @@ def _specialise(
     elif not is_whole(jaxpr):
         parts = split(jaxpr, flags, name, options)
         jaxpr = parts.jaxpr
-    return Traced(jaxprs.close_jaxpr(jaxpr), kept_consts, kept, flags, out_tree, parts)
+    return Traced(jaxprs.close_jaxpr(jaxpr), kept_consts, kept, flags, out_tree, float0, parts)
+
+
+def _is_float0(aval: Any) -> bool:
+    return getattr(aval, "dtype", None) == jax.dtypes.float0
 
 
 class _Respecialise(Exception):
@@ -181,15 +200,17 @@ class CallSite:
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Calls the function under a transformation."""
         traced, arguments = self.trace(args, kwargs)
-        return traced.out_tree.unflatten(self._bind(traced, traced.operands(arguments)))
+        return traced.out_tree.unflatten(traced.results(self._bind(traced, traced.operands(arguments))))
 
     def trace(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Traced, list[Any]]:
         """Traces the function; also returns its array arguments, closed-over tracers first."""
         traced = self.tracer.trace(*args, **kwargs)
         _, leaves = parse_arguments(self.tracer, args, kwargs)
+        return self._specialised(traced), [*traced._consts, *leaves]
+
+    def _specialised(self, traced: Any) -> Traced:
         donated = tuple(traced._params["donated_invars"])
-        made = _specialise(traced.jaxpr, donated, traced.out_tree, self.name, self.options, self.may_split)
-        return made, [*traced._consts, *leaves]
+        return _specialise(traced.jaxpr, donated, traced.out_tree, self.name, self.options, self.may_split)
 
     def _bind(self, traced: Traced, operands: Sequence[Any]) -> Sequence[Any]:
         jaxpr, _ = jaxprs.open_jaxpr(traced.jaxpr)
@@ -209,11 +230,12 @@ class CallSite:
 
     # -- entry points ------------------------------------------------------------------------------------------
 
-    def entry(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Entry, list[Any]]:
-        """The entry point for these arguments, and their leaves."""
+    def lower(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Traced, Entry, list[Any], Any]:
+        """The function traced for these arguments, an entry point for them, their leaves and JAX's ``args_info``."""
+        traced = self.tracer.trace(*args, **kwargs)
         _, leaves = parse_arguments(self.tracer, args, kwargs)
-        traced, _ = self.trace(args, kwargs)
-        return self._make_entry(traced, args, kwargs, leaves), leaves
+        made = self._specialised(traced)
+        return made, self._make_entry(made, args, kwargs, leaves), leaves, traced.args_info
 
     def _entry(self, signature: Any, leaves: list[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Entry:
         known = self._entries.get(signature)
@@ -287,8 +309,12 @@ class CallSite:
                 values.append(value)
             results = self._bind(now, [*values, *(all_arguments[i] for i in now.kept)])
             order = _result_order(now, self._aliases(now))
+            results = now.results(results)
             if order == tuple(range(len(order))):
                 return now.out_tree.unflatten(results)
+            rest = [i for i, _ in now.float0]
+            computed = [i for i in range(len(results)) if i not in rest]
+            order = (*(computed[i] for i in order), *rest)
             return Reordered([results[i] for i in order], order, now.out_tree)
 
         entry_point.__name__ = entry_point.__qualname__ = self.name

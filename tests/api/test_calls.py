@@ -1,7 +1,9 @@
 """Eager calls: arguments, results, caching and errors are those of jax.jit."""
 
+import copy
 import dataclasses
 import functools
+import pickle
 from typing import Any, NamedTuple
 
 import jax
@@ -317,3 +319,54 @@ def test_tracing_from_several_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         for size, result in zip([1, 2, 3, 4] * 5, pool.map(lambda n: f(jnp.ones(n)), [1, 2, 3, 4] * 5), strict=True):
             assert_same(result, jnp.ones(size) * 3)
+
+
+def module_level(x, n):
+    return x * n
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))], ids=["copy", "deepcopy", "pickle"]
+)
+def test_copies(duplicate) -> None:
+    f = megakernelize(module_level, static_argnums=1, target="cpu-2", on_unsupported="split")
+    x = integers(0, 4)
+    for _ in range(2):
+        other = duplicate(f)
+        assert_same(other(x, 3), f(x, 3))
+        assert other.__name__ == "module_level"
+        assert other.lower(x, 3).plan.target == f.lower(x, 3).plan.target
+
+
+def test_float0() -> None:
+    """The gradient with respect to integers holds nothing."""
+
+    def loss(x, w):
+        return (x * w).sum()
+
+    def assert_same_tree(actual, expected) -> None:
+        assert jax.tree.structure(actual) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            np.testing.assert_array_equal(a, b)
+
+    gradient = jax.grad(loss, argnums=(0, 1), allow_int=True)
+    x, w = np.arange(3), integers(0, 3)
+    expected = jax.jit(gradient)(x, w)
+    f = megakernelize(gradient)
+    for compute in (f, jax.jit(f), lambda x, w: f.lower(x, w).compile()(x, w)):
+        assert_same_tree(compute(x, w), expected)
+    rows = np.stack([x, x + 1])
+    assert_same_tree(jax.vmap(f, (0, None))(rows, w), jax.vmap(jax.jit(gradient), (0, None))(rows, w))
+
+    def update(nothing, a, b, c):
+        return nothing, b.at[0].set(1.0), nothing, a.at[0].set(c), c
+
+    def arguments():
+        return expected[0], integers(1, 4), integers(2, 4), 2.0
+
+    for how in ("error", "split"):
+        g = megakernelize(update, donate_argnums=(1, 2), on_unsupported=how)
+        assert_same_tree(g(*arguments()), jax.jit(update)(*arguments()))
+    only = megakernelize(lambda x: x)
+    assert_same_tree(only(expected[0]), expected[0])

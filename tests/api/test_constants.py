@@ -29,7 +29,7 @@ def test_numpy_array_that_changes(compiler) -> None:
 def test_numpy_array_is_copied_once() -> None:
     table = np.ones(3000, np.float32)
     f = megakernelize(lambda x: (x + table).sum())
-    entries = [f._site.entry((x,), {})[0] for x in (1.0, np.float32(1), jnp.ones(3000))]
+    entries = [f._site.lower((x,), {})[1] for x in (1.0, np.float32(1), jnp.ones(3000))]
     assert len({pointer(entry.consts[0]) for entry in entries}) == 1
 
 
@@ -60,7 +60,7 @@ def test_constant_made_anew_in_every_trace(compiler) -> None:
 
 def test_array_is_not_copied() -> None:
     w = integers(0, 64, 64)
-    entry, _ = megakernelize(lambda x: x @ w)._site.entry((w,), {})
+    _, entry, *_ = megakernelize(lambda x: x @ w)._site.lower((w,), {})
     assert pointer(entry.consts[0]) == pointer(w)
 
 

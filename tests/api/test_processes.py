@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jax_mpk
 from jax_mpk import megakernelize
 from tests.api.support import run_python
 
@@ -53,6 +54,15 @@ def test_export_runs_here() -> None:
     f = megakernelize(lambda x: x * 2 + 1)
     exported = jax.export.export(jax.jit(f), disabled_checks=jax_mpk.export_checks())(jnp.ones(3))
     assert exported.call(jnp.ones(3)).tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("how", ["error", "split"])
+def test_symbolic_shapes_are_refused(how) -> None:
+    f = megakernelize(lambda x: jnp.concatenate([x, x * 2]).sum(), on_unsupported=how)
+    shapes = jax.ShapeDtypeStruct(jax.export.symbolic_shape("a, 3"), jnp.float32)
+    for exported in (f, jax.jit(f), jax.jit(jax.vmap(f))):
+        with pytest.raises(jax_mpk.UnsupportedError, match=r"fixed sizes.*symbolic shape.*\[a,3\]"):
+            jax.export.export(exported, disabled_checks=jax_mpk.export_checks())(shapes)
 
 
 CACHED = """

@@ -22,7 +22,8 @@ int64_t aligned(int64_t bytes) { return round_up(bytes, 64); }
 int64_t walk_scratch_bytes(const Code& code) {
   const int64_t accesses = static_cast<int64_t>(code.accesses.size()), lanes = code.max_lanes;
   return aligned(code.lane_bytes * lanes) + aligned(8 * lanes) * (2 + code.rank) +
-         aligned(8 * accesses * (code.rank + 1)) + aligned(16 * lanes * static_cast<int64_t>(code.accumulators.size()));
+         aligned(8 * accesses * (code.rank + 1)) +
+         aligned(Walk::kSpare * 8 * lanes * static_cast<int64_t>(code.accumulators.size()));
 }
 
 Walk::Walk(const Code& code, const Operand* operands, std::byte* scratch)
@@ -39,7 +40,7 @@ Walk::Walk(const Code& code, const Operand* operands, std::byte* scratch)
   lane_index_ = reinterpret_cast<int64_t*>(take(aligned(8 * lanes) * code.rank));
   group_stride_ = reinterpret_cast<int64_t*>(take(8 * accesses * (code.rank + 1)));
   offset_ = group_stride_ + accesses * code.rank;
-  spare_ = take(16 * lanes * static_cast<int64_t>(code.accumulators.size()));
+  spare_ = take(kSpare * 8 * lanes * static_cast<int64_t>(code.accumulators.size()));
 }
 
 Operand Walk::operand(const Access& access) const {

@@ -53,7 +53,8 @@ class Walk {
   // instruction of a deeper level or phase reads it (Instruction::use_level).
   std::byte* lanes_of(int register_offset) const { return registers_ + register_offset * lane_stride_; }
   bool varies(int level) const { return level > lane_level_; }
-  // Room for the caller: per accumulator of the code, two registers of 8 bytes a lane.
+  // Room for the caller: per accumulator of the code, kSpare registers of 8 bytes a lane.
+  static constexpr int64_t kSpare = 4;
   std::byte* spare() const { return spare_; }
 
   // Element offsets of an access without a register for lanes [p0, p0 + n): offset + stride * i, or false and

@@ -3,12 +3,18 @@
 // Two strategies, chosen by the encoder. Lanes along parallel axes: each lane is one output element and steps
 // through the reduced space in order. Lanes along the reduced axes: accumulators are lanes too, joined in a fixed
 // tree at the end; a combination that may not commute is joined pair by pair instead, which keeps the order.
+//
+// A long chain of additions loses accuracy, as terms meet an ever larger sum. So accumulators take kRun steps only and
+// are joined to a total then, which takes kRun of them and is joined to the next one (Levels). Up to kRun steps nothing
+// of this shows.
 #include <cstring>
 
 #include "host/vm.h"
 
 namespace jax_mpk::host {
 namespace {
+
+constexpr int64_t kRun = 128;  // a power of two
 
 class Reduction {
  public:
@@ -42,12 +48,20 @@ class Reduction {
     do {
       for (int64_t p0 = 0; p0 < walk.lanes();) {
         const int64_t n = walk.chunk(p0);
+        Levels levels;
         bool first = true;
         do {
           walk.run(p0, n);
           combine(walk, first, n);
           first = false;
+          if (levels.step()) {
+            int64_t used = n;
+            close(walk, levels, used);
+            first = true;
+          }
         } while (walk.advance(from, walk.groups()));
+        int64_t used = first ? 0 : n;
+        finish(walk, levels, used);
         emit(walk, at + p0, n);
         p0 += n;
       }
@@ -60,6 +74,7 @@ class Reduction {
     const int from = walk.groups_before(member_.space_rank);
     int64_t at = 0;
     do {
+      Levels levels;
       int64_t used = 0;  // accumulator lanes that hold something
       do {
         for (int64_t p0 = 0; p0 < walk.lanes();) {
@@ -71,12 +86,59 @@ class Reduction {
             join_ordered(walk, used == 0, n);
             used = 1;
           }
+          if (levels.step()) close(walk, levels, used);
           p0 += n;
         }
       } while (walk.advance(from, walk.groups()));
+      finish(walk, levels, used);
       if (member_.commutative) fold(walk, used);
       emit(walk, at++, 1);
     } while (walk.advance(0, from));
+  }
+
+  // Totals of closed runs: level 0 of up to kRun runs, level 1 of all earlier ones.
+  struct Levels {
+    static constexpr size_t kCount = 2;
+    int64_t used[kCount] = {};  // lanes that hold something
+    int64_t steps = 0;          // of all runs
+
+    bool step() { return ++steps % kRun == 0; }
+  };
+
+  // Joins the accumulators to the total of level 0, and that to level 1 when it is full.
+  void close(Walk& walk, Levels& levels, int64_t& used) {
+    raise(walk, levels, 0, used);
+    if (levels.steps % (kRun * kRun) != 0) return;
+    lower(walk, levels, 0, used);
+    raise(walk, levels, 1, used);
+  }
+
+  // All that was closed in front of the accumulators.
+  void finish(Walk& walk, Levels& levels, int64_t& used) {
+    for (size_t level = 0; level < Levels::kCount; ++level) lower(walk, levels, level, used);
+  }
+
+  // A level takes what the accumulators hold; they are empty then.
+  void raise(Walk& walk, Levels& levels, size_t level, int64_t& used) {
+    lower(walk, levels, level, used);
+    for (size_t k = 0; k < code_.accumulators.size(); ++k) {
+      copy(walk, k, total(walk, level, k), accumulator(walk, k), used);
+    }
+    levels.used[level] = used;
+    used = 0;
+  }
+
+  // The accumulators become what a level holds, combined with themselves; the level is empty then.
+  void lower(Walk& walk, Levels& levels, size_t level, int64_t& used) {
+    int64_t& held = levels.used[level];
+    if (held == 0) return;
+    for (size_t k = 0; k < code_.accumulators.size(); ++k) {
+      copy(walk, k, result(walk, k), accumulator(walk, k), used);
+      copy(walk, k, accumulator(walk, k), total(walk, level, k), held);
+    }
+    join_lanes(walk, held, used);
+    used = held;
+    held = 0;
   }
 
   // accumulators = results, or accumulators combined with results.
@@ -135,7 +197,7 @@ class Reduction {
   // Joins neighbours (0 with 1, 2 with 3, …) until one lane is left, then that onto the total of earlier chunks.
   void join_ordered(Walk& walk, bool first, int64_t n) {
     const size_t count = code_.accumulators.size();
-    std::byte* total = walk.spare();  // 8 bytes per accumulator
+    std::byte* chunks = total(walk, Levels::kCount, 0);  // 8 bytes per accumulator
     for (; n > 1; n = (n + 1) / 2) {
       for (size_t k = 0; k < count; ++k) {
         by_size(bytes_of(code_.accumulators[k].type), [&]<class T>(T*) {
@@ -153,10 +215,10 @@ class Reduction {
     }
     for (size_t k = 0; k < count; ++k) {
       const size_t bytes = static_cast<size_t>(bytes_of(code_.accumulators[k].type));
-      std::memcpy(accumulator(walk, k), first ? result(walk, k) : total + 8 * k, bytes);
+      std::memcpy(accumulator(walk, k), first ? result(walk, k) : chunks + 8 * k, bytes);
     }
     if (!first) walk.run_phase(code_.combine(), 1);
-    for (size_t k = 0; k < count; ++k) std::memcpy(total + 8 * k, accumulator(walk, k), 8);
+    for (size_t k = 0; k < count; ++k) std::memcpy(chunks + 8 * k, accumulator(walk, k), 8);
   }
 
   void emit(Walk& walk, int64_t at, int64_t n) {
@@ -177,6 +239,9 @@ class Reduction {
 
   void copy(Walk&, size_t k, std::byte* to, const std::byte* from, int64_t n) {
     std::memcpy(to, from, static_cast<size_t>(n * bytes_of(code_.accumulators[k].type)));
+  }
+  std::byte* total(Walk& walk, size_t level, size_t k) const {
+    return walk.spare() + 8 * code_.max_lanes * static_cast<int64_t>(level * code_.accumulators.size() + k);
   }
   std::byte* accumulator(Walk& walk, size_t k) const { return walk.lanes_of(code_.accumulators[k].at); }
   std::byte* result(Walk& walk, size_t k) const { return walk.lanes_of(code_.results[k].at); }

@@ -191,7 +191,7 @@ struct Context {
 void run_map(const Context& context, int index);
 void run_reduce(const Context& context, int index);
 void run_contract(const Context& context, int index);
-int64_t contract_scratch_bytes();  // of Context::walk()
+int64_t contract_scratch_bytes(const Member& member, int64_t tile_bytes);  // of Context::walk()
 void run_update(const Context& context, int index);
 void run_cumulative(const Context& context, int index);
 void run_sort(const Context& context, int index);

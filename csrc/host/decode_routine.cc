@@ -135,8 +135,8 @@ struct Decoder {
     }
   }
 
-  // Tiles, epilogue and split of a reduction or contraction.
-  void reducing(Member& member) {
+  // Tiles, epilogue and split of a reduction or contraction; the bytes of its tiles.
+  int64_t reducing(Member& member) {
     const size_t tiles = member.accumulators.size();
     const Code& epilogue = code(member.epilogue, member, member.space_rank, tiles);
     require_order(epilogue, 0, 0, member.space_rank);
@@ -147,7 +147,7 @@ struct Decoder {
     for (int d = member.space_rank; d < member.rank; ++d) {
       reader.require(member.extents[d] > 0, "a reduction over nothing");
     }
-    if (member.bounds.empty()) return;
+    if (member.bounds.empty()) return bytes;
     reader.require(member.rank > member.space_rank && member.bounds.size() >= 2 && member.bounds.front() == 0 &&
                        member.bounds.back() == member.extents[member.space_rank],
                    "a split does not cover the reduced axis");
@@ -161,6 +161,7 @@ struct Decoder {
                          member.outputs[k].elements == splits * product(member.extents, member.space_rank),
                      "an array of partial accumulators does not fit its split");
     }
+    return bytes;
   }
 
   void reduce(Member& member) {
@@ -191,8 +192,7 @@ struct Decoder {
     factor(member, member.lhs);
     factor(member, member.rhs);
     reader.require(member.accumulators.size() == 1, "a contraction has one accumulator");
-    bodies.walk_bytes = std::max(bodies.walk_bytes, contract_scratch_bytes());
-    reducing(member);
+    bodies.walk_bytes = std::max(bodies.walk_bytes, contract_scratch_bytes(member, reducing(member)));
   }
 
   void cumulative(Member& member) {

@@ -94,3 +94,41 @@ def test_running_sums_of_negative_zeros(length: int) -> None:
         assert not got.any() and not np.signbit(got).any()
         total = np.asarray(jax_mpk.megakernelize(lambda x: jnp.sum(x, 0))(np.full(shape, -0.0, np.float32)))
         assert not total.any() and not np.signbit(total).any()
+
+
+@pytest.mark.parametrize("make", [constant, uniform])
+@pytest.mark.parametrize("layout", ["mk,kn", "mk,nk", "km,kn", "k,kn", "mk,k", "k,k"])
+def test_products_over_long_axes(layout: str, make: Callable[..., np.ndarray]) -> None:
+    sizes = {"m": 4, "n": 5, "k": LONG}
+    lhs, rhs = (make(*(sizes[axis] for axis in part)) for part in layout.split(","))
+
+    def product(lib: Any) -> Callable[..., Any]:
+        return lambda x, y: lib.einsum(f"{layout}->{'mn' if 'm' in layout and 'n' in layout else ''}", x, y)
+
+    # The kernels' own chains are long enough for roundings of one direction to show.
+    limit = 2e-6 if make is constant else 8e-7
+    if layout in ("k,kn", "mk,k"):
+        assert worst(jnp.matmul, np.matmul, lhs, rhs) < limit
+    else:
+        assert worst(product(jnp), product(np), lhs, rhs) < limit
+
+
+@pytest.mark.parametrize("subscripts", ["aij,jib->ab", "ijk,ikj->", "iaj,ibj->ab"])
+def test_products_over_several_axes(subscripts: str) -> None:
+    """Reduced axes that do not step jointly are cut into many short sums."""
+    sizes = dict(zip("aijkb", (3, 700, 900, 30, 2)))
+    lhs, rhs = (uniform(*(sizes[axis] for axis in part)) for part in subscripts.split("->")[0].split(","))
+    if subscripts == "ijk,ikj->":
+        lhs = lhs[:, :300]
+        rhs = rhs[..., :300]
+
+    def exact(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum(subscripts, x, y, optimize=True))
+
+    assert worst(lambda x, y: jnp.einsum(subscripts, x, y), exact, lhs, rhs) < 8e-7
+
+
+def test_products_of_long_integer_axes_wrap() -> None:
+    x = np.full((2, LONG), 77_777, np.int32)
+    got = np.asarray(jax_mpk.megakernelize(lambda x: x @ x.T)(x))
+    assert got.tolist() == [[(77_777**2 * LONG + 2**31) % 2**32 - 2**31] * 2] * 2

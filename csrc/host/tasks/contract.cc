@@ -1,5 +1,9 @@
 // Contractions: axes are sorted into batch, m, n and k by which factor steps along them, neighbours that step jointly
 // are merged, and what is left is a loop around calls of the matrix kernels (or of a generic one for rare types).
+//
+// A long chain of additions loses accuracy, as terms meet an ever larger sum. The kernels add short chains to the
+// accumulators one after the other; where there are many of those, they go to a tile of their own, which is added to
+// the accumulators and starts anew every kLongSum terms.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -65,8 +69,16 @@ bool fast_type(Type type, ElementType& out) {
   }
 }
 
+// Terms of one sum up to which all of them go to the accumulators directly.
+constexpr int64_t kLongSum = 16 * 1024;
+
+// Whether a reduced space of that many positions needs a tile of its own; sums of integers are exact.
+bool long_sum(Type type, int64_t terms) {
+  return terms > kLongSum && (type == Type::k_f32 || type == Type::k_f64);
+}
+
 // The generic kernel: rows of both factors, converted to the accumulator's type.
-constexpr int64_t kPanelRows = 8, kPanelDepth = 512;
+constexpr int64_t kPanelRows = 8, kPanelDepth = 512, kPanelBytes = kPanelDepth * 8 * (kPanelRows + 2) + 64;
 
 void read_row(const std::byte* from, Type type, int64_t offset, int64_t stride, int64_t n, Type as, std::byte* staging,
               std::byte* out) {
@@ -168,6 +180,21 @@ void tile(const Operands& o, const Axis& b, const Axis& m, const Axis& n, const 
     case Type::k_f64: return run(double());
     default: return run(float());
   }
+}
+
+// Adds a tile whose elements lie one after the other to the accumulators, or stores it there.
+void flush(const Operands& o, const Axis& b, const Axis& m, const Axis& n, bool accumulate, const std::byte* sums) {
+  auto run = [&]<class T>(T) {
+    const T* from = reinterpret_cast<const T*>(sums);
+    for (int64_t ib = 0; ib < b.extent; ++ib) {
+      for (int64_t im = 0; im < m.extent; ++im) {
+        T* to = reinterpret_cast<T*>(o.acc) + ib * b.acc + im * m.acc;
+        for (int64_t in = 0; in < n.extent; ++in, ++from) to[in * n.acc] = accumulate ? to[in * n.acc] + *from : *from;
+      }
+    }
+  };
+  if (o.acc_type == Type::k_f64) return run(double());
+  run(float());
 }
 
 // Steps through the given axes, last one fastest.
@@ -300,6 +327,11 @@ class Contraction {
     for (const Axes* rest : {&batch, &ms, &ns}) {
       for (int i = 0; i < rest->count; ++i) outer.axis[outer.count++] = rest->axis[i];
     }
+    int64_t terms = k.extent;
+    for (int i = 0; i < ks.count; ++i) terms *= ks.axis[i].extent;
+    if (long_sum(o.acc_type, terms)) {
+      return for_each(outer, 0, o, [&](const Operands& at) { contract_long(at, b, m, n, ks, k, !first); });
+    }
     for_each(outer, 0, o, [&](const Operands& at) {
       bool accumulate = !first;
       for_each(ks, 0, at, [&](const Operands& part) {
@@ -307,6 +339,33 @@ class Contraction {
         accumulate = true;
       });
     });
+  }
+
+  // Sums of many terms, by way of a tile of kLongSum of them at a time.
+  void contract_long(const Operands& o, Axis b, Axis m, Axis n, const Axes& ks, const Axis& k, bool accumulate) {
+    std::byte* sums = context_.walk() + kPanelBytes;
+    const Axis acc_b = b, acc_m = m, acc_n = n;
+    n.acc = 1, m.acc = n.extent, b.acc = m.extent * n.extent;
+    int64_t terms = 0;
+    const auto close = [&] {
+      if (terms > 0) flush(o, acc_b, acc_m, acc_n, accumulate, sums);
+      accumulate |= terms > 0;
+      terms = 0;
+    };
+    for_each(ks, 0, o, [&](Operands part) {
+      part.acc = sums;
+      for (int64_t done = 0; done < k.extent;) {
+        Axis some = k;
+        some.extent = std::min(k.extent - done, kLongSum);
+        if (terms + some.extent > kLongSum) close();
+        tile(part, b, m, n, some, terms > 0, context_.walk());
+        terms += some.extent;
+        done += some.extent;
+        part.lhs += some.extent * k.lhs * bytes_of(part.lhs_type);
+        part.rhs += some.extent * k.rhs * bytes_of(part.rhs_type);
+      }
+    });
+    close();
   }
 
   const Context& context_;
@@ -318,7 +377,11 @@ class Contraction {
 
 }  // namespace
 
-int64_t contract_scratch_bytes() { return kPanelDepth * 8 * (kPanelRows + 2) + 64; }
+int64_t contract_scratch_bytes(const Member& member, int64_t tile_bytes) {
+  int64_t terms = 1;
+  for (int d = member.space_rank; d < member.rank; ++d) terms *= member.extents[d];
+  return kPanelBytes + (long_sum(member.accumulators[0], terms) ? tile_bytes : 0);
+}
 
 void run_contract(const Context& context, int index) {
   const Member& member = context.routine.members[index];

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.extend.core import JaxprEqn
+from jax.sharding import NamedSharding, Sharding
 
 from jax_mpk.capture import jaxprs
 from jax_mpk.graph import dtypes
@@ -344,15 +345,39 @@ def _iota(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
 
 #: One device, no aliasing, no differentiation: these primitives return their operands.
 _IDENTITIES = (
-    "copy copy_p device_put from_edtype layout_constraint mesh_cast name optimization_barrier pcast pvary "
-    "reduced_vary_cast reduced_vary_cast_p reshard sharding_constraint stage "
-    "stop_gradient to_edtype xla_metadata_value"
+    "copy copy_p from_edtype layout_constraint mesh_cast name optimization_barrier pcast pvary "
+    "reduced_vary_cast reduced_vary_cast_p stage stop_gradient to_edtype xla_metadata_value"
 ).split()
 
 
 @rule(*_IDENTITIES)
 def _identity(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     return xs
+
+
+@rule("sharding_constraint", "reshard", "device_put")
+def _sharding_constraint(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
+    """The operands, as long as a kernel on one device can put them where they are wanted."""
+    params = eqn.params
+    wanted = params["devices"] if "devices" in params else [params.get("sharding", params.get("dst_sharding"))]
+    for sharding in wanted:
+        if isinstance(sharding, Sharding) and _is_spread(sharding):
+            raise unsupported(
+                eqn,
+                f"it spreads an array over several devices ({sharding}), and a megakernel runs on one; apply it to "
+                "arguments or results outside, or call the megakernel inside jax.shard_map",
+            )
+    return xs
+
+
+def _is_spread(sharding: Sharding) -> bool:
+    """Whether devices hold different parts of an array."""
+    if isinstance(sharding, NamedSharding):
+        entries = [(entry,) if isinstance(entry, str) else entry for entry in sharding.spec]
+        # Anything else says nothing about its axis: None, PartitionSpec.UNCONSTRAINED.
+        names = [name for entry in entries if isinstance(entry, tuple) for name in entry]
+        return any(sharding.mesh.shape[name] > 1 for name in names)
+    return sharding.num_devices > 1 and not sharding.is_fully_replicated
 
 
 @rule("add_dependency")

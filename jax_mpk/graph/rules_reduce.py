@@ -43,17 +43,41 @@ def merge_axes(at: Sequence[int], rank: int, axes: Sequence[int]) -> list[int]:
 @rule(*_KINDS)
 def _reduce(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     (x,) = xs
-    kind = _KINDS[eqn.primitive.name]
+    return [_reduced(bb, x, tuple(eqn.params["axes"]), _KINDS[eqn.primitive.name])]
+
+
+def _reduced(bb: BlockBuilder, x: Value, axes: tuple[int, ...], kind: str) -> Value:
     if x.dtype == "b1":
         kind = _ON_BOOLS.get(kind, kind)
-    axes = tuple(eqn.params["axes"])
     space, rspace = split_axes(x.shape, axes)
 
     def body(b: Builder, at: list[int], load: Load) -> int:
         return b.compute(load(0, merge_axes(at, len(x.shape), axes)))
 
     acc = dtypes.compute_type(x.dtype)
-    return bb.reduce(space, rspace, xs, body, Combine(kind), [acc], [x.dtype])
+    (result,) = bb.reduce(space, rspace, [x], body, Combine(kind), [acc], [x.dtype])
+    return result
+
+
+#: Collectives that are reductions where their axes are positions, as ``jax.vmap`` makes them of its named axis.
+_COLLECTIVES = {"psum": "sum", "pmax": "max", "pmin": "min"}
+
+
+@rule(*_COLLECTIVES)
+def _collective(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
+    """A reduction over axes of the operands themselves; several devices are not reached from a kernel."""
+    axes = tuple(eqn.params["axes"])
+    named = [axis for axis in axes if not isinstance(axis, int)]
+    if named:
+        raise unsupported(
+            eqn,
+            f"it reduces over the mesh axes {', '.join(map(str, named))}, and a megakernel runs on one device; call it "
+            "between megakernels, inside jax.shard_map",
+        )
+    if eqn.params.get("axis_index_groups") is not None:
+        raise unsupported(eqn, "axis_index_groups is not supported")
+    kind = _COLLECTIVES[eqn.primitive.name]
+    return [_reduced(bb, x, axes, kind) for x in xs]
 
 
 @rule("argmax", "argmin")

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from jax_mpk.errors import UnsupportedPrimitiveError
+from jax_mpk.graph.build import refusal
 from jax_mpk.graph.ir import Nest, Update
 from tests.graph.harness import check, graph_of
 
@@ -101,6 +105,54 @@ def test_reductions(kind: str, axes: tuple[int, ...]) -> None:
         return [fn.bind(x, axes=axes, **({"out_sharding": None} if _has_sharding(fn, x, axes) else {})) for x in xs]
 
     check(reduced, xs)
+
+
+@pytest.mark.parametrize("fn", [lax.psum, lax.pmax, lax.pmin, lax.pmean])
+def test_collectives_over_mapped_axes(fn) -> None:
+    """Over an axis of ``jax.vmap`` they are plain reductions."""
+    check(jax.vmap(lambda r: fn(r, "b"), axis_name="b"), X, ulps=2)
+    check(jax.vmap(lambda r: r - fn(r, "b"), in_axes=1, axis_name="b"), RNG.integers(-3, 4, (3, 4)).astype(np.float32))
+    both = jax.vmap(jax.vmap(lambda r: fn((r, r.sum()), ("a", "b")), axis_name="a"), axis_name="b")
+    check(both, RNG.integers(-3, 4, (2, 3, 4)).astype(np.float64), ulps=2)
+    if fn is not lax.pmean:
+        check(jax.vmap(lambda r: fn(r, "b"), axis_name="b"), RNG.integers(-3, 4, (3, 5)).astype(np.int8))
+
+
+@pytest.mark.parametrize("fn", [lax.psum, lax.pmax, lax.pmin])
+def test_collectives_over_devices_are_refused(fn) -> None:
+    eqns = jax.make_jaxpr(lambda x: fn(x, "d"), axis_env=[("d", 2)])(X).jaxpr.eqns
+    (eqn,) = (eqn for eqn in eqns if eqn.primitive.name.startswith("p"))
+    error = refusal(eqn)
+    assert isinstance(error, UnsupportedPrimitiveError) and "mesh axes d" in str(error)
+
+
+def meshes(kind: AxisType) -> list[jax.sharding.Mesh]:
+    return [jax.make_mesh((n,), ("d",), axis_types=(kind,), devices=jax.devices()[:n]) for n in (1, 2)]
+
+
+def test_sharding_constraints() -> None:
+    """What would spread an array over devices is refused: one kernel cannot do it, and must not drop it."""
+    one, two = meshes(AxisType.Auto)
+    devices = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    kept = [NamedSharding(one, P("d")), NamedSharding(two, P()), NamedSharding(two, P(None, P.UNCONSTRAINED)), devices]
+    for put in (lax.with_sharding_constraint, jax.device_put):
+        for sharding in kept:
+            if put is lax.with_sharding_constraint or P.UNCONSTRAINED not in getattr(sharding, "spec", ()):
+                graph_of(lambda x, s=sharding, put=put: put(x * 2, s), X)
+        for spec in (P("d"), P(None, "d"), P(("d",), None)):
+            with pytest.raises(UnsupportedPrimitiveError, match="shard_map"):
+                graph_of(lambda x, spec=spec, put=put: put(x * 2, NamedSharding(two, spec)), X)
+    graph_of(lambda x: jax.device_put(x), X)
+
+
+def test_resharding() -> None:
+    one, two = meshes(AxisType.Explicit)
+    with jax.set_mesh(one):
+        graph_of(lambda x: jax.sharding.reshard(x, P("d")), X)
+    with jax.set_mesh(two):
+        graph_of(lambda x: jax.sharding.reshard(x, P()), X)
+        with pytest.raises(UnsupportedPrimitiveError, match="shard_map"):
+            graph_of(lambda x: jax.sharding.reshard(x, P("d")), X)
 
 
 def _has_sharding(primitive, x, axes) -> bool:

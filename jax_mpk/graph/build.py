@@ -79,18 +79,20 @@ def load_rules() -> dict[str, Rule]:
     return RULES
 
 
-def build_graph(jaxpr: Jaxpr, *, donated: frozenset[int] = frozenset()) -> Graph:
+def build_graph(jaxpr: Jaxpr, *, donated: frozenset[int] = frozenset(), platform: str | None = None) -> Graph:
     """Lowers a captured jaxpr (no constants, no calls; see :func:`jax_mpk.capture.capture`).
 
     Args:
       jaxpr: the function.
       donated: positions of arguments whose storage may be overwritten.
+      platform: where the graph will run, "cpu" or "cuda", or None where that is not known: functions that choose by
+        platform (``lax.platform_dependent``) must choose the same for both then.
 
     Raises:
       UnsupportedPrimitiveError: an equation has no rule, its rule refuses it, or an element type is not supported.
     """
     load_rules()
-    bb = BlockBuilder()
+    bb = BlockBuilder(platform=platform)
     inputs = []
     for var in jaxpr.invars:
         name = element_type(var.aval)

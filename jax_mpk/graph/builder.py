@@ -53,6 +53,7 @@ class _Shared:
         self.values: list[Value] = []
         self.constants: dict[int, int] = {}
         self.notes: list[str] = []
+        self.platform: str | None = None
         self.source = Source("")
         self.pinned = False
 
@@ -63,12 +64,15 @@ class BlockBuilder:
     Attributes:
       values: the value table so far.
       notes: sentences for ``Graph.notes``.
+      platform: JAX's name of the platform that the graph is built for, or None where it must suit all.
       source: origin given to the operators built now.
     """
 
-    def __init__(self, parent: BlockBuilder | None = None):
+    def __init__(self, parent: BlockBuilder | None = None, *, platform: str | None = None):
         self._parent = parent
         self._shared: _Shared = parent._shared if parent is not None else _Shared()
+        if parent is None:
+            self._shared.platform = platform
         self._ops: list[Op] = []
         self._literals: dict[tuple[str, int, tuple[int, ...]], Value] = {}
 
@@ -79,6 +83,10 @@ class BlockBuilder:
     @property
     def notes(self) -> list[str]:
         return self._shared.notes
+
+    @property
+    def platform(self) -> str | None:
+        return self._shared.platform
 
     @property
     def source(self) -> Source:

@@ -85,7 +85,7 @@ def _specialise(
     parts = None
     if not may_split:
         refuse_effects(jaxpr)
-    elif not is_whole(jaxpr):
+    elif not is_whole(jaxpr, options):
         parts = split(jaxpr, flags, name, options)
         jaxpr = parts.jaxpr
     return Traced(jaxprs.close_jaxpr(jaxpr), kept_consts, kept, flags, out_tree, float0, parts)

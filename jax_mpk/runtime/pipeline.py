@@ -18,6 +18,7 @@ from jax_mpk.graph.verify import verify_graph
 from jax_mpk.plan.ir import Plan, Target
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.verify import verify_plan
+from jax_mpk.runtime import targets
 from jax_mpk.runtime.jax_internals import weakref_lru_cache
 
 
@@ -87,7 +88,9 @@ def artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -
 
 
 def _compile(jaxpr: Jaxpr, donated: tuple[bool, ...], name: str, target: Target) -> Stages:
-    built = build_graph(jaxpr, donated=frozenset(i for i, d in enumerate(donated) if d))
+    built = build_graph(
+        jaxpr, donated=frozenset(i for i, d in enumerate(donated) if d), platform=targets.platform(target)
+    )
     verify_graph(built)
     graph = fuse(built)
     verify_graph(graph)

@@ -18,7 +18,8 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jax_mpk.capture import jaxprs
 from jax_mpk.errors import UnsupportedError
 from jax_mpk.graph.build import build_graph, unsupported
-from jax_mpk.runtime.call import Options, megakernel_p
+from jax_mpk.runtime import targets
+from jax_mpk.runtime.call import Options, megakernel_p, plan_target
 from jax_mpk.runtime.jax_internals import core
 
 _NESTING = ("cond", "scan", "shard_map", "while")
@@ -39,9 +40,9 @@ class Split:
     notes: tuple[str, ...]
 
 
-def is_whole(jaxpr: Jaxpr) -> bool:
+def is_whole(jaxpr: Jaxpr, options: Options) -> bool:
     """Whether a captured jaxpr can be compiled as it is."""
-    return _refusal(jaxpr) is None
+    return _refusal(jaxpr, options) is None
 
 
 def split(jaxpr: Jaxpr, donated: Sequence[bool], name: str, options: Options) -> Split:
@@ -113,7 +114,7 @@ class _Splitter:
         return jaxprs.make_jaxpr(jaxpr.invars, jaxpr.outvars, eqns, jaxpr)
 
     def _is_supported(self, eqn: JaxprEqn, jaxpr: Jaxpr) -> bool:
-        refusal = _refusal(_single(eqn, jaxpr))
+        refusal = _refusal(_single(eqn, jaxpr), self.options)
         if refusal is not None and eqn.primitive.name not in _NESTING:
             self.notes.append(f"left to XLA: {str(refusal).splitlines()[0]}")
         return refusal is None
@@ -188,10 +189,10 @@ def _single(eqn: JaxprEqn, like: Jaxpr) -> Jaxpr:
     return jaxprs.make_jaxpr(list(inputs), outputs, [eqn], like)
 
 
-def _refusal(jaxpr: Jaxpr) -> UnsupportedError | None:
+def _refusal(jaxpr: Jaxpr, options: Options) -> UnsupportedError | None:
     try:
         refuse_effects(jaxpr)
-        build_graph(jaxpr)
+        build_graph(jaxpr, platform=targets.platform(plan_target(options)))
     except UnsupportedError as error:
         return error
     return None

@@ -11,6 +11,11 @@ _GPUS = {target.name: target for target in vars(targets).values() if isinstance(
 _MAX_WORKERS = 4096
 
 
+def platform(target: Target) -> str:
+    """JAX's name of the platform that a target belongs to."""
+    return "cpu" if target.arch == "cpu" else "cuda"
+
+
 def resolve(target: Target | str | None) -> Target:
     """The target that a name stands for.
 

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from jax import lax
 
+import jax_mpk
+from jax_mpk.capture import capture
+from jax_mpk.errors import UnsupportedPrimitiveError
+from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.ir import Branch, Loop, walk
+from jax_mpk.graph.reference import evaluate
 from tests.graph.harness import check, graph_of
 
 X = np.random.default_rng(0).integers(-3, 4, (4, 6)).astype(np.float32)
@@ -120,3 +125,28 @@ def test_vmapped_and_differentiated_loops() -> None:
     check(jax.vmap(lambda x: lax.while_loop(lambda c: c < 3, lambda c: c + 1, x.sum())), X)
     check(jax.vmap(lambda x: lax.cond(x[0] > 0, lambda x: x, lambda x: -x, x)), X)
     check(jax.grad(lambda x: lax.scan(lambda c, a: (c * 2 + a, c.sum()), x[0], x)[1].sum()), X)
+
+
+def by_platform(x):
+    return lax.platform_dependent(x, cpu=jnp.negative, cuda=jnp.square, default=jnp.exp)
+
+
+def test_branches_by_platform() -> None:
+    """The graph is built for one platform, or refused where that is not known and matters."""
+    jaxpr = capture(jax.make_jaxpr(by_platform)(X)).jaxpr
+    for platform, expected in (("cpu", -X), ("cuda", X * X)):
+        np.testing.assert_array_equal(evaluate(build_graph(jaxpr, platform=platform), [X])[0], expected)
+    with pytest.raises(UnsupportedPrimitiveError, match="different branches"):
+        build_graph(jaxpr)
+    check(lambda x: lax.platform_dependent(x, tpu=jnp.sin, default=jnp.negative), X)
+
+
+def test_megakernels_take_the_branch_of_their_target() -> None:
+    np.testing.assert_array_equal(jax_mpk.megakernelize(by_platform)(X), -X)
+    np.testing.assert_array_equal(jax_mpk.megakernelize(by_platform, on_unsupported="split")(X), -X)
+    np.testing.assert_array_equal(jax.jit(jax_mpk.megakernelize(lambda x: by_platform(x) + 1))(X), 1 - X)
+    with pytest.raises(UnsupportedPrimitiveError, match="no branch for cpu"):
+        build_graph(
+            capture(jax.make_jaxpr(lambda x: lax.platform_dependent(x, cuda=jnp.sin, tpu=jnp.cos))(X)).jaxpr,
+            platform="cpu",
+        )

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cpu_handler.h"
+#include "host/program.h"
 
 namespace nb = nanobind;
 
@@ -16,6 +17,7 @@ void register_vm(nb::module_& m);
 NB_MODULE(_native, m) {
   m.doc() = "XLA FFI handlers of jax_mpk.";
   m.attr("ffi_api_version") = std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  m.attr("program_version") = jax_mpk::host::kProgramVersion;
   m.def("cpu_handlers", [] {
     nb::dict handlers;
     handlers["instantiate"] = nb::capsule(reinterpret_cast<void*>(JaxMpkCpuInstantiate));

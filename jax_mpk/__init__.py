@@ -4,18 +4,14 @@ from jax_mpk import config
 from jax_mpk._version import __version__
 from jax_mpk.api import Megakernelized, export_checks, megakernelize
 from jax_mpk.errors import (
-    BatchingError,
-    CompileError,
     ConfigError,
     DeadlockError,
     DifferentiationError,
-    DonationError,
     GraphVerificationError,
     JaxMpkError,
     LaunchError,
     NativeModuleError,
     PlanVerificationError,
-    ProgramVerificationError,
     ShardedInputError,
     TargetError,
     UnsupportedDtypeError,
@@ -26,12 +22,9 @@ from jax_mpk.plan.ir import Target
 from jax_mpk.stages import MegakernelLowered
 
 __all__ = [
-    "BatchingError",
-    "CompileError",
     "ConfigError",
     "DeadlockError",
     "DifferentiationError",
-    "DonationError",
     "GraphVerificationError",
     "JaxMpkError",
     "LaunchError",
@@ -39,7 +32,6 @@ __all__ = [
     "Megakernelized",
     "NativeModuleError",
     "PlanVerificationError",
-    "ProgramVerificationError",
     "ShardedInputError",
     "Target",
     "TargetError",

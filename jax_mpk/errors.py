@@ -2,9 +2,11 @@
 
 A user sees three kinds: something in the function cannot be compiled (:class:`UnsupportedPrimitiveError` and its
 neighbours; the text names the user's line and the way out), something is wrong with how the function is used
-(:class:`DifferentiationError`, :class:`ShardedInputError`), or something failed at run time (:class:`LaunchError`,
-:class:`DeadlockError`). The ``…VerificationError`` classes mean that a stage of jax_mpk produced something that its own
-checker refuses: a bug here, not in the user's program.
+(:class:`DifferentiationError`, :class:`ShardedInputError`, …), or something failed while a megakernel ran. XLA reports
+the last: calls raise ``jax.errors.JaxRuntimeError``, whose text names :class:`LaunchError` or :class:`DeadlockError`.
+These two are raised where a program runs without XLA (``runtime.native.run_program``) or a plan is simulated. The
+``…VerificationError`` classes mean that a stage of jax_mpk produced something that its own checker refuses: a bug
+here, not in the user's program.
 """
 
 from __future__ import annotations
@@ -55,10 +57,6 @@ class PlanVerificationError(JaxMpkError, AssertionError):
     """A Plan that could race, deadlock or leave something unwritten; a bug in jax_mpk. It is never run."""
 
 
-class ProgramVerificationError(JaxMpkError, AssertionError):
-    """A Program that does not say what its Plan says; a bug in jax_mpk."""
-
-
 class ShardedInputError(JaxMpkError, ValueError):
     """Arguments are sharded in a way that the function was not compiled for."""
 
@@ -67,28 +65,16 @@ class DifferentiationError(JaxMpkError, TypeError):
     """A megakernel was differentiated."""
 
 
-class BatchingError(JaxMpkError, TypeError):
-    """A megakernel was vmapped in a way that it does not support."""
-
-
-class DonationError(JaxMpkError, ValueError):
-    """A donated argument cannot be used as asked."""
-
-
 class TargetError(JaxMpkError, RuntimeError):
     """The device is not one that the program was made for."""
 
 
-class CompileError(JaxMpkError, RuntimeError):
-    """The device compiler refused the generated program."""
-
-
 class LaunchError(JaxMpkError, RuntimeError):
-    """A megakernel could not be launched, or failed while it ran."""
+    """A megakernel could not be launched, or failed while it ran; through XLA, part of a JaxRuntimeError's text."""
 
 
 class DeadlockError(LaunchError):
-    """A megakernel waited for something that cannot happen, or past its deadline."""
+    """A megakernel waited for something that cannot happen; through XLA, part of a JaxRuntimeError's text."""
 
 
 class NativeModuleError(JaxMpkError, ImportError):

@@ -15,9 +15,7 @@
 namespace jax_mpk::host {
 namespace {
 
-// "jax_mpk" in ASCII; the version changes whenever the meaning of a word does.
-constexpr int64_t kMagic = 0x6b706d5f78616a;
-constexpr int64_t kVersion = 2;
+constexpr int64_t kMagic = 0x6b706d5f78616a;  // "jax_mpk" in ASCII
 
 class Parser {
  public:
@@ -50,9 +48,9 @@ class Parser {
   void header() {
     reader_.require(reader_.any("magic number") == kMagic, "this is no program of jax_mpk");
     const int64_t version = reader_.any("version");
-    if (version != kVersion) {
+    if (version != kProgramVersion) {
       reader_.fail("it has version " + std::to_string(version) + ", this build reads version " +
-                   std::to_string(kVersion));
+                   std::to_string(kProgramVersion));
     }
     const int64_t total = reader_.any("length");
     if (total != static_cast<int64_t>(reader_.total())) {

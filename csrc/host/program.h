@@ -20,6 +20,9 @@
 
 namespace jax_mpk::host {
 
+// Changes whenever the meaning of a word does, here and in encode.py.
+inline constexpr int64_t kProgramVersion = 3;
+
 // Bytes that hold one value, or several that take turns.
 struct Storage {
   enum class Kind : uint8_t { kInput, kOutput, kWorkspace };

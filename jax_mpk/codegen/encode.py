@@ -50,7 +50,8 @@ from jax_mpk.plan.ir import FINISH, PARTIAL, READ, BranchNode, LoopNode, Plan, R
 from jax_mpk.plan.tags import tagged_accesses
 
 MAGIC = int.from_bytes(b"jax_mpk", "little")
-VERSION = 2
+#: Changes whenever the meaning of a word does, here and in csrc/host/program.h.
+VERSION = 3
 #: Most axes of a member or an array (csrc/host/bodies.h refuses more).
 MAX_AXES = 32
 

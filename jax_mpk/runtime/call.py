@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jax.extend.core import JaxprEqn, Primitive
-from jax.interpreters import mlir as public_mlir
+from jax.interpreters import mlir
 
 from jax_mpk.capture import capture, jaxprs
 from jax_mpk.errors import DifferentiationError, ShardedInputError, TargetError, UnsupportedError
@@ -175,7 +175,7 @@ def _lower_cpu(
     return rule(inner, *operands, program=made.program)[: len(ctx.avals_out)]
 
 
-public_mlir.register_lowering(megakernel_p, _lower_cpu, platform="cpu")
+mlir.register_lowering(megakernel_p, _lower_cpu, platform="cpu")
 
 
 def _lower_elsewhere(ctx: Any, *_: Any, name: str, **__: Any) -> Any:
@@ -183,7 +183,7 @@ def _lower_elsewhere(ctx: Any, *_: Any, name: str, **__: Any) -> Any:
     raise TargetError(f"{name} is a megakernel, and jax_mpk has no executor for {platforms} yet, only for cpu.")
 
 
-public_mlir.register_lowering(megakernel_p, _lower_elsewhere)
+mlir.register_lowering(megakernel_p, _lower_elsewhere)
 
 
 def _physical(aval: Any) -> Any:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax._src import config as jax_config
-from jax._src import core, mesh, sharding_impls, stages, tree_util
+from jax._src import core, sharding_impls, stages, tree_util
 from jax._src.ffi import ffi_lowering
-from jax._src.interpreters import ad, batching, mlir, partial_eval
+from jax._src.interpreters import ad, batching, partial_eval
 from jax._src.lib import jax_jit
 from jax._src.util import weakref_lru_cache
 
@@ -22,8 +22,6 @@ __all__ = [
     "eager",
     "ffi_lowering",
     "jax_config",
-    "mesh",
-    "mlir",
     "parse_arguments",
     "partial_eval",
     "sharding_impls",

@@ -10,6 +10,7 @@ import numpy as np
 from jaxlib import xla_client
 
 from jax_mpk import config
+from jax_mpk.codegen.encode import VERSION
 from jax_mpk.errors import DeadlockError, LaunchError, NativeModuleError
 
 try:
@@ -19,6 +20,13 @@ except ImportError as error:
         "The compiled part of jax_mpk cannot be loaded; reinstall it (`make build` in a checkout). "
         f"The loader says: {error}"
     ) from error
+
+if getattr(_native, "program_version", None) != VERSION:
+    raise NativeModuleError(
+        "The compiled part of jax_mpk does not fit its Python sources: it reads programs of version "
+        f"{getattr(_native, 'program_version', 'unknown')}, they write version {VERSION}. Reinstall jax_mpk "
+        "(`make build` in a checkout)."
+    )
 
 #: Name of the custom call of the CPU executor.
 CPU_TARGET = "jax_mpk_cpu"

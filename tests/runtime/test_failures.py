@@ -1,17 +1,21 @@
 """What goes wrong inside a custom call reaches Python as an exception that says what it was."""
 
+import importlib
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_mpk import megakernelize
+import jax_mpk
+from jax_mpk import _native, errors, megakernelize
 from jax_mpk.codegen.encode import encode
 from jax_mpk.codegen.ir import Program
 from jax_mpk.plan.ir import Plan
-from jax_mpk.runtime import pipeline
+from jax_mpk.runtime import native, pipeline
 
 
 def never_starts(plan: Plan) -> Program:
@@ -65,3 +69,23 @@ def test_plan_that_fails_its_checks_is_never_run(monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "make_plan", shrink)
     with pytest.raises(PlanVerificationError):
         megakernelize(lambda x: x + 1)(X)
+
+
+@pytest.mark.parametrize("version", [1, None])
+def test_extension_older_than_the_sources(monkeypatch, version) -> None:
+    if version is None:
+        monkeypatch.delattr(_native, "program_version")
+    else:
+        monkeypatch.setattr(_native, "program_version", version)
+    with pytest.raises(jax_mpk.NativeModuleError, match="make build"):
+        importlib.reload(native)
+
+
+def test_every_error_is_raised_somewhere() -> None:
+    """Classes that exist only on paper would promise what does not happen."""
+    package = Path(jax_mpk.__file__).parent
+    source = "".join(path.read_text() for path in package.rglob("*.py"))
+    for name, error in vars(errors).items():
+        if isinstance(error, type) and issubclass(error, jax_mpk.JaxMpkError) and error is not jax_mpk.JaxMpkError:
+            assert re.search(rf"(raise|return) (errors\.)?{name}\(", source), name
+            assert getattr(jax_mpk, name) is error

@@ -3,8 +3,8 @@
 ``jax.jit`` puts their values into its executable. Here they are passed as arguments, and their values are fixed when
 the entry point is made: NumPy arrays, which may be written to, are copied. A ``jax.Array`` cannot change, but it can
 be deleted or donated. On the CPU a view of its memory outlives both, and costs nothing until the array is donated:
-XLA then copies it, since something else refers to its memory. Elsewhere, and for arrays on several devices, the array
-itself is kept.
+XLA then copies it, since something else refers to its memory. Elsewhere, and for arrays on several devices or on a mesh
+with explicit axes, the array itself is kept: it must not be deleted, and where it lies the call runs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _SMALL = 4096
 
 
 def is_small(value: Any) -> bool:
+    """Whether a constant may stay in the HLO."""
     return isinstance(value, np.ndarray | np.generic) and value.nbytes <= _SMALL
 
 

@@ -134,12 +134,14 @@ EXCLUDED: dict[str, str] = {
     "one_minus_square": "occurs only in derivatives of inverse functions; tests of its own",
 }
 EXCLUDED.update({name: "not in this version of JAX" for name in ("log2", "mulhi") if not hasattr(lax, name)})
+_LAPACK = ("cholesky", "custom_linear_solve", "lu", "triangular_solve")
 #: Pairs that JAX traces but no random program may hold.
 EXCLUDED_PAIRS: dict[Pair, str] = {
     **{("mulhi", t): "refused" for t in ("s64", "u64")},
     **{("mulhi", t): "XLA of JAX 0.10 cannot compile it inside a fusion" for t in ("s8", "s16", "s32")},
     **{("cumlogsumexp", t): "JAX cannot lower it" for t in INTS},
     **{("random_seed", t): "JAX cannot lower it" for t in ("b1", *FLOATS)},
+    **{(p, t): "LAPACK does not have it" for p in _LAPACK for t in ("f16", "bf16")},
 }
 
 

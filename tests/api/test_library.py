@@ -17,6 +17,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "interp": lambda v: jnp.interp(v * 0.7, v, v * v),
     "interp grad": jax.grad(lambda v: jnp.interp(v * 0.7, v, v * v).sum()),
     "digitize": lambda v: jnp.digitize(v * 0.9, v),
+    "bincount": lambda v: jnp.bincount(v.astype(jnp.int32) % 3, length=4),
     "histogram": lambda v: jnp.histogram(v, 3),
     "histogram2d": lambda v: jnp.histogram2d(v, v * v, 2),
     "unique": lambda v: jnp.unique(jnp.floor(v / 2), size=4, return_counts=True),

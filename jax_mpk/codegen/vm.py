@@ -163,7 +163,7 @@ class Compiler:
                 a = self._real(a)
                 use_level[a] = max(use_level[a], self.values[v].level)
         for v in self.results:
-            use_level[v] = self.rank + 2
+            use_level[self._real(v)] = self.rank + 2
         instructions = []
         used = sorted({self.values[v].immediate for v in sequence if _is_memory(self.values[v])} | self._stepped())
         position = {access: i for i, access in enumerate(used)}

@@ -11,6 +11,16 @@ import pytest
 from jax_mpk import megakernelize
 
 KEY = jax.random.key(3)
+
+
+def _same_bits_everywhere(v: Any) -> Any:
+    """An update of several elements by one value that no loop computes."""
+    bits = jax.lax.broadcasted_iota(jnp.uint32, (3, 5, 7), 0) & jnp.uint32(0x400000) | jnp.uint32(0x3F800000)
+    ones = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    start = v[1].astype(jnp.int32)
+    return jax.lax.dynamic_update_slice(ones[2], ones[1, 1:5, 2:3], (start, start))
+
+
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "searchsorted": lambda v: jnp.searchsorted(v, v * 0.7),
     "searchsorted sort": lambda v: jnp.searchsorted(v, v * 0.7, side="right", method="sort"),
@@ -34,6 +44,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "beta": lambda v: jax.random.beta(KEY, v + 1, 2.0),
     "dirichlet": lambda v: jax.random.dirichlet(KEY, v + 1),
     "t": lambda v: jax.random.t(KEY, v + 2),
+    "same bits everywhere": _same_bits_everywhere,
     "ball": lambda v: jax.random.ball(KEY, 3) + v[0],
 }
 

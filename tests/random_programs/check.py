@@ -226,7 +226,7 @@ class NotReproducible(AssertionError):
 
 
 class Refused(Exception):
-    """``jax.jit`` itself cannot compile or run a program."""
+    """``jax.jit`` itself cannot compile or run a program, or gives other results than operation by operation."""
 
 
 def verdict(program: Program) -> str | None:
@@ -248,8 +248,15 @@ def verdict(program: Program) -> str | None:
         except Exception as error:  # whatever it is, it is the finding
             wrong = f"{type(error).__name__}: {error}"
         if wrong is not None:
+            if _disagrees_with_itself(program, expected):
+                raise Refused("JAX gives other results without jax.jit")
             return f"{target}: {wrong}"
     return None
+
+
+def _disagrees_with_itself(program: Program, expected: Reference) -> bool:
+    plain = program.function()(*expected.args)
+    return disagreement(program, expected, [np.asarray(r) for r in plain]) is not None
 
 
 def kind(message: str) -> str:

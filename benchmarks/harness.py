@@ -153,10 +153,19 @@ def write(rows: Sequence[Row], path: Path, **about: Any) -> None:
         about: further fields beside the rows, such as the command's options.
     """
     here = environment()
-    document = {**about, "command": " ".join(sys.orig_argv[1:]), "rows": [{**row, **here} for row in rows]}
+    document = {**about, "command": _command(sys.orig_argv[1:]), "rows": [{**row, **here} for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote {path}")
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command line without where its output goes, which says nothing about the run."""
+    kept = list(arguments)
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return " ".join(kept)
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:

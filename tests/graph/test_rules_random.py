@@ -130,7 +130,7 @@ ROUNDED: dict[str, tuple[Callable[[Any, str], Any], float, float, float]] = {
     "laplace": (lambda k, t: random.laplace(k, (300,), t), 1, 1, 300),
     "logistic": (lambda k, t: random.logistic(k, (300,), t), 12, 2, 300),
     "normal": (lambda k, t: random.normal(k, (300,), t), 1, 2, 30),
-    "truncated_normal": (lambda k, t: random.truncated_normal(k, -1.5, 2.0, (300,), t), 8, 4, 300),
+    "truncated_normal": (lambda k, t: random.truncated_normal(k, -1.5, 2.0, (300,), t), 32, 4, 300),
 }
 
 

@@ -17,7 +17,7 @@ BASE_PYTHON ?= $(shell .ci/pythons | head -n 1)
 REQUIRE ?=
 # ON treats compiler warnings as errors, as CI does.
 WERROR ?= OFF
-PYTEST_FLAGS ?= -n auto --maxprocesses 4 --dist loadfile
+PYTEST_FLAGS ?= -n auto --maxprocesses 4 --dist worksteal
 PROMPT ?= The capital of France is
 
 ifeq ($(origin PYTHON),undefined)

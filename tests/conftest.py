@@ -2,10 +2,13 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
 CPU_DEVICES = 8
+#: Folders whose tests depend on no version of Python or JAX: the quick tests, which CI runs on each, leave them out.
+VERSIONLESS = ("codegen", "host", "plan")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={CPU_DEVICES}".strip()
     if not _asks_for_gpu(config.option.markexpr):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what the quick tests leave out."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).parts[0] in VERSIONLESS:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

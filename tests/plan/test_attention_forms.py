@@ -23,8 +23,6 @@ from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
 from tests.plan.attention_forms import FORMS, Attend, Sizes
 
-pytestmark = pytest.mark.slow
-
 #: Queries, keys and values; attention; output projection.
 PHASES = 3
 

@@ -26,8 +26,6 @@ from models.generate import sampling_steps
 from models.sampling import Sampling
 from tests.plan.large_step import Shape
 
-pytestmark = pytest.mark.slow
-
 SHAPE = Shape()
 
 

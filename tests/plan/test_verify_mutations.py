@@ -10,8 +10,6 @@ from tests.plan.mutations import ORDER_ONLY, Mutation, Skip, corrupt, mutate
 from tests.plan.naive import Order, conflicting_pairs
 from tests.plan.oracle import harm
 
-pytestmark = pytest.mark.slow
-
 #: Verdicts wanted of each function; there are enough functions for more than 1,000 of each.
 WANTED = 75
 

@@ -34,7 +34,9 @@ def open_jaxpr(closed: Any) -> tuple[Jaxpr, list[Any]]:
 
 def close_jaxpr(jaxpr: Jaxpr) -> Any:
     """Inverse of :func:`open_jaxpr` for a jaxpr without constants."""
-    return core.ClosedJaxpr(jaxpr, ())
+    # From 0.12 on there is no other class; before, 0.11 had two names for one.
+    closed: Callable[[Jaxpr, Sequence[Any]], Any] | None = getattr(core, "ClosedJaxpr", None)
+    return jaxpr if closed is None else closed(jaxpr, ())
 
 
 def make_jaxpr(invars: Sequence[Var], outvars: Sequence[Atom], eqns: Sequence[JaxprEqn], like: Jaxpr) -> Jaxpr:

@@ -134,7 +134,8 @@ def _prune(jaxpr: Any, used_outputs: tuple[bool, ...]) -> tuple[Any, tuple[bool,
     return jaxprs.close_jaxpr(pruned), tuple(used_inputs)
 
 
-def _dead_code(used_outputs: Sequence[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
+def _dead_code(used_outputs: Sequence[bool], *rest: Any) -> tuple[list[bool], JaxprEqn | None]:
+    eqn: JaxprEqn = rest[-1]  # from JAX 0.12 on, which arguments are live comes before it
     if not any(used_outputs):
         return [False] * len(eqn.invars), None
     if all(used_outputs):

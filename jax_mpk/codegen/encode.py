@@ -333,7 +333,9 @@ class _Member:
         order = tuple(range(rank))
         if not lanes:
             order = (*(d for d in range(rank) if d != op.axis), op.axis)
-        code = self.routines.compiled(bodies.cumulative_code, op, order, _layouts(operands), _layouts(outputs))
+        code = self.routines.compiled(
+            bodies.cumulative_code, _anonymous(op), order, _layouts(operands), _layouts(outputs)
+        )
         self._head("cumulative", op.space, (), operands, outputs)
         self._codes(code, None, (), op.acc)
         self.w.put(op.axis + 1 if lanes else -1, op.axis, int(op.reverse), int(op.combine.kind == "sum"))

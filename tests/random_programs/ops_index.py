@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 from tests.random_programs import values
@@ -64,53 +65,79 @@ def _indices(g: Gen, batch: tuple[int, ...], limits: list[int], *, inside: bool)
     return g.make(shape, dtype)
 
 
-def _numbers(g: Gen, shape: tuple[int, ...], rank: int, least: int = 0) -> tuple[list[int], list[int]]:
-    """Which axes are addressed, in random order, and which of all axes disappear (window size 1)."""
-    axes = [d for d in range(rank) if shape[d] > 0]
+@dataclass(frozen=True)
+class _Windows:
+    """Windows of an array at computed positions.
+
+    Attributes:
+        addressed: axes with a start position, in random order.
+        collapsed: those of them that disappear (window size 1).
+        batching: axes that go along with the first axes of the positions.
+        sizes: of a window, along every axis of the array.
+        limits: last start position in bounds of each addressed axis.
+        batch: shape of the positions.
+    """
+
+    addressed: list[int]
+    collapsed: list[int]
+    batching: list[int]
+    sizes: list[int]
+    limits: list[int]
+    batch: tuple[int, ...]
+
+    def interleaved(self, g: Gen, limit: int) -> tuple[list[int], list[int]]:
+        """Places of the window's axes among those of the positions, and the shape of all."""
+        window = [n for d, n in enumerate(self.sizes) if d not in self.collapsed and d not in self.batching]
+        rank = len(self.batch) + len(window)
+        if rank > 5:
+            raise Skip("rank")
+        places = sorted(g.rng.sample(range(rank), len(window)))
+        shape, batch_left, window_left = [], list(self.batch), list(window)
+        for axis in range(rank):
+            shape.append(window_left.pop(0) if axis in places else batch_left.pop(0))
+        if math.prod(shape) > limit:
+            raise Skip("too large")
+        return places, shape
+
+    def numbers(self, name: str, places: list[int]) -> str:
+        """The dimension numbers, an object of lax."""
+        lists = (places, self.collapsed, self.addressed, self.batching, range(len(self.batching)))
+        return f"lax.{name}({', '.join(str(tuple(numbers)) for numbers in lists)})"
+
+
+def _windows(g: Gen, shape: tuple[int, ...], batching_chance: float, least: int = 0) -> _Windows:
+    """Windows that address at least so many axes."""
+    axes = [d for d, n in enumerate(shape) if n > 0]
     if len(axes) < least:
         raise Skip("nothing to address")
     g.rng.shuffle(axes)
     addressed = axes[: g.rng.randint(least if g.chance(0.1) else min(1, len(axes)), len(axes))]
     collapsed = sorted(d for d in addressed if g.chance(0.6))
-    return addressed, collapsed
-
-
-@op("gather", exact=ALL, smooth=ALL, weight=2.5)
-def _gather(g: Gen, dtype: str) -> None:
-    x = g.take(dtype, 1, 3)
-    shape = x.info.shape
-    if g.chance(0.3):
-        _take(g, x)
-        return
-    addressed, collapsed = _numbers(g, shape, x.info.rank)
     batching: list[int] = []
-    if x.info.rank > 1 and shape[0] in (1, 2, 3, 4, 5) and 0 not in addressed and g.chance(0.5):
+    if len(shape) > 1 and shape[0] in (1, 2, 3, 4, 5) and 0 not in addressed and g.chance(batching_chance):
         batching = [0]
     sizes = [1 if d in collapsed or d in batching else g.rng.randint(1, n) if n else 0 for d, n in enumerate(shape)]
     batch = g.shape(0, 2)
     if batching:
         batch = (shape[0], *batch[:1])
+    return _Windows(addressed, collapsed, batching, sizes, [shape[d] - sizes[d] for d in addressed], batch)
+
+
+@op("gather", exact=ALL, smooth=ALL, weight=2.5)
+def _gather(g: Gen, dtype: str) -> None:
+    x = g.take(dtype, 1, 3)
+    if g.chance(0.3):
+        _take(g, x)
+        return
+    windows = _windows(g, x.info.shape, 0.5)
     mode = g.rng.choice(["clip", "clip", "fill", "fill", "promise_in_bounds"])
-    limits = [shape[d] - sizes[d] for d in addressed]
-    indices = _indices(g, batch, limits, inside=mode == "promise_in_bounds")
-    window = [n for d, n in enumerate(sizes) if d not in collapsed and d not in batching]
-    rank = len(batch) + len(window)
-    if rank > 5:
-        raise Skip("rank")
-    offsets = sorted(g.rng.sample(range(rank), len(window)))
-    out, batch_left, window_left = [], list(batch), list(window)
-    for axis in range(rank):
-        out.append(window_left.pop(0) if axis in offsets else batch_left.pop(0))
-    if math.prod(out) > g.limit:
-        raise Skip("too large")
-    numbers = (
-        f"lax.GatherDimensionNumbers({tuple(offsets)}, {tuple(collapsed)}, {tuple(addressed)}, "
-        f"{tuple(batching)}, {tuple(range(len(batching)))})"
-    )
+    indices = _indices(g, windows.batch, windows.limits, inside=mode == "promise_in_bounds")
+    places, out = windows.interleaved(g, g.limit)
     extra, info = "", x.info.of_shape(*out)
     if mode == "fill":
         info, extra = _filled(g, info)
-    code = f"lax.gather({{0}}, {{1}}, {numbers}, {tuple(sizes)}, mode='{mode}'{extra})"
+    numbers = windows.numbers("GatherDimensionNumbers", places)
+    code = f"lax.gather({{0}}, {{1}}, {numbers}, {tuple(windows.sizes)}, mode='{mode}'{extra})"
     g.emit(code, [x, indices], info)
 
 
@@ -142,35 +169,14 @@ def _take(g: Gen, x: Value) -> None:
 
 def _scatter(g: Gen, dtype: str, name: str) -> None:
     x = g.take(dtype, 1, 3)
-    shape = x.info.shape
     # Where no axis is addressed XLA (0.10, 0.11) applies only the last of all updates on the CPU.
-    addressed, inserted = _numbers(g, shape, x.info.rank, least=1)
-    batching: list[int] = []
-    if x.info.rank > 1 and shape[0] in (1, 2, 3, 4, 5) and 0 not in addressed and g.chance(0.4):
-        batching = [0]
-    sizes = [1 if d in inserted or d in batching else g.rng.randint(1, n) if n else 0 for d, n in enumerate(shape)]
-    batch = g.shape(0, 2)
-    if batching:
-        batch = (shape[0], *batch[:1])
-    window = [n for d, n in enumerate(sizes) if d not in inserted and d not in batching]
-    rank = len(batch) + len(window)
-    if rank > 5:
-        raise Skip("rank")
-    places = sorted(g.rng.sample(range(rank), len(window)))
-    updates, batch_left, window_left = [], list(batch), list(window)
-    for axis in range(rank):
-        updates.append(window_left.pop(0) if axis in places else batch_left.pop(0))
-    if math.prod(updates) > g.limit // 2:
-        raise Skip("too large")
+    windows = _windows(g, x.info.shape, 0.4, least=1)
+    places, updates = windows.interleaved(g, g.limit // 2)
     mode = g.rng.choice(["clip", "fill", "fill", "promise_in_bounds"])
-    limits = [shape[d] - sizes[d] for d in addressed]
-    indices = _indices(g, batch, limits, inside=mode == "promise_in_bounds")
+    indices = _indices(g, windows.batch, windows.limits, inside=mode == "promise_in_bounds")
     new = g.make(tuple(updates), dtype)
-    x, new, info = _scattered(g, x, new, name, max(1, math.prod(batch)))
-    numbers = (
-        f"lax.ScatterDimensionNumbers({tuple(places)}, {tuple(inserted)}, {tuple(addressed)}, "
-        f"{tuple(batching)}, {tuple(range(len(batching)))})"
-    )
+    x, new, info = _scattered(g, x, new, name, max(1, math.prod(windows.batch)))
+    numbers = windows.numbers("ScatterDimensionNumbers", places)
     g.emit(f"lax.{name}({{0}}, {{1}}, {{2}}, {numbers}, mode='{mode}')", [x, indices, new], info)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(here).parts[0] in VERSIONLESS:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit types, as under JAX_ENABLE_X64."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

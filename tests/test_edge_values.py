@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,14 +16,10 @@ from tests.random_programs.edges import Case, Group, groups
 from tests.random_programs.program import NAMES
 from tests.random_programs.values import FLOATS, NUMPY
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 Array = np.ndarray[Any, Any]
 GROUPS = dict(groups())
-
-
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def function(cases: list[Case], names: Mapping[str, Any] = NAMES) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -18,11 +17,7 @@ from tests.random_programs.runs import EXACT, SMOOTH
 from tests.random_programs.shrink import shrink
 from tests.random_programs.values import NUMPY, is_float
 
-
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.slow

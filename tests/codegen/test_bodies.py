@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ import pytest
 from jax import lax
 
 from tests.codegen.harness import expected, run
+
+pytestmark = pytest.mark.usefixtures("x64")
 
 RNG = np.random.default_rng(7)
 
@@ -204,12 +206,6 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], float]] = {
     "top of everything": (lambda x: lax.top_k(x, 300), (np.round(f64(2, 300), 1),), 0),
     "nothing": (lambda x: (x + 1, x.sum(0), jnp.concatenate([x, x])), (f32(0, 7),), 0),
 }
-
-
-@pytest.fixture(autouse=True)
-def _wide_types() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

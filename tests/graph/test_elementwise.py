@@ -11,6 +11,8 @@ from jax import lax
 
 from tests.graph.harness import check, run
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 SIGNED = ("int8", "int16", "int32", "int64")
 UNSIGNED = ("uint8", "uint16", "uint32", "uint64")
@@ -19,12 +21,6 @@ BOOL = ("bool",)
 
 _ORDINARY = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 3.75, -7.25, 100.0]
 _SPECIAL = [np.inf, -np.inf, np.nan]
-
-
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
 
 
 def values(dtype: str) -> np.ndarray:

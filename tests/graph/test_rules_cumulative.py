@@ -12,11 +12,7 @@ from jax_mpk.graph.ir import Cumulative, walk
 from tests.graph.harness import check, graph_of
 from tests.graph.samples import FLOATS, INTS, NUMBERS, exact, wild
 
-
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from jax_mpk import errors
 from tests.graph.harness import check, run
 from tests.graph.samples import ALL, FLOATS, NUMBERS, exact, wild
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 CLIP = lax.GatherScatterMode.CLIP
 FILL = lax.GatherScatterMode.FILL_OR_DROP
 PROMISE = lax.GatherScatterMode.PROMISE_IN_BOUNDS
@@ -29,12 +31,6 @@ EXTREME_INDICES = {
     "uint32": [0, 7, 2**31, 2**32 - 1],
     "uint64": [0, 4, 2**32 + 2, 2**63, 2**64 - 1],
 }
-
-
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture

@@ -12,11 +12,7 @@ from jax import lax
 
 from tests.graph.harness import check
 
-
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture

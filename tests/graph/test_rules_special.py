@@ -14,15 +14,11 @@ from jax_mpk.graph.ir import Nest, walk
 from tests.graph.harness import check, graph_of
 from tests.graph.samples import FLOATS
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 #: No infinite order: XLA's value there is an accident of its series.
 _EDGES = np.array([0.0, 1.0, -1.0, 2.0, -2.0, -3.0, 0.5, -0.5, 1.5, -2.5, np.nan, 1e-3, 12.0])
 _INFINITE = np.array([np.inf, -np.inf])
-
-
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture

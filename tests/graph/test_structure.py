@@ -13,16 +13,12 @@ from jax_mpk.graph.build import refusal
 from jax_mpk.graph.ir import Nest, Update
 from tests.graph.harness import check, graph_of
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((4, 6)).astype(np.float32)
 CUBE = RNG.standard_normal((2, 3, 4)).astype(np.float32)
 EMPTY = np.zeros((0, 6), np.float32)
-
-
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
 
 
 MOVES = {

@@ -228,4 +228,26 @@ void for_each_piece(int rank, const int64_t* low, const int64_t* high, const F& 
   for_each_piece(rank, cut, high, f);
 }
 
+// Runs a reduction or contraction over a task's box in such pieces, each followed by the epilogue. A piece has all
+// reduced elements, or those of the task's split.
+template <class F>
+void run_in_pieces(const Context& context, int index, const F& run) {
+  const Member& member = context.routine.members[index];
+  const bool partial = !member.bounds.empty();
+  int64_t from[kMaxAxes], to[kMaxAxes];
+  for (int d = member.space_rank; d < member.rank; ++d) {
+    from[d] = partial ? context.low(index)[d] : 0;
+    to[d] = partial ? context.high(index)[d] : member.extents[d];
+  }
+  const auto piece = [&](const int64_t* low, const int64_t* high) {
+    for (int d = 0; d < member.space_rank; ++d) {
+      from[d] = low[d];
+      to[d] = high[d];
+    }
+    run(from, to);
+    run_epilogue(context, index, low, high, context.tile());
+  };
+  for_each_piece(member.space_rank, context.low(index), context.high(index), piece);
+}
+
 }  // namespace jax_mpk::host

@@ -254,8 +254,6 @@ void add_arithmetic(KernelTable& t) {
 
 }  // namespace
 
-#define JAX_MPK_JOIN2(a, b) a##b
-#define JAX_MPK_JOIN(a, b) JAX_MPK_JOIN2(a, b)
 void JAX_MPK_JOIN(add_arithmetic_, JAX_MPK_VM_ISA)(KernelTable& table) { add_arithmetic(table); }
 
 }  // namespace jax_mpk::host

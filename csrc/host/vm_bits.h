@@ -164,8 +164,6 @@ void add_bits(KernelTable& t) {
 
 }  // namespace
 
-#define JAX_MPK_JOIN2(a, b) a##b
-#define JAX_MPK_JOIN(a, b) JAX_MPK_JOIN2(a, b)
 void JAX_MPK_JOIN(add_bits_, JAX_MPK_VM_ISA)(KernelTable& table) { add_bits(table); }
 
 }  // namespace jax_mpk::host

@@ -144,8 +144,6 @@ void add_convert(KernelTable& t) {
 
 }  // namespace
 
-#define JAX_MPK_JOIN2(a, b) a##b
-#define JAX_MPK_JOIN(a, b) JAX_MPK_JOIN2(a, b)
 void JAX_MPK_JOIN(add_convert_, JAX_MPK_VM_ISA)(KernelTable& table) { add_convert(table); }
 
 }  // namespace jax_mpk::host

@@ -8,6 +8,10 @@
 
 #include "host/vm_kernels.h"
 
+// Joins names after expanding them, as in add_bits_ and the instruction set.
+#define JAX_MPK_JOIN2(a, b) a##b
+#define JAX_MPK_JOIN(a, b) JAX_MPK_JOIN2(a, b)
+
 namespace jax_mpk::host {
 namespace {
 

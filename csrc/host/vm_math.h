@@ -215,8 +215,6 @@ void add_math(KernelTable& t) {
 
 }  // namespace
 
-#define JAX_MPK_JOIN2(a, b) a##b
-#define JAX_MPK_JOIN(a, b) JAX_MPK_JOIN2(a, b)
 void JAX_MPK_JOIN(add_math_, JAX_MPK_VM_ISA)(KernelTable& table) { add_math(table); }
 
 }  // namespace jax_mpk::host

@@ -385,24 +385,9 @@ int64_t contract_scratch_bytes(const Member& member, int64_t tile_bytes) {
 
 void run_contract(const Context& context, int index) {
   const Member& member = context.routine.members[index];
-  int64_t low[kMaxAxes], high[kMaxAxes];
-  const bool partial = !member.bounds.empty();
-  for (int d = 0; d < member.rank; ++d) {
-    const bool whole = d >= member.space_rank && !partial;
-    low[d] = whole ? 0 : context.low(index)[d];
-    high[d] = whole ? member.extents[d] : context.high(index)[d];
-  }
-  if (empty(member.space_rank, low, high)) return;
+  if (empty(member.space_rank, context.low(index), context.high(index))) return;
   Contraction contraction(context, member);
-  for_each_piece(member.space_rank, low, high, [&](const int64_t* piece_low, const int64_t* piece_high) {
-    int64_t from[kMaxAxes], to[kMaxAxes];
-    for (int d = 0; d < member.rank; ++d) {
-      from[d] = d < member.space_rank ? piece_low[d] : low[d];
-      to[d] = d < member.space_rank ? piece_high[d] : high[d];
-    }
-    contraction.run(from, to);
-    run_epilogue(context, index, piece_low, piece_high, context.tile());
-  });
+  run_in_pieces(context, index, [&](const int64_t* from, const int64_t* to) { contraction.run(from, to); });
 }
 
 }  // namespace jax_mpk::host

@@ -268,24 +268,8 @@ class Reduction {
 }  // namespace
 
 void run_reduce(const Context& context, int index) {
-  const Member& member = context.routine.members[index];
   Reduction reduction(context, index);
-  int64_t low[kMaxAxes], high[kMaxAxes];
-  const bool partial = !member.bounds.empty();
-  for (int d = 0; d < member.rank; ++d) {
-    const bool whole = d >= member.space_rank && !partial;
-    low[d] = whole ? 0 : context.low(index)[d];
-    high[d] = whole ? member.extents[d] : context.high(index)[d];
-  }
-  for_each_piece(member.space_rank, low, high, [&](const int64_t* piece_low, const int64_t* piece_high) {
-    int64_t from[kMaxAxes], to[kMaxAxes];
-    for (int d = 0; d < member.rank; ++d) {
-      from[d] = d < member.space_rank ? piece_low[d] : low[d];
-      to[d] = d < member.space_rank ? piece_high[d] : high[d];
-    }
-    reduction.run(from, to);
-    run_epilogue(context, index, piece_low, piece_high, context.tile());
-  });
+  run_in_pieces(context, index, [&](const int64_t* from, const int64_t* to) { reduction.run(from, to); });
 }
 
 }  // namespace jax_mpk::host

@@ -31,6 +31,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "custom_vjp_call": ("call_jaxpr",),
     "custom_vjp_call_jaxpr": ("fun_jaxpr", "call_jaxpr"),
     "custom_vmap_call": ("call",),
+    "eval_jaxpr": ("call_jaxpr",),
     "jit": ("jaxpr",),
     "linear_call": ("callee",),
     "megakernel": ("jaxpr",),
@@ -56,7 +57,7 @@ class Captured:
 
 def capture(closed_jaxpr: Any) -> Captured:
     """Inlines calls, lifts constants and drops dead equations."""
-    jaxpr, consts = jaxprs.open_jaxpr(closed_jaxpr)
+    jaxpr, consts = jaxprs.open_jaxpr(jaxprs.lower(closed_jaxpr))
     scope = _Scope()
     new = scope.body(jaxpr, consts, None)
     lifted = scope.lifted

@@ -39,6 +39,19 @@ def close_jaxpr(jaxpr: Jaxpr) -> Any:
     return jaxpr if closed is None else closed(jaxpr, ())
 
 
+def lower(closed: Any) -> Any:
+    """The closed jaxpr that JAX itself would compile: without primitives and types of its "hijax" layer.
+
+    Such a primitive (from 0.12 on, ``jnp.searchsorted`` binds one) holds no jaxpr but a Python function, which
+    JAX traces when it lowers the calls, loops and branches around it.
+    """
+    jaxpr, _ = open_jaxpr(closed)
+    # Arguments of such a type stand for any number of arrays, or for places to write to. They are refused later.
+    if not jaxpr.is_high or any(v.aval.is_high for v in (*jaxpr.constvars, *jaxpr.invars, *jaxpr.outvars)):
+        return closed
+    return partial_eval.lower_jaxpr2(closed)
+
+
 def make_jaxpr(invars: Sequence[Var], outvars: Sequence[Atom], eqns: Sequence[JaxprEqn], like: Jaxpr) -> Jaxpr:
     """A jaxpr without constants; effects are those of its equations."""
     effects: set[Any] = set().union(*(eqn.effects for eqn in eqns))

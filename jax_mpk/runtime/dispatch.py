@@ -26,7 +26,7 @@ from jax_mpk.runtime import pipeline
 from jax_mpk.runtime.call import Options, lift, megakernel_p, plan_target
 from jax_mpk.runtime.constants import Constants, Copies, is_small
 from jax_mpk.runtime.jax_internals import core, eager, jax_config, parse_arguments, tree_util, weakref_lru_cache
-from jax_mpk.runtime.split import Split, is_whole, refuse_effects, split
+from jax_mpk.runtime.split import Split, is_whole, refuse_effects, refuse_high_types, split
 
 _MAX_SIGNATURES = 4096
 #: How often a call gets a new entry point before it takes one that fits any trace.
@@ -85,6 +85,7 @@ def _specialise(
     parts = None
     if not may_split:
         refuse_effects(jaxpr)
+        refuse_high_types(jaxpr)
     elif not is_whole(jaxpr, options):
         parts = split(jaxpr, flags, name, options)
         jaxpr = parts.jaxpr
@@ -411,7 +412,8 @@ def _warn_of_unusable_donations(traced: Traced) -> None:
 
 
 def _type(aval: Any) -> tuple[Any, Any]:
-    return aval.shape, aval.dtype
+    # Types of JAX's "hijax" layer need not have these.
+    return getattr(aval, "shape", None), getattr(aval, "dtype", aval)
 
 
 # --- The primitive, applied to values ----------------------------------------------------------------------------

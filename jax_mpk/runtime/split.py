@@ -65,6 +65,18 @@ def refuse_effects(jaxpr: Jaxpr) -> None:
         raise unsupported(eqn, "it has a side effect, and a megakernel only computes its results")
 
 
+def refuse_high_types(jaxpr: Jaxpr) -> None:
+    """Raises UnsupportedError where arguments or results of a captured jaxpr have a type of JAX's "hijax" layer."""
+    # Capture lowers those that only occur inside. JAX lowers a megakernel's own away before it comes to its rules.
+    for eqn in jaxpr.eqns:
+        for atom in (*eqn.invars, *eqn.outvars):
+            if atom.aval.is_high:
+                raise unsupported(eqn, f"it uses a {type(atom.aval).__name__}")
+    for atom in jaxpr.outvars:
+        if atom.aval.is_high:
+            raise UnsupportedError(f"A megakernel makes arrays, and one of its results is a {atom.aval.str_short()}.")
+
+
 def _effectful(jaxpr: Jaxpr) -> JaxprEqn | None:
     """The first equation with a side effect: the callback or access itself, not the loops around it."""
     for eqn in jaxpr.eqns:

@@ -78,6 +78,23 @@ def test_composites_are_inlined() -> None:
     assert names(captured(lambda x: square(x) + 1, X).jaxpr) == ["mul", "add"]
 
 
+def test_primitives_that_hold_a_function_are_written_out() -> None:
+    """Those of JAX's "hijax" layer: from 0.12 on, ``searchsorted`` binds one."""
+
+    def fn(x):
+        table = jnp.sort(x)
+        y = jax.checkpoint(lambda x: jnp.interp(x, table, table * TABLE))(x)
+        y = lax.scan(lambda c, _: (c + jnp.searchsorted(table, c), None), y, None, length=2)[0]
+        y = lax.cond(y[0] > 0, lambda y: y + jnp.digitize(y, TABLE), lambda y: y, y)
+        y = lax.while_loop(lambda y: jnp.searchsorted(table, y[0]) < 4, lambda y: y + 1, y)
+        return jax.vmap(lambda v: jnp.searchsorted(table, v, method="sort"))(y[:, None])
+
+    out = captured(fn, X)
+    assert not any("hi_primitive" in name for jaxpr in all_jaxprs(out.jaxpr) for name in names(jaxpr))
+    sources = [jaxprs.user_line(eqn) for eqn in out.jaxpr.eqns]
+    assert all("test_capture.py" in source for source in sources), sources
+
+
 def test_a_nested_megakernel_is_inlined() -> None:
     nested = jax.extend.core.Primitive("megakernel")
     nested.multiple_results = True

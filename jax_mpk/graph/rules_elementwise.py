@@ -116,6 +116,23 @@ def _one_minus_square(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Seque
     return elementwise(bb, eqn, xs, formula)
 
 
+@rule("polynomial")
+def _polynomial(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
+    """Horner's rule, in the order of JAX's own lowering."""
+    unroll = eqn.params.get("unroll")
+
+    def formula(b: Builder, x: int, *coefficients: int) -> int:
+        out, *rest = reversed(coefficients)
+        if len(coefficients) > (8 if unroll is None else unroll):
+            # There, JAX loops and starts from zero, which makes NaN of infinities.
+            out, rest = b.const(0, b.nodes[x].dtype), [out, *rest]
+        for coefficient in rest:
+            out = b.add(b.mul(out, x), coefficient)
+        return out
+
+    return elementwise(bb, eqn, xs, formula)
+
+
 @rule("log2")
 def _log2(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     def formula(b: Builder, x: int) -> int:

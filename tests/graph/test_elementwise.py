@@ -172,6 +172,17 @@ def test_integer_pow(power: int) -> None:
         check(lambda x: lax.integer_pow(x, power), values("int32"))
 
 
+@pytest.mark.skipif(not hasattr(lax, "polynomial"), reason="not in this version of JAX")
+@pytest.mark.parametrize("terms", [1, 8, 9])
+def test_polynomial(terms: int) -> None:
+    """More terms than JAX unrolls start from zero, and zero times an infinity is NaN."""
+    whole = np.arange(terms) % 5 - 2
+    operands = [[values(t), whole.astype(t)] for t in ("float32", "float64", "int32", "uint8")]
+    over_types(lambda x, c: lax.polynomial(x, list(c)), operands, ulps=16)
+    column, few = np.linspace(-2, 2, 7).reshape(7, 1), np.ones((terms, 1, 3))
+    check(lambda x, c: lax.polynomial(x, [2.0, *c, 3.0], unroll=3), column, few, ulps=16)
+
+
 def test_nextafter_of_sixteen_bits() -> None:
     x = [1.0, -1.0, 0.0, -0.0, 1.0, 2.0, np.inf, np.nan, 1.0, 65504.0, 3.0]
     y = [2.0, -2.0, 1.0, -1.0, 1.0, -np.inf, 0.0, 1.0, np.nan, np.inf, 3.0]

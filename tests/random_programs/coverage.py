@@ -114,6 +114,10 @@ EXAMPLES: dict[str, str] = {
     "while": "lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1]), (0, x))",
     "xor": "lax.bitwise_xor(x, x)",
 }
+#: Not in every version of JAX.
+_NEW = ("log2", "mulhi", "polynomial")
+if hasattr(lax, "polynomial"):
+    EXAMPLES["polynomial"] = "lax.polynomial(x, [x, x])"
 
 _SHARDING = "says something about devices or meshes, and computes nothing on one device"
 _INSIDE = "occurs only inside what other primitives are lowered to"
@@ -133,7 +137,7 @@ EXCLUDED: dict[str, str] = {
     "philox4x32": "not reachable by the default key type; tests of its own",
     "one_minus_square": "occurs only in derivatives of inverse functions; tests of its own",
 }
-EXCLUDED.update({name: "not in this version of JAX" for name in ("log2", "mulhi") if not hasattr(lax, name)})
+EXCLUDED.update({name: "not in this version of JAX" for name in _NEW if not hasattr(lax, name)})
 _LAPACK = ("cholesky", "custom_linear_solve", "lu", "triangular_solve")
 #: Pairs that JAX traces but no random program may hold.
 EXCLUDED_PAIRS: dict[Pair, str] = {

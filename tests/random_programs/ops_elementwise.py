@@ -168,7 +168,10 @@ _BINARY: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Transfer]] = {
     "ge": ("lax.ge({0}, {1})", ALL, (), _bool),
     # Of signed integers it is nothing that XLA of JAX 0.10 compiles inside a fusion.
     "mulhi": ("lax.mulhi({0}, {1})", ("u8", "u16", "u32"), (), _full),
+    "polynomial": ("lax.polynomial({0}, [{1}, {0}])", NUMBERS, FLOATS, lambda x, y: _sum(multiplied(x, x), y)),
 }
+#: Not in every version of JAX.
+_NEW = ("mulhi", "polynomial")
 
 
 def _binary(g: Gen, dtype: str, code: str, transfer: Transfer) -> None:
@@ -177,7 +180,7 @@ def _binary(g: Gen, dtype: str, code: str, transfer: Transfer) -> None:
 
 
 for _name, (_code, _exact, _smooth, _transfer) in _BINARY.items():
-    if _name != "mulhi" or hasattr(lax, _name):
+    if _name not in _NEW or hasattr(lax, _name):
         op(_name, exact=_exact, smooth=_smooth)(functools.partial(_binary, code=_code, transfer=_transfer))
 
 

@@ -1,9 +1,10 @@
 """Capture: a jaxpr without calls and without constants.
 
 JAX's jaxprs nest: ``jit``, custom derivatives, ``checkpoint`` and others are calls of inner jaxprs, each of which
-may carry constants of its own. :func:`capture` writes all calls out and lifts the constants to the front of the
-argument list. Loops, branches and ``shard_map`` stay; their inner jaxprs are captured likewise, and constants reach
-them as operands. The result is still a jaxpr that JAX itself can evaluate.
+may carry constants of its own. :func:`capture` writes all calls out, those of Python functions that JAX's "hijax"
+primitives are too, and lifts the constants to the front of the argument list. Loops, branches and ``shard_map`` stay;
+their inner jaxprs are captured likewise, and constants reach them as operands. The result is still a jaxpr that JAX
+itself can evaluate.
 """
 
 from __future__ import annotations

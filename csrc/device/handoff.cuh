@@ -1,0 +1,124 @@
+// Hand-offs between workers: counter events and tagged words, and what happens when one never comes.
+#pragma once
+
+#include "launch.cuh"
+#include "memory.cuh"
+#include "types.cuh"
+
+namespace mpk {
+
+// Counters lie a sector apart, so that polling one does not slow another.
+constexpr int kEventWords = 8;
+
+// Every wait of a thread. One that passes the deadline makes all waits of the launch fall through.
+struct Watch {
+  Header* header;
+  Record* record;
+  u64 deadline_ns;
+  u32 worker;
+
+  __device__ bool aborted() const { return load_relaxed(&header->abort) != 0; }
+
+  // Repeats `done` until it holds; false: the launch gave up.
+  template <class Done, class Report>
+  __device__ __forceinline__ bool until(Done&& done, Report&& report) const {
+    u64 start = 0;
+    for (u32 spins = 1; !done(); ++spins) {
+      if (spins % 256 != 0) continue;
+      if (aborted()) return false;
+      const u64 now = nanoseconds();
+      if (start == 0) start = now;
+      if (deadline_ns != 0 && now - start > deadline_ns) {
+        if (atomicCAS(&header->abort, 0u, 1u) == 0) report();
+        return false;
+      }
+    }
+    return true;
+  }
+
+  __device__ void note(u32 task, Wait kind, u32 what, u32 expected, u32 seen, u64 element = 0) const {
+    volatile Record* r = record;
+    r->worker = worker;
+    r->task = task;
+    r->kind = static_cast<u32>(kind);
+    r->what = what;
+    r->expected = expected;
+    r->seen = seen;
+    r->element = element;
+    __threadfence_system();
+    r->set = 1;
+  }
+
+  // Counters only grow, modulo 2^32.
+  __device__ bool event(const u32* counter, u32 threshold, u32 task, u32 number) const {
+    u32 seen;
+    return until([&] { return static_cast<s32>((seen = load_acquire(counter)) - threshold) >= 0; },
+                 [&] { note(task, Wait::kEvent, number, threshold, seen); });
+  }
+
+  __device__ bool barrier(u32 threshold) const {
+    u32 seen;
+    return until([&] { return static_cast<s32>((seen = load_acquire(&header->arrivals)) - threshold) >= 0; },
+                 [&] { note(~0u, Wait::kBarrier, 0, threshold, seen); });
+  }
+};
+
+// A value handed over by tagged words: payload and tag in one machine word, each its own event.
+template <class T>
+struct Tagged {
+  static_assert(sizeof(T) <= 4);
+  static constexpr bool kNarrow = sizeof(T) <= 2;
+  using Word = typename IntegerOf<kNarrow ? 4 : 8>::Unsigned;
+  static constexpr int kShift = kNarrow ? 16 : 32;
+  static constexpr int kVector = 16 / sizeof(Word);
+
+  Word* words;
+  u32 tag;
+
+  __device__ bool tagged(Word w) const { return (w & ((Word(1) << kShift) - 1)) == tag; }
+  __device__ static T payload(Word w) { return bitcast<T>(static_cast<UnsignedOf<T>>(w >> kShift)); }
+
+  template <class C>
+  __device__ T get(const C& c, u64 i) const {
+    Word w;
+    c.watch.until([&] { return tagged(w = load_relaxed(words + i)); },
+                  [&] { c.watch.note(c.task[1], Wait::kTag, tag, tag, w & 65535, i); });
+    return payload(w);
+  }
+
+  // What this very task has stored.
+  __device__ T own(u64 i) const { return payload(load_relaxed(words + i)); }
+  __device__ void put(u64 i, T v) const { store_relaxed(words + i, Word(bitcast<UnsignedOf<T>>(v)) << kShift | tag); }
+};
+
+// Brings `count` consecutive elements to shared memory, when they have arrived.
+template <class T, class C>
+__device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 first, int count, T* to, int thread,
+                                      int threads) {
+  using Word = typename Tagged<T>::Word;
+  constexpr int kVector = Tagged<T>::kVector;
+  const int head = min(count, static_cast<int>((kVector - first % kVector) % kVector));
+  const int vectors = (count - head) / kVector;
+  for (int k = thread; k < vectors; k += threads) {
+    const int at = head + k * kVector;
+    Word w[kVector];
+    c.watch.until(
+        [&] {
+          load_relaxed(from.words + first + at, w);
+          bool all = true;
+#pragma unroll
+          for (int e = 0; e < kVector; ++e) all &= from.tagged(w[e]);
+          return all;
+        },
+        [&] { c.watch.note(c.task[1], Wait::kTag, from.tag, from.tag, w[0] & 65535, first + at); });
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) to[at + e] = Tagged<T>::payload(w[e]);
+  }
+  const int rest = count - vectors * kVector;
+  for (int k = thread; k < rest; k += threads) {
+    const int at = k < head ? k : k + vectors * kVector;
+    to[at] = from.get(c, first + at);
+  }
+}
+
+}  // namespace mpk

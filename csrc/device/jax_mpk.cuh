@@ -1,0 +1,10 @@
+// Everything generated programs use.
+#pragma once
+
+#include "persistent.cuh"
+#include "scalar.cuh"
+#include "tasks/contract.cuh"
+#include "tasks/map.cuh"
+#include "tasks/reduce.cuh"
+#include "tasks/update.cuh"
+#include "types.cuh"

@@ -1,0 +1,218 @@
+// The persistent kernel: one CTA per SM walks its static queue of tasks.
+//
+// A CTA has consumer warps, which run tasks, and one producer warp, which brings constant bytes (weights) to the ring
+// in shared memory ahead of all dependencies. Both walk the same schedule of segments, loops and branches.
+//
+// A generated program supplies `Shape`, the sizes of everything, and `Program`:
+//   schedule(role)            calls role.segment, role.barrier, role.flag in the order of the plan
+//   run(context, routine)     runs the current task
+#pragma once
+
+#include "handoff.cuh"
+#include "launch.cuh"
+#include "memory.cuh"
+#include "ring.cuh"
+#include "types.cuh"
+
+namespace mpk {
+
+constexpr int kWarp = 32;
+
+// A branch index, as lax.switch takes it.
+__device__ __forceinline__ int clamped(s32 index, int arms) { return min(max(index, 0), arms - 1); }
+
+// A task in the tables: the routine, then what its code reads (boxes, operands), then waits and signals.
+struct TaskWords {
+  enum : int { kRoutine, kTask, kWaits, kSignals, kOrder, kFirst };
+};
+
+// What code of tasks sees: the consumer side of a worker.
+template <class Shape>
+struct Context {
+  static constexpr int kWarps = Shape::kWarps, kThreads = kWarps * kWarp, kStageBytes = Shape::kStageBytes;
+
+  const typename Shape::Launch& launch;
+  Watch watch;
+  char* shared;
+  int worker, thread, warp, lane;
+  const u32* task = nullptr;  // words of the current task, in shared memory
+  u32 tag = 0;                // of this run of the segment
+  u32 barriers = 0;           // barriers of all workers passed in this launch
+  u32 decisions = 0;          // read from memory and handed to the producer
+  Ring<Shape> ring;
+
+  __device__ Context(const typename Shape::Launch& l, char* s)
+      : launch(l),
+        watch{static_cast<Header*>(l.state), l.record, l.deadline_ns, static_cast<u32>(blockIdx.x)},
+        shared(s),
+        worker(blockIdx.x),
+        thread(threadIdx.x),
+        warp(threadIdx.x / kWarp),
+        lane(threadIdx.x % kWarp),
+        ring(s) {}
+
+  // -- arrays --
+  __device__ int box(int word) const { return static_cast<int>(task[word]); }
+  template <class T>
+  __device__ T* global(int word) const {
+    return reinterpret_cast<T*>(static_cast<char*>(launch.buffer[task[word]]) + u64(task[word + 1]) * 16);
+  }
+  template <class T>
+  __device__ Tagged<T> tagged(int word) const {
+    auto* words = static_cast<char*>(launch.state) + u64(task[word]) * 16;
+    return {reinterpret_cast<typename Tagged<T>::Word*>(words), tag};
+  }
+  template <class T>
+  __device__ T* local(int byte) const {
+    return reinterpret_cast<T*>(shared + Shape::kScratch + byte);
+  }
+  template <class T>
+  __device__ T* partials() const {
+    return reinterpret_cast<T*>(shared + Shape::kPartials);
+  }
+
+  // All consumer threads of this worker.
+  __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+
+  // -- schedule --
+  __device__ void segment(int s) {
+    u32* runs = control() + Shape::kSegments;
+    const u32 sequence = control()[s] + runs[s];
+    tag = 1 + sequence % 65535;
+    const u32* queue = launch.tables + Shape::kQueues + (s * Shape::kWorkers + worker) * 2;
+    const u32 count = queue[1];
+    const u32* words = launch.tables + Shape::kTasks + u64(queue[0]) * Shape::kTaskWords;
+    if (count > 0) fetch(words, 0);
+    for (u32 i = 0; i < count; ++i) {
+      copies_wait();
+      sync();  // the words have landed, and nobody reads scratch of the task before
+      task = slot(i % 2);
+      if (i + 1 < count) fetch(words + u64(i + 1) * Shape::kTaskWords, (i + 1) % 2);
+      const u32 waits = task[TaskWords::kWaits], signals = task[TaskWords::kSignals];
+      const u32* order = task + task[TaskWords::kOrder];
+      if (waits > 0) {
+        for (u32 k = thread; k < waits; k += kThreads) {
+          const u32 event = order[2 * k], threshold = order[2 * k + 1] * (sequence + 1);
+          watch.event(events() + event * kEventWords, threshold, task[TaskWords::kTask], event);
+        }
+        sync();
+      }
+      Shape::run(*this, task[TaskWords::kRoutine]);
+      if (signals > 0) {
+        sync();
+        for (u32 k = thread; k < signals; k += kThreads) {
+          add_release(events() + order[2 * waits + k] * kEventWords, 1);
+        }
+      }
+    }
+    sync();
+    if (thread == 0) runs[s] += 1;
+    sync();
+  }
+
+  // All workers: what any of them did before is visible to all of them behind it.
+  __device__ void barrier() {
+    ++barriers;
+    sync();
+    if (thread == 0) {
+      add_release(&watch.header->arrivals, 1);
+      watch.barrier(base() + barriers * Shape::kWorkers);
+      control()[kStopped] = watch.aborted();
+    }
+    sync();
+  }
+
+  // Whether loops go on; as of the last barrier, so that all threads agree.
+  __device__ bool running() const { return control()[kStopped] == 0; }
+
+  // A predicate or branch index that every worker follows; behind a barrier.
+  template <class T>
+  __device__ T decide(int buffer, u32 offset) {
+    const auto* at = static_cast<const char*>(launch.buffer[buffer]) + u64(offset) * 16;
+    if (thread == 0) control()[kDecision] = static_cast<u32>(*reinterpret_cast<const volatile T*>(at));
+    sync();
+    const u32 value = control()[kDecision];
+    if (Shape::kStages > 0) ring.decide(*this, value, decisions++);
+    return static_cast<T>(value);
+  }
+
+  // -- begin and end of a launch --
+  __device__ void enter() {
+    const u32* sequences = reinterpret_cast<const u32*>(watch.header + 1);
+    for (int s = thread; s < Shape::kSegments; s += kThreads) {
+      control()[s] = sequences[s];
+      control()[Shape::kSegments + s] = 0;
+    }
+    if (thread == 0) {
+      control()[kBase] = watch.header->barrier_base;
+      control()[kStopped] = 0;
+    }
+    sync();
+  }
+
+  __device__ void leave() {
+    sync();
+    if (thread == 0) control()[kDecision] = add_acq_rel(&watch.header->ticket, 1) == Shape::kWorkers - 1;
+    sync();
+    if (!control()[kDecision]) return;  // only the last one out goes on
+    if (watch.aborted()) return poison();
+    u32* sequences = reinterpret_cast<u32*>(watch.header + 1);
+    for (int s = thread; s < Shape::kSegments; s += kThreads) sequences[s] += control()[Shape::kSegments + s];
+    if (thread == 0) {
+      watch.header->barrier_base = base() + barriers * Shape::kWorkers;
+      watch.header->ticket = 0;
+      watch.header->launches += 1;
+    }
+  }
+
+ private:
+  // Words behind the sequences and runs of the segments.
+  enum : int { kBase = 2 * Shape::kSegments, kStopped, kDecision };
+
+  __device__ u32* control() const { return reinterpret_cast<u32*>(shared + Shape::kControl); }
+  __device__ u32 base() const { return control()[kBase]; }
+  __device__ u32* slot(int i) const {
+    return reinterpret_cast<u32*>(shared + Shape::kSlots + i * Shape::kTaskWords * 4);
+  }
+  __device__ u32* events() const { return reinterpret_cast<u32*>(static_cast<char*>(launch.state) + Shape::kEvents); }
+
+  __device__ void fetch(const u32* words, int i) const {
+    for (int k = thread * 4; k < Shape::kTaskWords; k += kThreads * 4) copy_async(slot(i) + k, words + k);
+  }
+
+  // Nobody takes the results of a launch that gave up for real ones.
+  __device__ void poison() const {
+    const u32* row = launch.tables + Shape::kResults;
+    for (int r = 0; r < Shape::kResultCount; ++r, row += 4) {
+      const u32 pattern = row[1];
+      auto* bytes = static_cast<unsigned char*>(launch.buffer[row[0]]);
+      const u64 size = row[2] | u64(row[3]) << 32;
+      const u32 width = pattern >> 8 & 255;
+      // The last byte of an element has the sign (and a float's exponent); the others are all alike.
+      for (u64 k = thread; k < size; k += kThreads) {
+        bytes[k] = k % width == width - 1 ? pattern & 255 : (pattern >> 16 & 255);
+      }
+    }
+  }
+};
+
+template <class Shape>
+__device__ void run_worker(const typename Shape::Launch& launch) {
+  extern __shared__ __align__(1024) char shared[];
+  if (Shape::kStages > 0) {
+    Ring<Shape>::init(shared);
+    __syncthreads();
+    if (threadIdx.x >= Context<Shape>::kThreads) {
+      Producer<Shape> producer(launch, shared);
+      Shape::schedule(producer);
+      producer.drain();
+      return;
+    }
+  }
+  Context<Shape> context(launch, shared);
+  context.enter();
+  Shape::schedule(context);
+  context.leave();
+}
+
+}  // namespace mpk

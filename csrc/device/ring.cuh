@@ -1,0 +1,150 @@
+// The ring in shared memory through which constant bytes stream, ahead of all dependencies.
+//
+// A stage holds one chunk. Chunks are numbered in the order of the worker's queue; both sides derive stage and parity
+// from the number. The ring is deep, but few chunks are in flight: a filled memory system would delay every small,
+// latency-critical access behind it.
+#pragma once
+
+#include "handoff.cuh"
+#include "launch.cuh"
+#include "memory.cuh"
+#include "types.cuh"
+
+namespace mpk {
+
+// Consecutive bytes of a buffer that one task streams: see tables.py.
+struct StreamJob {
+  u32 buffer, chunk_bytes;
+  u64 offset, bytes;
+  u64 reserved;
+};
+static_assert(sizeof(StreamJob) == 32);
+
+// The consumer's side.
+template <class Shape>
+struct Ring {
+  char* shared;
+  u32 next = 0;  // number of the next chunk of this worker
+
+  __device__ explicit Ring(char* s) : shared(s) {}
+
+  __device__ static u64* full(char* s, u32 stage) { return reinterpret_cast<u64*>(s + Shape::kBarriers) + stage; }
+  __device__ static u64* empty(char* s, u32 stage) { return full(s, Shape::kStages + stage); }
+  // Decisions (loop predicates, branch indices) on their way to the producer: two slots, filled and taken.
+  __device__ static u64* decided(char* s) { return full(s, 2 * Shape::kStages); }
+  __device__ static u64* taken(char* s) { return full(s, 2 * Shape::kStages + 1); }
+  __device__ static volatile u32* decision(char* s, u32 n) {
+    return reinterpret_cast<volatile u32*>(full(s, 2 * Shape::kStages + 2)) + n % 2;
+  }
+
+  __device__ static void init(char* s) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 2 * Shape::kStages + 2; ++i) barrier_init(full(s, i), 1);
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+  }
+
+  // The bytes of chunk `number`, when they have landed; nullptr: the launch gave up.
+  template <class C>
+  __device__ const char* wait(const C& c, u32 number) const {
+    const u32 stage = number % Shape::kStages, parity = number / Shape::kStages & 1;
+    const bool ok = c.watch.until([&] { return barrier_done(full(shared, stage), parity); },
+                                  [&] { c.watch.note(c.task[1], Wait::kBulk, number, parity, parity ^ 1); });
+    return ok ? shared + Shape::kRing + stage * Shape::kStageBytes : nullptr;
+  }
+
+  // One thread, after all its warp has read.
+  __device__ void release(u32 number) const { barrier_arrive(empty(shared, number % Shape::kStages)); }
+
+  // The producer follows this decision too; at most two are under way.
+  template <class C>
+  __device__ void decide(const C& c, u32 value, u32 n) const {
+    if (c.thread != 0) return;
+    if (n >= 2) {
+      c.watch.until([&] { return barrier_done(taken(shared), n & 1); },
+                    [&] { c.watch.note(~0u, Wait::kPredicate, n, 0, 0); });
+    }
+    *decision(shared, n) = value;
+    barrier_arrive(decided(shared));
+  }
+};
+
+// The producer warp. It needs no barrier of its own: it touches only bytes that nothing in the launch writes.
+template <class Shape>
+struct Producer {
+  const typename Shape::Launch& launch;
+  Watch watch;
+  char* shared;
+  int lane;
+  u32 next = 0;
+  u32 decisions = 0;
+  u64 policy;
+
+  __device__ Producer(const typename Shape::Launch& l, char* s)
+      : launch(l),
+        watch{static_cast<Header*>(l.state), l.record, 0, static_cast<u32>(blockIdx.x)},  // consumers see to deadlines
+        shared(s),
+        lane(threadIdx.x % 32),
+        policy(evict_first()) {}
+
+  __device__ void segment(int s) {
+    const u32* queue = launch.tables + Shape::kStreams + (s * Shape::kWorkers + blockIdx.x) * 2;
+    const u32 first = queue[0], count = queue[1];
+    const auto* jobs = reinterpret_cast<const StreamJob*>(launch.tables + Shape::kJobs) + first;
+    for (u32 base = 0; base < count; base += 32) {
+      StreamJob mine = {};
+      if (base + lane < count) mine = jobs[base + lane];
+      for (u32 j = 0; j < min(32u, count - base); ++j) {
+        const u32 buffer = __shfl_sync(~0u, mine.buffer, j), chunk = __shfl_sync(~0u, mine.chunk_bytes, j);
+        const u64 offset = __shfl_sync(~0u, mine.offset, j), bytes = __shfl_sync(~0u, mine.bytes, j);
+        if (lane == 0) stream(static_cast<const char*>(launch.buffer[buffer]) + offset, bytes, chunk);
+      }
+      __syncwarp();
+      next = __shfl_sync(~0u, next, 0);
+    }
+  }
+
+  __device__ void barrier() {}
+  __device__ bool running() const { return !watch.aborted(); }
+
+  template <class T>
+  __device__ T decide(int, u32) {
+    using R = Ring<Shape>;
+    const u32 n = decisions++;
+    watch.until([&] { return barrier_done(R::decided(shared), n & 1); }, [] {});
+    const u32 value = *R::decision(shared, n);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(R::taken(shared));
+    return static_cast<T>(value);
+  }
+
+  // Nothing may land in shared memory that belongs to the next launch.
+  __device__ void drain() {
+    if (lane != 0) return;
+    const u32 first = next > Shape::kStages ? next - Shape::kStages : 0;
+    for (u32 n = first; n < next; ++n) {
+      while (!barrier_done(Ring<Shape>::full(shared, n % Shape::kStages), n / Shape::kStages & 1)) {
+      }
+    }
+  }
+
+ private:
+  __device__ void stream(const char* from, u64 bytes, u32 chunk) {
+    using R = Ring<Shape>;
+    for (u64 at = 0; at < bytes; at += chunk, ++next) {
+      const u32 stage = next % Shape::kStages, parity = next / Shape::kStages & 1;
+      const bool ok = watch.until([&] { return barrier_done(R::empty(shared, stage), parity ^ 1); }, [] {});
+      if (!ok) return;
+      if (next >= Shape::kFlight) {
+        const u32 old = next - Shape::kFlight;
+        while (!barrier_done(R::full(shared, old % Shape::kStages), old / Shape::kStages & 1)) {
+        }
+      }
+      const u32 size = static_cast<u32>(min(u64(chunk), bytes - at));
+      barrier_expect(R::full(shared, stage), size);
+      bulk_load(shared + Shape::kRing + stage * Shape::kStageBytes, from + at, size, R::full(shared, stage), policy);
+    }
+  }
+};
+
+}  // namespace mpk

@@ -1,0 +1,100 @@
+// contract with streamed rows: y[row, m] = sum over k of w[row, k] * x[m, k], for few m.
+//
+// The rows of a task are consecutive bytes, which the producer brings through the ring in chunks of whole rows, or of
+// equal parts of long rows. A warp takes every kWarps-th chunk; x lies in shared memory.
+#pragma once
+
+#include "persistent.cuh"
+
+namespace mpk {
+
+// How rows are cut into chunks; tables.py computes the same.
+template <class W, int K, int stage_bytes>
+struct Chunks {
+  static constexpr int kRowBytes = K * sizeof(W);
+  __device__ static constexpr bool fits(int parts) {
+    return K % parts == 0 && K / parts * sizeof(W) % 16 == 0 && kRowBytes / parts <= stage_bytes;
+  }
+  __device__ static constexpr int find() {
+    int parts = 1;
+    while (!fits(parts)) ++parts;
+    return parts;
+  }
+  static constexpr int kParts = find();
+  static constexpr int kDepth = K / kParts;
+  static constexpr int kRows = kParts > 1 ? 1 : stage_bytes / kRowBytes < 16 ? stage_bytes / kRowBytes : 16;
+};
+
+// kLoad consecutive elements, 16 bytes of the wider type at most, as f32.
+template <int count, class T>
+__device__ __forceinline__ void widen(const T* from, f32 (&to)[count]) {
+  struct alignas(sizeof(T) * count) Packed {
+    T e[count];
+  };
+  const Packed p = *reinterpret_cast<const Packed*>(from);
+#pragma unroll
+  for (int i = 0; i < count; ++i) to[i] = convert<f32>(p.e[i]);
+}
+
+// finish(row, m, sum) once for every row and m. `to_shared(row)`: K > one chunk only.
+template <class W, class X, int M, int K, class C, class Finish>
+__device__ __forceinline__ void stream_rows(C& c, const X* x, int x_stride, int rows, Finish&& finish) {
+  using G = Chunks<W, K, C::kStageBytes>;
+  constexpr int R = G::kRows;
+  constexpr int kLoad = 16 / (sizeof(W) > sizeof(X) ? sizeof(W) : sizeof(X));
+  const int chunks = G::kParts == 1 ? (rows + R - 1) / R : rows * G::kParts;
+  f32* partials = c.template partials<f32>();
+  for (int j = (c.warp + C::kWarps - c.ring.next % C::kWarps) % C::kWarps; j < chunks; j += C::kWarps) {
+    const char* bytes = c.ring.wait(c, c.ring.next + j);
+    if (bytes == nullptr) break;
+    const W* w = reinterpret_cast<const W*>(bytes);
+    const X* part = x + (G::kParts == 1 ? 0 : j % G::kParts * G::kDepth);
+    f32 acc[R][M] = {};
+#pragma unroll 2
+    for (int k = c.lane * kLoad; k < G::kDepth; k += kWarp * kLoad) {
+      f32 xs[M][kLoad];
+#pragma unroll
+      for (int m = 0; m < M; ++m) widen<kLoad>(part + m * x_stride + k, xs[m]);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        f32 ws[kLoad];
+        widen<kLoad>(w + r * G::kDepth + k, ws);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+          for (int e = 0; e < kLoad; ++e) acc[r][m] = fmaf(ws[e], xs[m][e], acc[r][m]);
+        }
+      }
+    }
+    __syncwarp();
+    if (c.lane == 0) c.ring.release(c.ring.next + j);
+    f32 mine = 0;  // lane r * M + m ends with that sum
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int by = 16; by > 0; by /= 2) acc[r][m] += __shfl_xor_sync(~0u, acc[r][m], by);
+        if (c.lane == r * M + m) mine = acc[r][m];
+      }
+    }
+    if (G::kParts == 1) {
+      const int row = j * R + c.lane / M;
+      if (c.lane < R * M && row < rows) finish(row, c.lane % M, mine);
+    } else if (c.lane < M) {
+      partials[j * M + c.lane] = mine;
+    }
+  }
+  c.ring.next += chunks;
+  if (G::kParts > 1) {
+    c.sync();
+    for (int n = c.thread; n < rows * M; n += C::kThreads) {
+      f32 sum = 0;
+      for (int p = 0; p < G::kParts; ++p) sum += partials[(n / M * G::kParts + p) * M + n % M];
+      finish(n / M, n % M, sum);
+    }
+    c.sync();  // before the partials are used again
+  }
+}
+
+}  // namespace mpk

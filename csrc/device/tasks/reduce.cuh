@@ -1,0 +1,103 @@
+// reduce: every output of a box combines what the body gives for all positions of the reduced axes.
+#pragma once
+
+#include "persistent.cuh"
+
+namespace mpk {
+
+// Several accumulators of one output.
+template <class First, class... Rest>
+struct Accumulators {
+  First first;
+  Accumulators<Rest...> rest;
+  Accumulators() = default;
+  __device__ Accumulators(First f, Rest... r) : first(f), rest(r...) {}
+  template <int k>
+  __device__ auto get() const {
+    if constexpr (k == 0) return first;
+    else return rest.template get<k - 1>();
+  }
+};
+template <class First>
+struct Accumulators<First> {
+  First first;
+  Accumulators() = default;
+  __device__ Accumulators(First f) : first(f) {}
+  template <int k>
+  __device__ auto get() const {
+    return first;
+  }
+};
+
+// Another lane's accumulators.
+template <class Acc>
+__device__ __forceinline__ Acc shuffle_down(const Acc& a, int by) {
+  constexpr int kWords = (sizeof(Acc) + 3) / 4;
+  union Bits {
+    u32 words[kWords];
+    Acc acc;
+    __device__ Bits() {}
+  } in, out;
+  in.acc = a;
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) out.words[k] = __shfl_down_sync(~0u, in.words[k], by);
+  return out.acc;
+}
+
+// Combines `group` neighbouring lanes in the order of the lanes; the first has the result.
+template <int group, class Acc, class Combine>
+__device__ __forceinline__ Acc across_lanes(Acc acc, Combine&& combine) {
+#pragma unroll
+  for (int by = 1; by < group; by *= 2) acc = combine(acc, shuffle_down(acc, by));
+  return acc;
+}
+
+// How the reduced positions are spread over the lanes of a group: every group-th one, or one run each. Only the
+// latter keeps their order, for combinations that do not commute.
+enum class Spread { kStrided, kRuns };
+
+// Each output by `group` lanes, 1 to 32; depth, the number of reduced positions, is at least that.
+template <class Acc, int group, Spread spread, class C, class Body, class Combine, class Finish>
+__device__ __forceinline__ void reduce(const C& c, int outputs, int depth, Body&& body, Combine&& combine,
+                                       Finish&& finish) {
+  const int part = c.thread % group;
+  const int first = spread == Spread::kStrided ? part : static_cast<int>(s64(depth) * part / group);
+  const int last = spread == Spread::kStrided ? depth : static_cast<int>(s64(depth) * (part + 1) / group);
+  constexpr int kStep = spread == Spread::kStrided ? group : 1;
+  // Whole warps stay together: lanes without an output of their own compute one that is dropped.
+  const int rounded = (outputs * group + kWarp - 1) / kWarp * kWarp;
+  for (int n = c.thread; n < rounded; n += C::kThreads) {
+    const int output = min(n / group, outputs - 1);
+    Acc acc = body(output, first);
+#pragma unroll 8
+    for (int r = first + kStep; r < last; r += kStep) acc = combine(acc, body(output, r));
+    acc = across_lanes<group>(acc, combine);
+    if (part == 0 && n / group < outputs) finish(output, acc);
+  }
+}
+
+// Each output by all threads; depth is at least their number.
+template <class Acc, Spread spread, class C, class Body, class Combine, class Finish>
+__device__ __forceinline__ void reduce_together(const C& c, int outputs, int depth, Body&& body, Combine&& combine,
+                                                Finish&& finish) {
+  const int first = spread == Spread::kStrided ? c.thread : static_cast<int>(s64(depth) * c.thread / C::kThreads);
+  const int last = spread == Spread::kStrided ? depth : static_cast<int>(s64(depth) * (c.thread + 1) / C::kThreads);
+  constexpr int kStep = spread == Spread::kStrided ? C::kThreads : 1;
+  Acc* partials = c.template partials<Acc>();
+  for (int output = 0; output < outputs; ++output) {
+    Acc acc = body(output, first);
+#pragma unroll 4
+    for (int r = first + kStep; r < last; r += kStep) acc = combine(acc, body(output, r));
+    acc = across_lanes<kWarp>(acc, combine);
+    if (c.lane == 0) partials[c.warp] = acc;
+    c.sync();
+    if (c.thread == 0) {
+      Acc all = partials[0];
+      for (int w = 1; w < C::kThreads / kWarp; ++w) all = combine(all, partials[w]);
+      finish(output, all);
+    }
+    c.sync();
+  }
+}
+
+}  // namespace mpk

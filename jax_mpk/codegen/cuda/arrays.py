@@ -1,0 +1,66 @@
+"""Arrays as the code of a routine sees them: in scratch, in a buffer, handed over by tagged words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jax_mpk.codegen.cuda.scalars import Term, offset
+
+
+@dataclass(frozen=True)
+class Array:
+    """A value, as one member of a routine reads or writes it.
+
+    Attributes:
+      kind: "local" (shared memory), "global" (a buffer), "tagged" (tagged words, waited for), or "own" (tagged words
+        that this task stores).
+      name: of the C++ variable.
+      dtype: element type.
+      strides: in elements.
+      origin: what to subtract from an offset: text, or "".
+      wide: offsets need 64 bits.
+      bytes: (first, end) in scratch of a local array, else None.
+      storage: of anything but local arrays, else -1.
+      shape: extents of what lies in memory.
+    """
+
+    kind: str
+    name: str
+    dtype: str
+    strides: tuple[int, ...]
+    origin: str
+    wide: bool
+    bytes: tuple[int, int] | None
+    storage: int
+    shape: tuple[int, ...]
+
+    def at(self, indices: Sequence[Term]) -> str:
+        where = offset(indices, self.strides, wide=self.wide)
+        return f"{where} - {self.origin}" if self.origin else where
+
+    def load(self, indices: Sequence[Term]) -> str:
+        where = self.at(indices)
+        if self.kind == "tagged":
+            return f"{self.name}.get(c, {where})"
+        if self.kind == "own":
+            return f"{self.name}.own({where})"
+        return f"{self.name}[{where}]"
+
+    def store(self, indices: Sequence[Term], value: str) -> str:
+        where = self.at(indices)
+        if self.kind in ("tagged", "own"):
+            return f"{self.name}.put({where}, {value});"
+        return f"{self.name}[{where}] = {value};"
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return tuple(strides)
+
+
+def is_wide(shape: Sequence[int]) -> bool:
+    return math.prod(shape) > 2**31 - 1

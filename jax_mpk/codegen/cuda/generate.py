@@ -1,0 +1,225 @@
+"""generate: a verified Plan becomes CUDA C++ for one persistent kernel, and the tables it walks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from jax_mpk._version import __version__
+from jax_mpk.codegen.cuda.ir import CudaProgram
+from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
+from jax_mpk.codegen.cuda.moves import emit_cumulative, emit_sort, emit_update
+from jax_mpk.codegen.cuda.routine import Code, Frame
+from jax_mpk.codegen.cuda.staging import Staging
+from jax_mpk.codegen.cuda.stream import STAGE_BYTES
+from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
+from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
+from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
+
+ENTRY = "jax_mpk_kernel"
+#: Consumer warps; one more warp produces.
+WARPS = 12
+#: Most stages of the ring, and chunks in flight: docs/experiments.md.
+_STAGES, _FLIGHT, _FEWEST_STAGES = 12, 3, 4
+#: Dynamic shared memory of a CTA on sm_90.
+_SHARED_BYTES = 232_448
+
+
+def generate(plan: Plan) -> CudaProgram:
+    """The program of a verified plan. The same plan gives the same text, byte for byte.
+
+    Raises:
+      ValueError: a task does not fit the device (shared memory, 32-bit extents).
+    """
+    codes = _routines(plan)
+    bodies: dict[tuple[str, ...], int] = {}
+    case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
+    count = len(segments(plan.schedule))
+    state = state_layout(plan, count)
+    tables = build_tables(plan, state, case, codes)
+    shape = _shape(plan, codes, state, tables, count)
+    text = _source(plan, shape, case, bodies)
+    producer = 1 if shape["kStages"] else 0
+    return CudaProgram(
+        source=text,
+        entry=ENTRY,
+        arch=plan.target.arch,
+        workers=plan.target.workers,
+        threads=(WARPS + producer) * 32,
+        shared_bytes=shape["shared"],
+        tables=tables.words.tobytes(),
+        state_bytes=state.size,
+        workspace_bytes=plan.workspace_bytes,
+        arguments=len(plan.graph.inputs),
+        results=len(plan.graph.results),
+        labels=tuple(_label(plan, r) for r in range(len(plan.routines))),
+        task_labels=plan.tasks.table["routine"].astype(np.uint32).tobytes(),
+    )
+
+
+def _routines(plan: Plan) -> list[Code]:
+    table = plan.tasks.table
+    order = np.argsort(table["routine"], kind="stable")
+    edges = np.searchsorted(table["routine"][order], np.arange(len(plan.routines) + 1))
+    staging = Staging(plan)
+    out = []
+    for number, (routine, (a, b)) in enumerate(zip(plan.routines, pairwise(edges), strict=True)):
+        tasks = order[a:b]
+        first = table["box"][tasks].astype(np.int64)
+        boxes = np.stack([plan.tasks.boxes[first + m] for m in range(len(routine.members))])
+        frame = Frame(plan, routine, boxes, staging.of(number, tasks))
+        for m, member in enumerate(routine.members):
+            op = plan.ops[member.op]
+            if member.stage != WHOLE:
+                raise NotImplementedError("split reductions as stages are planned for the CPU executor only")
+            if isinstance(op, Update):
+                emit_update(frame, m, op)
+            elif isinstance(op, Cumulative):
+                emit_cumulative(frame, m, op)
+            elif isinstance(op, Sort):
+                emit_sort(frame, m, op)
+            else:
+                assert isinstance(op, Nest)
+                {"map": emit_map, "reduce": emit_reduce, "contract": emit_contract}[op.kind](frame, m, op)
+        out.append(frame.code)
+    return out
+
+
+def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int]:
+    """Sizes and offsets: the members of `Shape` in the generated text."""
+    at = 0
+    out: dict[str, int] = {}
+
+    def place(name: str, size: int) -> None:
+        nonlocal at
+        out[name] = at
+        at += -(-size // 128) * 128
+
+    place("kBarriers", (2 * _STAGES + 3) * 8)
+    place("kControl", (2 * segment_count + 3) * 4)
+    place("kSlots", 2 * tables.task_words * 4)
+    place("kPartials", max(code.partials for code in codes) if codes else 0)
+    place("kScratch", max(code.scratch for code in codes) if codes else 0)
+    streams = any(code.streams for code in codes)
+    room = (_SHARED_BYTES - at) // STAGE_BYTES
+    if at > _SHARED_BYTES or (streams and room < _FEWEST_STAGES):
+        raise ValueError(f"a task needs {at} bytes of shared memory, too many of {_SHARED_BYTES}")
+    stages = min(_STAGES, room) if streams else 0
+    out["kRing"] = at
+    return {
+        "kWorkers": plan.target.workers,
+        "kWarps": WARPS,
+        "kSegments": segment_count,
+        "kResultCount": len(plan.graph.results),
+        "kEvents": state.events,
+        "kQueues": tables.queues,
+        "kStreams": tables.streams,
+        "kResults": tables.results,
+        "kTasks": tables.tasks,
+        "kTaskWords": tables.task_words,
+        "kJobs": tables.jobs,
+        "kStages": stages,
+        "kStageBytes": STAGE_BYTES,
+        "kFlight": min(_FLIGHT, max(stages - 1, 1)),
+        **out,
+        "shared": at + stages * STAGE_BYTES,
+    }
+
+
+def _label(plan: Plan, routine: int) -> str:
+    source = plan.ops[plan.routines[routine].members[-1].op].source
+    line = Path(source.line).name if source.line else ""
+    return " ".join(part for part in (line, source.scope, source.primitive) if part)
+
+
+def _source(plan: Plan, shape: dict[str, int], case: list[int], bodies: dict[tuple[str, ...], int]) -> str:
+    buffers = len(plan.graph.inputs) + len(plan.graph.results) + (1 if plan.workspace_bytes else 0)
+    lines = [
+        f"// Generated by jax_mpk {__version__} for {plan.target.name} ({plan.target.arch}): {len(plan.tasks.table)}",
+        f"// tasks of {len(bodies)} kinds on {plan.target.workers} SMs.",
+        '#include "jax_mpk.cuh"',
+        "",
+        "namespace mpk {",
+        "",
+        "struct Shape {",
+        f"  using Launch = mpk::Launch<{max(buffers, 1)}>;",
+        "  enum : int {",
+        *(f"    {name} = {value}," for name, value in shape.items() if name != "shared"),
+        "  };",
+        "  template <class C> __device__ static void run(C& c, u32 routine);",
+        "  template <class Role> __device__ static void schedule(Role& role);",
+        "};",
+        "using C = Context<Shape>;",
+        "",
+    ]
+    for body, number in bodies.items():
+        users = [r for r, k in enumerate(case) if k == number]
+        labels = list(dict.fromkeys(_label(plan, r) for r in users))
+        more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
+        lines.append(f"// {'; '.join(labels[:3])}{more}  (routines {_ranges(users)})")
+        lines.append(f"__device__ __forceinline__ void routine_{number}(C& c) {{")
+        lines += [f"  {text}" if text else "" for text in body]
+        lines += ["}", ""]
+    lines += ["template <class Any>", "__device__ void Shape::run(Any& c, u32 routine) {", "  switch (routine) {"]
+    lines += [f"    case {k}: return routine_{k}(c);" for k in range(len(bodies))]
+    lines += ["  }", "}", "", "template <class Role>", "__device__ void Shape::schedule(Role& role) {"]
+    lines += [f"  {text}" for text in _Schedule(plan).lines(plan.schedule)]
+    lines += ["}", "", "}  // namespace mpk", ""]
+    threads = (WARPS + (1 if shape["kStages"] else 0)) * 32
+    lines += [
+        f'extern "C" __global__ void __launch_bounds__({threads}, 1)',
+        f"{ENTRY}(const __grid_constant__ mpk::Shape::Launch launch) {{",
+        "  mpk::run_worker<mpk::Shape>(launch);",
+        "}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _ranges(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:6]))
+    return shown + (f", … {numbers[-1]}" if len(numbers) > 6 else "")
+
+
+class _Schedule:
+    """The schedule as C++: both roles of a worker follow it."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._next = 0
+
+    def lines(self, schedule: Schedule) -> list[str]:
+        out: list[str] = []
+        for k, item in enumerate(schedule):
+            if k:
+                out.append("role.barrier();")
+            if isinstance(item, Segment):
+                out.append(f"role.segment({self._next});")
+                self._next += 1
+            elif isinstance(item, LoopNode):
+                out += self._loop(item)
+            else:
+                out.append(f"switch (clamped(role.template decide<s32>({self._place(item.index)}), {len(item.arms)})) {{")
+                for n, arm in enumerate(item.arms):
+                    out += [f"  case {n}: {{", *(f"    {text}" for text in self.lines(arm)), "    break;", "  }"]
+                out.append("}")
+        return out
+
+    def _loop(self, loop: LoopNode) -> list[str]:
+        if loop.predicate < 0:
+            head = f"for (s64 round = 0; round < {loop.trips}ll && role.running(); ++round) {{"
+            return [head, *(f"  {text}" for text in [*self.lines(loop.body), "role.barrier();"]), "}"]
+        inner = [
+            *self.lines(loop.cond),
+            "role.barrier();",
+            f"if (!role.template decide<b1>({self._place(loop.predicate)})) break;",
+            *self.lines(loop.body),
+            "role.barrier();",
+        ]
+        return ["while (role.running()) {", *(f"  {text}" for text in inner), "}"]
+
+    def _place(self, value: int) -> str:
+        buffer, unit = buffer_of(self._plan, self._plan.storages[int(self._plan.value_storage[value])])
+        return f"{buffer}, {unit}"

@@ -1,0 +1,106 @@
+"""Code of the members that move elements: updates, scans along an axis, sorts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jax_mpk.codegen import bodies
+from jax_mpk.codegen.cuda.members import loader, rounded
+from jax_mpk.codegen.cuda.routine import Frame, product
+from jax_mpk.codegen.cuda.scalars import Scalars, Term
+from jax_mpk.graph.ir import Cumulative, Sort, Update
+from jax_mpk.graph.regions import update_boxes, update_written
+
+
+def emit_update(frame: Frame, member: int, op: Update) -> None:
+    rank = len(frame.values[op.output].shape)
+    low, extents, most = frame.box(member, rank)
+    operands = [frame.array(v) for v in op.operands]
+    base, output = frame.array(op.base), frame.array(op.output, store=True)
+    frame.line(f"// update {output.dtype}[{','.join(map(str, frame.values[op.output].shape))}]  {op.source.line}")
+    if base.storage != output.storage or base.bytes != output.bytes:
+        frame.meet([base], [output])
+        coords, decode = frame.coordinates("n", low, extents, [f"i{d}" for d in range(rank)])
+        frame.line(f"map(c, {product(extents).text}, [&](int n) {{")
+        for text in (*decode, output.store(coords, base.load(coords))):
+            frame.line(f"  {text}")
+        frame.line("});")
+    frame.meet([*operands, output], [output])
+    boxes = frame.boxes[member]
+    lo, hi = np.ascontiguousarray(boxes[:, 0, :rank]), np.ascontiguousarray(boxes[:, 1, :rank])
+    first, last = update_boxes(op, lo, hi)
+    written = update_written(op, lo, hi)
+    nothing = np.any(written[1] <= written[0], axis=1) if rank else np.zeros(len(lo), bool)
+    last = np.where(nothing[:, None], first, last)
+    start = [frame.number(first[:, d]) for d in range(len(op.space))]
+    size = [frame.number(np.maximum(last - first, 0)[:, d]) for d in range(len(op.space))]
+    count = product(size)
+    if nothing.all() or most == 0:
+        return
+    if not op.space:
+        count = frame.number((~nothing).astype(np.int64))
+    coords, decode = frame.coordinates("n", start, size, [f"u{d}" for d in range(len(op.space))])
+    index = Scalars(op.index, coords, loader(operands), prefix="p")
+    *at, inside = index.results()
+    tests = [] if inside.text == "true" else [str(inside)]
+    for d, term in enumerate(at):
+        if term.value is None or low[d].value is None or extents[d].value is None or not (
+            low[d].value <= term.value < low[d].value + extents[d].value
+        ):
+            tests.append(f"{term} >= {low[d]} && {term} < {low[d]} + {extents[d]}")
+    head = "update_each" if _is_injective(op) else "update_in_order"
+    value = Scalars(op.value, coords, loader(operands))
+    result = value.results()[0]
+    dtype = op.value.nodes[op.value.results[0]].dtype
+    lines = list(value.lines)
+    if op.combine.kind == "set":
+        lines.append(output.store(at, rounded(result, dtype, output.dtype)))
+    else:
+        expr = bodies.combiner(op.combine, (dtype,))
+        old = output.load(at) if output.dtype == dtype else f"convert<{dtype}>({output.load(at)})"
+        lines.append(f"const {dtype} a = {old}, b = {result.text};")
+        joined = Scalars(expr, [], lambda *_: "", lambda node: "a" if node.op == "acc" else "b", prefix="q")
+        new = joined.results()[0]
+        lines += joined.lines
+        lines.append(output.store(at, rounded(new, expr.nodes[expr.results[0]].dtype, output.dtype)))
+    frame.line(f"{head}(")
+    frame.line(f"    c, {count.text},")
+    frame.line("    [&](int n) -> s64 {")
+    for text in (*decode, *index.lines):
+        frame.line(f"      {text}")
+    where = output.at(at)
+    condition = " && ".join(tests)
+    frame.line(f"      return {condition} ? s64({where}) : -1;" if tests else f"      return {where};")
+    frame.line("    },")
+    frame.line("    [&](int n) {")
+    for text in (*decode, *index.lines, *lines):
+        frame.line(f"      {text}")
+    frame.line("    });")
+
+
+def _is_injective(op: Update) -> bool:
+    """Whether no two updates go to the same element: each coordinate is one target index, plus something fixed."""
+    from jax_mpk.graph.windows import is_uniform
+
+    expr = op.index
+    seen: set[int] = set()
+    for root in expr.results[:-1]:
+        node = expr.nodes[root]
+        if node.op == "coord":
+            seen.add(node.attr)  # type: ignore[arg-type]
+        elif node.op == "add":
+            for this, other in (node.args, node.args[::-1]):
+                if expr.nodes[this].op == "coord" and is_uniform(expr, other):
+                    seen.add(expr.nodes[this].attr)  # type: ignore[arg-type]
+    return all(d in seen for d, extent in enumerate(op.space) if extent > 1)
+
+
+def emit_cumulative(frame: Frame, member: int, op: Cumulative) -> None:
+    raise NotImplementedError("cumulative on CUDA")
+
+
+def emit_sort(frame: Frame, member: int, op: Sort) -> None:
+    raise NotImplementedError("sort on CUDA")
+
+
+_ = Term

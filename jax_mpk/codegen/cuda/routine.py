@@ -1,0 +1,298 @@
+"""The frame of a routine's code: arrays, boxes, words of the task it reads, and where its threads must meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jax_mpk.codegen.cuda.arrays import Array, is_wide, row_major
+from jax_mpk.codegen.cuda.scalars import Term
+from jax_mpk.codegen.cuda.staging import Staged
+from jax_mpk.graph import dtypes
+from jax_mpk.graph.ir import Op, Update
+from jax_mpk.plan.ir import Plan, Routine
+
+#: Words of a task before those its code reads: `TaskWords` in csrc/device/persistent.cuh.
+FIRST_WORD = 5
+_ALIGN = 128
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Words of a task that say where an array lies: two for a buffer (number, offset), one for tagged words (offset).
+
+    Attributes:
+      word: first word.
+      storage: the storage.
+    """
+
+    word: int
+    storage: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Consecutive bytes of an input that a task streams.
+
+    Attributes:
+      storage: the input.
+      chunk_bytes: size of all chunks but the last.
+      first, size: int64 [tasks]: bytes.
+    """
+
+    storage: int
+    chunk_bytes: int
+    first: np.ndarray
+    size: np.ndarray
+
+
+@dataclass
+class Code:
+    """What became of a routine.
+
+    Attributes:
+      lines: body of its function.
+      operands: words that hold arrays.
+      columns: words that hold numbers: (word, int64 [tasks]).
+      streams: in the order its members consume them.
+      words: number of words, the first ones included.
+      scratch: bytes of scratch.
+      partials: bytes that members need to join the parts of one output.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    operands: list[Operand] = field(default_factory=list)
+    columns: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
+    words: int = FIRST_WORD
+    scratch: int = 0
+    partials: int = 0
+
+
+class Frame:
+    """Writes what members of a routine share.
+
+    Args:
+      plan: the plan.
+      routine: the routine.
+      boxes: int64 [members, tasks, 2, rank].
+      staged: tagged values to bring to scratch first.
+    """
+
+    def __init__(self, plan: Plan, routine: Routine, boxes: np.ndarray, staged: Sequence[Staged]):
+        self.plan = plan
+        self.routine = routine
+        self.boxes = boxes
+        self.code = Code(scratch=max([0, *self._local_ends(plan, routine)]))
+        self.values = plan.graph.values
+        self.ops = [plan.ops[m.op] for m in routine.members]
+        self._local = {v: k for k, v in enumerate(routine.local_values)}
+        self._maker = {v: m for m, op in enumerate(self.ops) for v in op.outputs}
+        self._numbers: dict[bytes, Term] = {}
+        self._names: dict[tuple[str, int], str] = {}
+        self._since: list[tuple[tuple[int, int] | int, bool]] = []  # bytes or storage, written: since the last sync
+        self._staged = {s.value: s for s in staged}
+        self._staged_at: dict[int, tuple[int, tuple[int, ...]]] = {}
+        for s in staged:
+            self._stage(s)
+
+    @staticmethod
+    def _local_ends(plan: Plan, routine: Routine) -> list[int]:
+        ends = []
+        for v, at, extents in zip(routine.local_values, routine.local_offsets, routine.local_extents, strict=True):
+            ends.append(at + math.prod(extents) * dtypes.itemsize(plan.graph.values[v].dtype))
+        return ends
+
+    def line(self, text: str = "") -> None:
+        self.code.lines.append(text)
+
+    # -- numbers -----------------------------------------------------------------------------------------------
+
+    def number(self, column: np.ndarray) -> Term:
+        """A number that may differ from task to task."""
+        column = np.ascontiguousarray(column, np.int64)
+        if len(column) == 0 or (column == column[0]).all():
+            value = int(column[0]) if len(column) else 0
+            return Term(str(value), value >= 0, False, value)
+        key = column.tobytes()
+        found = self._numbers.get(key)
+        if found is None:
+            if np.abs(column).max() > 2**31 - 1:
+                raise ValueError("a task's box reaches beyond 2^31 elements along an axis")
+            name = f"at{len(self._numbers)}"
+            self.line(f"const int {name} = c.box({self.code.words});")
+            self.code.columns.append((self.code.words, column))
+            self.code.words += 1
+            found = self._numbers[key] = Term(name)
+        return found
+
+    def box(self, member: int, rank: int) -> tuple[list[Term], list[Term], int]:
+        """Low corner and extents of a member's box, and the most elements a task has."""
+        boxes = self.boxes[member]
+        low = [self.number(boxes[:, 0, d]) for d in range(rank)]
+        sizes = np.maximum(boxes[:, 1, :rank] - boxes[:, 0, :rank], 0)
+        most = int(sizes.prod(axis=1).max(initial=0))
+        if most > 2**31 - 1:
+            raise ValueError("a task has more than 2^31 elements")
+        return low, [self.number(sizes[:, d]) for d in range(rank)], most
+
+    def coordinates(self, position: str, low: Sequence[Term], extents: Sequence[Term], names: Sequence[str]) -> tuple[
+        list[Term], list[str]
+    ]:
+        """Coordinates of element ``position`` of a box, and the statements that compute them."""
+        coords: list[Term] = []
+        lines: list[str] = []
+        inner: list[Term] = []
+        real = [d for d, e in enumerate(extents) if e.value != 1]
+        for d in range(len(extents) - 1, -1, -1):
+            if d not in real:
+                coords.append(low[d])
+                continue
+            at = f"{position} / {product(inner)}" if inner else position
+            if d != real[0]:
+                at = f"{at} % {extents[d]}"
+            if low[d].value != 0:
+                at = f"{low[d]} + {at}"
+            lines.append(f"const int {names[d]} = {at};")
+            coords.append(Term(names[d]))
+            inner.insert(0, extents[d])
+        return coords[::-1], lines[::-1]
+
+    # -- arrays ------------------------------------------------------------------------------------------------
+
+    def array(self, v: int, *, store: bool = False) -> Array:
+        """Value ``v`` as the next member reads or writes it."""
+        value = self.values[v]
+        if v in self._local:
+            k = self._local[v]
+            extents = self.routine.local_extents[k]
+            maker = self._maker[v]
+            low = [self.number(self.boxes[maker][:, 0, d]) for d in range(len(extents))]
+            return self._in_scratch(f"l{k}", value.dtype, self.routine.local_offsets[k], extents, low)
+        if v in self._staged and not store:
+            at, extents = self._staged_at[v]
+            low = [self.number(self._staged[v].lo[:, d]) for d in range(len(extents))]
+            return self._in_scratch(self._staged_name(v), value.dtype, at, extents, low)
+        storage = int(self.plan.value_storage[v])
+        tagged = self.plan.storages[storage].tagged
+        kind = "global" if not tagged else "own" if store or v in self._maker else "tagged"
+        name = self._pointer(storage, value.dtype, tagged)
+        return Array(kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape)
+
+    def _in_scratch(self, name: str, dtype: str, at: int, extents: Sequence[int], low: Sequence[Term]) -> Array:
+        if (name, at) not in self._names:
+            self._names[name, at] = name
+            self.line(f"{dtype}* const {name} = c.template local<{dtype}>({at});")
+        strides = row_major(extents)
+        terms = [(t, s) for t, s in zip(low, strides, strict=True) if t.value != 0]
+        origin = ""
+        if terms:
+            key = "+".join(f"{t} * {s}" if s != 1 else str(t) for t, s in terms)
+            found = self._names.get((key, -1))
+            if found is None:
+                found = self._names[key, -1] = f"o{sum(k[1] == -1 for k in self._names)}"
+                self.line(f"const int {found} = {key.replace('+', ' + ')};")
+            origin = found
+        size = math.prod(extents) * dtypes.itemsize(dtype)
+        return Array("local", name, dtype, strides, origin, False, (at, at + size), -1, tuple(extents))
+
+    def _pointer(self, storage: int, dtype: str, tagged: bool) -> str:
+        key = (dtype, storage)
+        name = self._names.get(key)
+        if name is None:
+            name = self._names[key] = f"g{sum(k[1] >= 0 and v[0] == 'g' for k, v in self._names.items())}"
+            word = self.code.words
+            self.code.operands.append(Operand(word, storage))
+            self.code.words += 1 if tagged else 2
+            if tagged:
+                self.line(f"const auto {name} = c.template tagged<{dtype}>({word});")
+            else:
+                self.line(f"{dtype}* const {name} = c.template global<{dtype}>({word});")
+        return name
+
+    def scratch(self, size: int) -> int:
+        """Bytes of scratch for the whole routine."""
+        at = -(-self.code.scratch // _ALIGN) * _ALIGN
+        self.code.scratch = at + size
+        return at
+
+    # -- staging -----------------------------------------------------------------------------------------------
+
+    def _staged_name(self, v: int) -> str:
+        return f"s{list(self._staged).index(v)}"
+
+    def _stage(self, s: Staged) -> None:
+        value = self.values[s.value]
+        sizes = s.hi - s.lo
+        extents = tuple(int(e) for e in sizes.max(axis=0)) if len(value.shape) else ()
+        at = self.scratch(math.prod(extents) * dtypes.itemsize(value.dtype))
+        self._staged_at[s.value] = at, extents
+        storage = int(self.plan.value_storage[s.value])
+        source = self._pointer(storage, value.dtype, True)
+        target = self.array(s.value)
+        # Trailing axes that every task brings whole are one run.
+        run_axes = len(extents) - 1
+        while run_axes > 0 and (sizes[:, run_axes] == value.shape[run_axes]).all():
+            run_axes -= 1
+        run_axes = max(run_axes, 0)
+        low = [self.number(s.lo[:, d]) for d in range(len(extents))]
+        size = [self.number(sizes[:, d]) for d in range(len(extents))]
+        strides, own = row_major(value.shape), row_major(extents)
+        inner = product(size[run_axes:])
+        outer, outer_size = list(range(run_axes)), size[:run_axes]
+        self.line(f"// waits for {value.dtype}[{','.join(map(str, value.shape))}]")
+        many = [d for d in outer if size[d].value != 1]
+        start = " + ".join(f"{t} * {k}" if k != 1 else t.text for t, k in zip(low, strides) if t.value != 0) or "0"
+        if not many:
+            self.line(f"stage(c, {source}, {start}, {inner}, {target.name}, c.thread, C::kThreads);")
+        else:
+            self.line(f"for (int n = 0; n < {product(outer_size)}; ++n) {{")
+            coords, lines = self.coordinates("n", [Term("0", value=0)] * len(outer), outer_size, [f"n{d}" for d in outer])
+            for text in lines:
+                self.line(f"  {text}")
+            shift = " + ".join(f"{c} * {strides[d]}" for d, c in zip(outer, coords, strict=True) if c.value != 0)
+            to = " + ".join(f"{c} * {own[d]}" for d, c in zip(outer, coords, strict=True) if c.value != 0)
+            self.line(f"  stage(c, {source}, {start} + {shift}, {inner}, {target.name} + {to}, c.thread, C::kThreads);")
+            self.line("}")
+        assert target.bytes is not None
+        self._since.append((target.bytes, True))
+
+    # -- where threads meet ------------------------------------------------------------------------------------
+
+    def meet(self, reads: Sequence[Array], writes: Sequence[Array]) -> None:
+        """A barrier, if what comes next touches what earlier code of the routine wrote, or overwrites what it read."""
+        new = [(_place(a), False) for a in reads] + [(_place(a), True) for a in writes]
+        if any((w or wrote) and _overlap(a, b) for a, wrote in self._since for b, w in new):
+            self.line("c.sync();")
+            self._since.clear()
+        self._since += new
+
+
+def product(terms: Sequence[Term]) -> Term:
+    """The product of extents."""
+    constant = math.prod(t.value for t in terms if t.value is not None)
+    rest = [str(t) for t in terms if t.value is None]
+    if not rest:
+        return Term(str(constant), value=constant)
+    if constant == 0:
+        return Term("0", value=0)
+    texts = rest if constant == 1 else [*rest, str(constant)]
+    return Term(" * ".join(texts), len(texts) == 1)
+
+
+def _place(a: Array) -> tuple[int, int] | int:
+    return a.storage if a.bytes is None else a.bytes
+
+
+def _overlap(a: tuple[int, int] | int, b: tuple[int, int] | int) -> bool:
+    if isinstance(a, int) or isinstance(b, int):
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def reads_of(op: Op) -> tuple[int, ...]:
+    """Values a member loads."""
+    return (*op.operands, op.base) if isinstance(op, Update) else op.operands

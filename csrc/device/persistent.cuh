@@ -30,6 +30,7 @@ struct TaskWords {
 template <class Shape>
 struct Context {
   static constexpr int kWarps = Shape::kWarps, kThreads = kWarps * kWarp, kStageBytes = Shape::kStageBytes;
+  static constexpr int kStages = Shape::kStages;
 
   const typename Shape::Launch& launch;
   Watch watch;
@@ -75,39 +76,9 @@ struct Context {
   __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
 
   // -- schedule --
-  __device__ void segment(int s) {
-    u32* runs = control() + Shape::kSegments;
-    const u32 sequence = control()[s] + runs[s];
-    tag = 1 + sequence % 65535;
-    const u32* queue = launch.tables + Shape::kQueues + (s * Shape::kWorkers + worker) * 2;
-    const u32 count = queue[1];
-    const u32* words = launch.tables + Shape::kTasks + u64(queue[0]) * Shape::kTaskWords;
-    if (count > 0) fetch(words, 0);
-    for (u32 i = 0; i < count; ++i) {
-      copies_wait();
-      sync();  // the words have landed, and nobody reads scratch of the task before
-      task = slot(i % 2);
-      if (i + 1 < count) fetch(words + u64(i + 1) * Shape::kTaskWords, (i + 1) % 2);
-      const u32 waits = task[TaskWords::kWaits], signals = task[TaskWords::kSignals];
-      const u32* order = task + task[TaskWords::kOrder];
-      if (waits > 0) {
-        for (u32 k = thread; k < waits; k += kThreads) {
-          const u32 event = order[2 * k], threshold = order[2 * k + 1] * (sequence + 1);
-          watch.event(events() + event * kEventWords, threshold, task[TaskWords::kTask], event);
-        }
-        sync();
-      }
-      Shape::run(*this, task[TaskWords::kRoutine]);
-      if (signals > 0) {
-        sync();
-        for (u32 k = thread; k < signals; k += kThreads) {
-          add_release(events() + order[2 * waits + k] * kEventWords, 1);
-        }
-      }
-    }
-    sync();
-    if (thread == 0) runs[s] += 1;
-    sync();
+  __device__ __forceinline__ void segment(int s) {
+    if constexpr (Shape::kSegments == 1) walk(s);
+    else walk_called(s);
   }
 
   // All workers: what any of them did before is visible to all of them behind it.
@@ -166,6 +137,48 @@ struct Context {
   }
 
  private:
+  __device__ __forceinline__ void walk(int s) {
+    u32* runs = control() + Shape::kSegments;
+    const u32 sequence = control()[s] + runs[s];
+    tag = 1 + sequence % 65535;
+    const u32* queue = launch.tables + Shape::kQueues + (s * Shape::kWorkers + worker) * 2;
+    const u32 count = queue[1];
+    const u32* words = launch.tables + Shape::kTasks + u64(queue[0]) * Shape::kTaskWords;
+    if (count > 0) fetch(words, 0);
+    for (u32 i = 0; i < count; ++i) {
+      copies_wait();
+      sync();  // the words have landed, and nobody reads scratch of the task before
+      task = slot(i % 2);
+      if (i + 1 < count) fetch(words + u64(i + 1) * Shape::kTaskWords, (i + 1) % 2);
+      const u32 waits = task[TaskWords::kWaits], signals = task[TaskWords::kSignals];
+      const u32* order = task + task[TaskWords::kOrder];
+      if (waits > 0) {
+        for (u32 k = thread; k < waits; k += kThreads) {
+          const u32 event = order[2 * k], threshold = order[2 * k + 1] * (sequence + 1);
+          watch.event(events() + event * kEventWords, threshold, task[TaskWords::kTask], event);
+        }
+        sync();
+      }
+      Shape::run(*this, task[TaskWords::kRoutine]);
+      if (signals > 0) {
+        sync();
+        for (u32 k = thread; k < signals; k += kThreads) {
+          add_release(events() + order[2 * waits + k] * kEventWords, 1);
+        }
+      }
+    }
+    sync();
+    if (thread == 0) runs[s] += 1;
+    sync();
+  }
+
+  // Code of tasks is there once, however many segments call it; meanwhile registers hold a copy of the context.
+  __device__ __noinline__ void walk_called(int s) {
+    Context c = *this;
+    c.walk(s);
+    ring = c.ring;
+  }
+
   // Words behind the sequences and runs of the segments.
   enum : int { kBase = 2 * Shape::kSegments, kStopped, kDecision };
 

@@ -44,6 +44,14 @@ struct Ring {
     }
   }
 
+  // How many chunks from the next one on it is to the first of a warp; beyond any task's for warps without a stage.
+  // A stage's chunks are all read by one warp, which is thus never a round ahead of its barrier: parity is enough.
+  __device__ int mine(int warp) const {
+    static_assert(Shape::kStages <= Shape::kWarps);
+    const int at = next % Shape::kStages;
+    return warp >= Shape::kStages ? 1 << 30 : warp >= at ? warp - at : warp + Shape::kStages - at;
+  }
+
   // The bytes of chunk `number`, when they have landed; nullptr: the launch gave up.
   template <class C>
   __device__ const char* wait(const C& c, u32 number) const {

@@ -1,7 +1,8 @@
 // contract with streamed rows: y[row, m] = sum over k of w[row, k] * x[m, k], for few m.
 //
 // The rows of a task are consecutive bytes, which the producer brings through the ring in chunks of whole rows, or of
-// equal parts of long rows. A warp takes every kWarps-th chunk; x lies in shared memory.
+// equal parts of long rows. Each stage of the
+// ring has its warp; x lies in shared memory.
 #pragma once
 
 #include "persistent.cuh"
@@ -44,7 +45,7 @@ __device__ __forceinline__ void stream_rows(C& c, const X* x, int x_stride, int 
   constexpr int kLoad = 16 / (sizeof(W) > sizeof(X) ? sizeof(W) : sizeof(X));
   const int chunks = G::kParts == 1 ? (rows + R - 1) / R : rows * G::kParts;
   f32* partials = c.template partials<f32>();
-  for (int j = (c.warp + C::kWarps - c.ring.next % C::kWarps) % C::kWarps; j < chunks; j += C::kWarps) {
+  for (int j = c.ring.mine(c.warp); j < chunks; j += C::kStages) {
     const char* bytes = c.ring.wait(c, c.ring.next + j);
     if (bytes == nullptr) break;
     const W* w = reinterpret_cast<const W*>(bytes);

@@ -162,9 +162,9 @@ def _source(plan: Plan, shape: dict[str, int], case: list[int], bodies: dict[tup
         lines.append(f"__device__ __forceinline__ void routine_{number}(C& c) {{")
         lines += [f"  {text}" if text else "" for text in body]
         lines += ["}", ""]
-    lines += ["template <class Any>", "__device__ void Shape::run(Any& c, u32 routine) {", "  switch (routine) {"]
+    lines += ["template <class Any>", "__device__ __forceinline__ void Shape::run(Any& c, u32 routine) {", "  switch (routine) {"]
     lines += [f"    case {k}: return routine_{k}(c);" for k in range(len(bodies))]
-    lines += ["  }", "}", "", "template <class Role>", "__device__ void Shape::schedule(Role& role) {"]
+    lines += ["  }", "}", "", "template <class Role>", "__device__ __forceinline__ void Shape::schedule(Role& role) {"]
     lines += [f"  {text}" for text in _Schedule(plan).lines(plan.schedule)]
     lines += ["}", "", "}  // namespace mpk", ""]
     threads = (WARPS + (1 if shape["kStages"] else 0)) * 32

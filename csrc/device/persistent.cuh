@@ -72,6 +72,15 @@ struct Context {
     return reinterpret_cast<T*>(shared + Shape::kPartials);
   }
 
+  // When the current task began (0), had all its operands (1) and was done (2); only in programs with a trace.
+  __device__ void stamp(int what) const {
+    if constexpr (Shape::kTrace != 0) {
+      if (thread == 0) {
+        reinterpret_cast<u64*>(static_cast<char*>(launch.state) + Shape::kTrace)[4 * task[TaskWords::kTask] + what] = nanoseconds();
+      }
+    }
+  }
+
   // All consumer threads of this worker.
   __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
 
@@ -159,7 +168,9 @@ struct Context {
         }
         sync();
       }
+      stamp(0);
       Shape::run(*this, task[TaskWords::kRoutine]);
+      stamp(2);
       if (signals > 0) {
         sync();
         for (u32 k = thread; k < signals; k += kThreads) {

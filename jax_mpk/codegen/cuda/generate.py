@@ -27,7 +27,7 @@ _STAGES, _FLIGHT, _FEWEST_STAGES = 12, 3, 4
 _SHARED_BYTES = 232_448
 
 
-def generate(plan: Plan) -> CudaProgram:
+def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
     """The program of a verified plan. The same plan gives the same text, byte for byte.
 
     Raises:
@@ -40,6 +40,7 @@ def generate(plan: Plan) -> CudaProgram:
     state = state_layout(plan, count)
     tables = build_tables(plan, state, case, codes)
     shape = _shape(plan, codes, state, tables, count)
+    shape["kTrace"] = state.size if trace else 0
     text = _source(plan, shape, case, bodies)
     producer = 1 if shape["kStages"] else 0
     return CudaProgram(
@@ -50,7 +51,7 @@ def generate(plan: Plan) -> CudaProgram:
         threads=(WARPS + producer) * 32,
         shared_bytes=shape["shared"],
         tables=tables.words.tobytes(),
-        state_bytes=state.size,
+        state_bytes=state.size + (32 * len(plan.tasks.table) if trace else 0),
         workspace_bytes=plan.workspace_bytes,
         arguments=len(plan.graph.inputs),
         results=len(plan.graph.results),

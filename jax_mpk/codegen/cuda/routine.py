@@ -98,6 +98,10 @@ class Frame:
         self._staged_at: dict[int, tuple[int, tuple[int, ...]]] = {}
         for s in staged:
             self._stage(s)
+        if staged:
+            self.line("c.sync();")
+            self._since.clear()
+        self.line("c.stamp(1);")
 
     @staticmethod
     def _local_ends(plan: Plan, routine: Routine) -> list[int]:

@@ -43,7 +43,8 @@ ffi::Error ToError(const std::exception& error) {
   return ffi::Error::Internal("jax_mpk_cuda: LaunchError: " + text);
 }
 
-ffi::ErrorOr<std::unique_ptr<CudaState>> Instantiate(ffi::Dictionary attrs) {
+ffi::ErrorOr<std::unique_ptr<CudaState>> Instantiate(ffi::RemainingArgs, ffi::RemainingRets,
+                                                       ffi::Dictionary attrs) {
   auto program = attrs.get<std::string_view>("program");
   if (!program.has_value()) return ffi::Unexpected(program.error());
   try {
@@ -91,8 +92,9 @@ ffi::Error Execute(CudaState* state, int32_t ordinal, cuda::CUstream stream, ffi
 
 }  // namespace jax_mpk
 
+// Newer runtimes pass the buffers' types to the first stage too.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMpkCudaInstantiate, jax_mpk::Instantiate,
-                              xla::ffi::Ffi::BindInstantiate().Attrs());
+                              xla::ffi::Ffi::BindInstantiate().RemainingArgs().RemainingRets().Attrs());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMpkCudaInitialize, jax_mpk::Initialize,
                               xla::ffi::Ffi::BindInitialize()
                                   .Ctx<xla::ffi::State<jax_mpk::CudaState>>()

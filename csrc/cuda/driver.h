@@ -58,7 +58,7 @@ struct Failure : std::runtime_error {
   X(cuInit, "cuInit", (unsigned))                                                                              \
   X(cuGetErrorName, "cuGetErrorName", (CUresult, const char**))                                                \
   X(cuGetErrorString, "cuGetErrorString", (CUresult, const char**))                                            \
-  X(cuDeviceGetCount, "cuDeviceGetCount", (int*))                                                              \
+  X(cuDriverGetVersion, "cuDriverGetVersion", (int*))                                                          \
   X(cuDeviceGet, "cuDeviceGet", (CUdevice*, int))                                                              \
   X(cuDeviceGetName, "cuDeviceGetName", (char*, int, CUdevice))                                                \
   X(cuDeviceGetAttribute, "cuDeviceGetAttribute", (int*, int, CUdevice))                                       \

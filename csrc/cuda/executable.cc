@@ -122,7 +122,13 @@ void Executable::check_fits(const DeviceInfo& device, int32_t ordinal) const {
 
 void Executable::set_up(Module& module, const DeviceInfo& device) const {
   const Driver& driver = runtime_->driver;
-  driver.check(driver.cuModuleLoadData(&module.module, program_.cubin.data()), "cuModuleLoadData");
+  if (const CUresult loaded = driver.cuModuleLoadData(&module.module, program_.cubin.data()); loaded != CUDA_SUCCESS) {
+    int version = 0;
+    driver.cuDriverGetVersion(&version);
+    const std::string cuda = number(version / 1000) + "." + number(version % 1000 / 10);
+    driver.check(loaded, ("loading a kernel into a driver of CUDA " + cuda +
+                          ", which takes kernels of compilers up to that major version,").c_str());
+  }
   driver.check(driver.cuModuleGetFunction(&module.function, module.module, program_.entry.c_str()),
                "cuModuleGetFunction");
   const auto get = [&](int attribute) {

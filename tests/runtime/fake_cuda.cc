@@ -20,7 +20,7 @@ int live_modules = 0;
 // What a test sets beforehand.
 struct Device {
   int major = 9, minor = 0, multiprocessors = 132, shared_bytes = 232448, cooperative = 1;
-  int occupancy = 1, max_threads = 1024, capturing = 0;
+  int occupancy = 1, unreadable = 0, max_threads = 1024, capturing = 0;
   long long memory = 1ll << 40;
 } device;
 
@@ -64,6 +64,7 @@ void fake_set(const char* name, long long value) {
   if (field == "cooperative") device.cooperative = static_cast<int>(value);
   if (field == "occupancy") device.occupancy = static_cast<int>(value);
   if (field == "max_threads") device.max_threads = static_cast<int>(value);
+  if (field == "unreadable") device.unreadable = static_cast<int>(value);
   if (field == "capturing") device.capturing = static_cast<int>(value);
   if (field == "memory") device.memory = value;
 }
@@ -77,8 +78,8 @@ int cuGetErrorString(int, const char** text) {
   *text = "as the driver says";
   return 0;
 }
-int cuDeviceGetCount(int* count) {
-  *count = 1;
+int cuDriverGetVersion(int* version) {
+  *version = 12040;
   return 0;
 }
 int cuDeviceGet(int* out, int ordinal) {
@@ -117,6 +118,7 @@ int cuCtxSynchronize() {
   return 0;
 }
 int cuModuleLoadData(void** module, const void* image) {
+  if (device.unreadable) return 222;
   note("load " + std::string(static_cast<const char*>(image)));
   ++live_modules;
   *module = &device;

@@ -239,6 +239,7 @@ def test_synchronous_launches(driver) -> None:
         ({"shared_bytes": 100_000}, "needs 200000 bytes of shared memory per SM, and Fake GPU has 100000"),
         ({"cooperative": 0}, "no cooperative launches"),
         ({"max_threads": 256}, "384 threads with 168 registers each"),
+        ({"unreadable": 1}, r"a driver of CUDA 12\.4"),
         ({"occupancy": 0}, "cannot hold one worker"),
         ({"memory": 600}, "CUDA_ERROR_OUT_OF_MEMORY"),
     ],

@@ -11,6 +11,7 @@ namespace nb = nanobind;
 
 // One file each, ffi/module_*.cc.
 void register_contract(nb::module_& m);
+void register_cuda(nb::module_& m);
 void register_executor(nb::module_& m);
 void register_vm(nb::module_& m);
 
@@ -31,6 +32,7 @@ NB_MODULE(_native, m) {
     return type;
   }, "The state type of jax_mpk_cpu, for jax.ffi.register_ffi_type.");
   register_contract(m);
+  register_cuda(m);
   register_executor(m);
   register_vm(m);
 }

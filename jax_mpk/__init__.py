@@ -4,7 +4,10 @@ from jax_mpk import config
 from jax_mpk._version import __version__
 from jax_mpk.api import Megakernelized, export_checks, megakernelize
 from jax_mpk.errors import (
+    CompileError,
+    CompilerNotFoundError,
     ConfigError,
+    DeadlineError,
     DeadlockError,
     DifferentiationError,
     GraphVerificationError,
@@ -19,10 +22,15 @@ from jax_mpk.errors import (
     UnsupportedPrimitiveError,
 )
 from jax_mpk.plan.ir import Target
+from jax_mpk.runtime.native import check
+from jax_mpk.runtime.timing import compile_seconds
 from jax_mpk.stages import MegakernelLowered
 
 __all__ = [
+    "CompileError",
+    "CompilerNotFoundError",
     "ConfigError",
+    "DeadlineError",
     "DeadlockError",
     "DifferentiationError",
     "GraphVerificationError",
@@ -39,6 +47,8 @@ __all__ = [
     "UnsupportedError",
     "UnsupportedPrimitiveError",
     "__version__",
+    "check",
+    "compile_seconds",
     "config",
     "export_checks",
     "megakernelize",

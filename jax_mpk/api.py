@@ -17,10 +17,10 @@ from jax_mpk.runtime import pipeline, targets
 from jax_mpk.runtime.call import Options, plan_target
 from jax_mpk.runtime.dispatch import CallSite, Traced
 from jax_mpk.runtime.jax_internals import eager
-from jax_mpk.runtime.native import CPU_TARGET
+from jax_mpk.runtime.native import CPU_TARGET, CUDA_TARGET
 from jax_mpk.stages import MegakernelLowered
 
-_BACKENDS = (None, "cpu")
+_BACKENDS = (None, "cpu", "cuda", "gpu")
 _ON_UNSUPPORTED = ("error", "split")
 
 
@@ -147,13 +147,14 @@ def megakernelize(
       donate_argnames: the same, by name.
       static_argnums: positions of arguments that are compile-time constants.
       static_argnames: the same, by name.
-      backend: where the kernel runs: None or "cpu".
+      backend: where the kernel may run: "cpu", "cuda" (or "gpu"), or None: wherever the call runs. It is an error to
+        call it elsewhere.
       on_unsupported: what happens when part of the function cannot be compiled. "error" raises
         :class:`~jax_mpk.UnsupportedPrimitiveError`; "split" leaves that part to XLA and compiles the largest
         possible parts between.
-      target: the device to plan for: a :class:`~jax_mpk.Target` or a name, such as "cpu-8" (eight virtual SMs) or
-        "h100-sxm". None: the device of the call. Plans for devices that are not there can be looked at
-        (:meth:`Megakernelized.lower`, :meth:`Megakernelized.explain`) but not run.
+      target: the device to plan for: a :class:`~jax_mpk.Target` or a name, such as "cpu-8" (eight virtual SMs), "cuda"
+        (this machine's GPU) or "h100-sxm". None: the device of the call. Plans for devices that are not there can be
+        looked at (:meth:`Megakernelized.lower`, :meth:`Megakernelized.explain`) but not run.
 
     Returns:
       A callable like ``function``; see :class:`Megakernelized`.
@@ -165,7 +166,10 @@ def megakernelize(
         raise ConfigError(f"on_unsupported={on_unsupported!r}: expected one of {_ON_UNSUPPORTED}")
     if backend not in _BACKENDS:
         raise ConfigError(f"backend={backend!r}: expected one of {_BACKENDS}")
-    options = Options(None if target is None else targets.resolve(target))
+    options = Options(
+        target=None if target is None else targets.resolve(target),
+        backend="cuda" if backend == "gpu" else backend,
+    )
 
     def wrap(function: Callable[..., Any]) -> Megakernelized:
         return Megakernelized(
@@ -186,4 +190,4 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
 
     A megakernel is stored whole in the exported function. The process that runs it has to import jax_mpk.
     """
-    return [jax.export.DisabledSafetyCheck.custom_call(CPU_TARGET)]
+    return [jax.export.DisabledSafetyCheck.custom_call(call) for call in (CPU_TARGET, CUDA_TARGET)]

@@ -9,6 +9,12 @@ JAX_MPK_THREADS     OS threads that run megakernels on the CPU, the caller's inc
 JAX_MPK_CHAOS       seed (an integer from 0 to 2**63 - 1): run the CPU executor in chaos mode;
                     default: off
 JAX_MPK_DUMP_TO     folder for numbered dumps of every stage; default: none
+JAX_MPK_SYNC        1: every launch on a GPU is waited for, so that its failure is raised by the
+                    same call; default: 0
+JAX_MPK_DEADLINE_MS milliseconds that a kernel on a GPU waits for one thing before it gives up; 0:
+                    for ever; default: 10000
+JAX_MPK_CACHE_DIR   folder in which compiled kernels are kept; "0" or "off": none; default:
+                    $XDG_CACHE_HOME/jax_mpk/kernels, or ~/.cache/jax_mpk/kernels
 JAX_MPK_MODELS      folder the example models' weights are kept in; read by ``models``, not by the
                     package
 ==================  ===========================================================================
@@ -27,6 +33,7 @@ from typing import Any
 from jax_mpk.errors import ConfigError
 
 _PREFIX = "JAX_MPK_"
+_DEADLINE_MS = 10_000
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,17 @@ class Config:
       threads: OS threads that run megakernels on the CPU, the caller's included.
       chaos: seed of the CPU executor's chaos mode, or None: off.
       dump_to: folder for stage dumps, or None.
+      sync: wait for every launch on a GPU.
+      deadline_ms: how long a kernel on a GPU waits for one thing; 0: for ever.
+      cache_dir: folder of the cache of compiled kernels, or None: there is none.
     """
 
     threads: int
     chaos: int | None
     dump_to: Path | None
+    sync: bool
+    deadline_ms: int
+    cache_dir: Path | None
 
 
 def from_environment(environ: Mapping[str, str]) -> Config:
@@ -50,11 +63,12 @@ def from_environment(environ: Mapping[str, str]) -> Config:
     Raises:
       ConfigError: a variable has a value that cannot be used, or is not one of ours.
     """
-    known = {_PREFIX + name for name in ("THREADS", "CHAOS", "DUMP_TO", "MODELS")}
+    known = {_PREFIX + name for name in ("THREADS", "CHAOS", "DUMP_TO", "SYNC", "DEADLINE_MS", "CACHE_DIR", "MODELS")}
     for name in environ:
         if name.startswith(_PREFIX) and name not in known:
             raise ConfigError(f"{name} is not a variable of jax_mpk; it knows {', '.join(sorted(known))}")
     threads = _integer(environ, "THREADS", 1, 1024)
+    deadline = _integer(environ, "DEADLINE_MS", 0, 10**9)
     dump_to = environ.get(_PREFIX + "DUMP_TO", "")
     if dump_to and Path(dump_to).exists() and not Path(dump_to).is_dir():
         raise ConfigError(f"{_PREFIX}DUMP_TO={dump_to!r} is not a folder")
@@ -62,6 +76,9 @@ def from_environment(environ: Mapping[str, str]) -> Config:
         threads=_cores() if threads is None else threads,
         chaos=_integer(environ, "CHAOS", 0, 2**63 - 1),
         dump_to=Path(dump_to) if dump_to else None,
+        sync=bool(_integer(environ, "SYNC", 0, 1)),
+        deadline_ms=_DEADLINE_MS if deadline is None else deadline,
+        cache_dir=_cache_dir(environ),
     )
 
 
@@ -76,6 +93,20 @@ def _integer(environ: Mapping[str, str], name: str, low: int, high: int) -> int 
     if not low <= value <= high:
         raise ConfigError(f"{_PREFIX}{name}={text!r} is not an integer from {low} to {high}")
     return value
+
+
+def _cache_dir(environ: Mapping[str, str]) -> Path | None:
+    text = environ.get(_PREFIX + "CACHE_DIR", "")
+    if text in ("0", "off"):
+        return None
+    if text:
+        if Path(text).exists() and not Path(text).is_dir():
+            raise ConfigError(f"{_PREFIX}CACHE_DIR={text!r} is not a folder")
+        return Path(text).absolute()
+    home = environ.get("XDG_CACHE_HOME", "")
+    # What is not absolute is to be ignored, says the standard of these variables.
+    base = Path(home) if home.startswith("/") else Path(os.path.expanduser("~"), ".cache")
+    return base / "jax_mpk" / "kernels"
 
 
 def _cores() -> int:

@@ -3,10 +3,10 @@
 A user sees three kinds: something in the function cannot be compiled (:class:`UnsupportedPrimitiveError` and its
 neighbours; the text names the user's line and the way out), something is wrong with how the function is used
 (:class:`DifferentiationError`, :class:`ShardedInputError`, …), or something failed while a megakernel ran. XLA reports
-the last: calls raise ``jax.errors.JaxRuntimeError``, whose text names :class:`LaunchError` or :class:`DeadlockError`.
-These two are raised where a program runs without XLA (``runtime.native.run_program``) or a plan is simulated. The
-``…VerificationError`` classes mean that a stage of jax_mpk produced something that its own checker refuses: a bug
-here, not in the user's program.
+the last: calls raise ``jax.errors.JaxRuntimeError``, whose text names :class:`LaunchError`, :class:`DeadlockError` or
+:class:`DeadlineError`. These are raised where a program runs without XLA (``runtime.native.run_program``), where a plan
+is simulated, and by ``jax_mpk.check()``. The ``…VerificationError`` classes mean that a stage of jax_mpk produced
+something that its own checker refuses: a bug here, not in the user's program.
 """
 
 from __future__ import annotations
@@ -75,6 +75,26 @@ class LaunchError(JaxMpkError, RuntimeError):
 
 class DeadlockError(LaunchError):
     """A megakernel waited for something that cannot happen; through XLA, part of a JaxRuntimeError's text."""
+
+
+class DeadlineError(LaunchError):
+    """A wait in a kernel on a GPU passed its deadline; through XLA, part of a JaxRuntimeError's text."""
+
+
+class CompileError(JaxMpkError, RuntimeError):
+    """The CUDA compiler refused a kernel; a bug in jax_mpk.
+
+    Attributes:
+      log: what the compiler said.
+    """
+
+    def __init__(self, message: str, *, log: str = ""):
+        super().__init__(message)
+        self.log = log
+
+
+class CompilerNotFoundError(JaxMpkError, RuntimeError):
+    """There is no CUDA compiler on this machine."""
 
 
 class NativeModuleError(JaxMpkError, ImportError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.graph.ir import Graph
 from jax_mpk.graph.printer import format_graph
 from jax_mpk.plan.ir import Plan
@@ -68,7 +69,8 @@ class MegakernelLowered(stages.Lowered):
         """The text of one stage.
 
         Args:
-          dialect: "jaxpr", "graph", "plan" or "program"; or one of JAX's: "stablehlo" (the default), "hlo".
+          dialect: "jaxpr", "graph", "plan", "program" or, for a GPU, "cuda" (the source of the kernel); or one of
+            JAX's: "stablehlo" (the default), "hlo".
           debug_info: with JAX's dialects: include source locations.
         """
         texts = {
@@ -76,6 +78,7 @@ class MegakernelLowered(stages.Lowered):
             "graph": lambda k: format_graph(k.graph),
             "plan": lambda k: format_plan(k.plan),
             "program": lambda k: str(k.program),
+            "cuda": _source,
         }
         if dialect in texts:
             return "\n".join(texts[dialect](kernel) for kernel in self.kernels)
@@ -123,6 +126,12 @@ class _Compiled(stages.Compiled):
     @property
     def output_formats(self) -> Any:
         return _restored(super().output_formats)
+
+
+def _source(kernel: pipeline.Stages) -> str:
+    if not isinstance(kernel.program, CudaProgram):
+        raise ValueError(f"{kernel.name} was planned for {kernel.plan.target.name}: there is no CUDA source")
+    return kernel.program.source
 
 
 def _restored(results: Any) -> Any:

@@ -12,7 +12,7 @@ constexpr int kEventWords = 8;
 
 // Every wait of a thread. One that passes the deadline makes all waits of the launch fall through.
 struct Watch {
-  Header* header;
+  StateHeader* header;
   Record* record;
   u64 deadline_ns;
   u32 worker;
@@ -36,7 +36,7 @@ struct Watch {
     return true;
   }
 
-  __device__ void note(u32 task, Wait kind, u32 what, u32 expected, u32 seen, u64 element = 0) const {
+  __device__ void note(u32 task, WaitKind kind, u32 what, u32 expected, u32 seen, u64 element = 0) const {
     volatile Record* r = record;
     r->worker = worker;
     r->task = task;
@@ -53,13 +53,13 @@ struct Watch {
   __device__ bool event(const u32* counter, u32 threshold, u32 task, u32 number) const {
     u32 seen;
     return until([&] { return static_cast<s32>((seen = load_acquire(counter)) - threshold) >= 0; },
-                 [&] { note(task, Wait::kEvent, number, threshold, seen); });
+                 [&] { note(task, kWaitEvent, number, threshold, seen); });
   }
 
   __device__ bool barrier(u32 threshold) const {
     u32 seen;
     return until([&] { return static_cast<s32>((seen = load_acquire(&header->arrivals)) - threshold) >= 0; },
-                 [&] { note(~0u, Wait::kBarrier, 0, threshold, seen); });
+                 [&] { note(~0u, kWaitBarrier, 0, threshold, seen); });
   }
 };
 
@@ -82,7 +82,7 @@ struct Tagged {
   __device__ T get(const C& c, u64 i) const {
     Word w;
     c.watch.until([&] { return tagged(w = load_relaxed(words + i)); },
-                  [&] { c.watch.note(c.task[1], Wait::kTag, tag, tag, w & 65535, i); });
+                  [&] { c.watch.note(c.task[1], kWaitTag, tag, tag, w & 65535, i); });
     return payload(w);
   }
 
@@ -110,7 +110,7 @@ __device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 fir
           for (int e = 0; e < kVector; ++e) all &= from.tagged(w[e]);
           return all;
         },
-        [&] { c.watch.note(c.task[1], Wait::kTag, from.tag, from.tag, w[0] & 65535, first + at); });
+        [&] { c.watch.note(c.task[1], kWaitTag, from.tag, from.tag, w[0] & 65535, first + at); });
 #pragma unroll
     for (int e = 0; e < kVector; ++e) to[at + e] = Tagged<T>::payload(w[e]);
   }

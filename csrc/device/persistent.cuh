@@ -44,7 +44,7 @@ struct Context {
 
   __device__ Context(const typename Shape::Launch& l, char* s)
       : launch(l),
-        watch{static_cast<Header*>(l.state), l.record, l.deadline_ns, static_cast<u32>(blockIdx.x)},
+        watch{static_cast<StateHeader*>(l.state), l.record, l.deadline_ns, static_cast<u32>(blockIdx.x)},
         shared(s),
         worker(blockIdx.x),
         thread(threadIdx.x),
@@ -56,7 +56,7 @@ struct Context {
   __device__ int box(int word) const { return static_cast<int>(task[word]); }
   template <class T>
   __device__ T* global(int word) const {
-    return reinterpret_cast<T*>(static_cast<char*>(launch.buffer[task[word]]) + u64(task[word + 1]) * 16);
+    return reinterpret_cast<T*>(static_cast<char*>(launch.buffers[task[word]]) + u64(task[word + 1]) * 16);
   }
   template <class T>
   __device__ Tagged<T> tagged(int word) const {
@@ -108,7 +108,7 @@ struct Context {
   // A predicate or branch index that every worker follows; behind a barrier.
   template <class T>
   __device__ T decide(int buffer, u32 offset) {
-    const auto* at = static_cast<const char*>(launch.buffer[buffer]) + u64(offset) * 16;
+    const auto* at = static_cast<const char*>(launch.buffers[buffer]) + u64(offset) * 16;
     if (thread == 0) control()[kDecision] = static_cast<u32>(*reinterpret_cast<const volatile T*>(at));
     sync();
     const u32 value = control()[kDecision];
@@ -135,12 +135,12 @@ struct Context {
     if (thread == 0) control()[kDecision] = add_acq_rel(&watch.header->ticket, 1) == Shape::kWorkers - 1;
     sync();
     if (!control()[kDecision]) return;  // only the last one out goes on
+    if (thread == 0) watch.header->ticket = 0;
     if (watch.aborted()) return poison();
     u32* sequences = reinterpret_cast<u32*>(watch.header + 1);
     for (int s = thread; s < Shape::kSegments; s += kThreads) sequences[s] += control()[Shape::kSegments + s];
     if (thread == 0) {
       watch.header->barrier_base = base() + barriers * Shape::kWorkers;
-      watch.header->ticket = 0;
       watch.header->launches += 1;
     }
   }
@@ -209,7 +209,7 @@ struct Context {
     const u32* row = launch.tables + Shape::kResults;
     for (int r = 0; r < Shape::kResultCount; ++r, row += 4) {
       const u32 pattern = row[1];
-      auto* bytes = static_cast<unsigned char*>(launch.buffer[row[0]]);
+      auto* bytes = static_cast<unsigned char*>(launch.buffers[row[0]]);
       const u64 size = row[2] | u64(row[3]) << 32;
       const u32 width = pattern >> 8 & 255;
       // The last byte of an element has the sign (and a float's exponent); the others are all alike.

@@ -57,7 +57,7 @@ struct Ring {
   __device__ const char* wait(const C& c, u32 number) const {
     const u32 stage = number % Shape::kStages, parity = number / Shape::kStages & 1;
     const bool ok = c.watch.until([&] { return barrier_done(full(shared, stage), parity); },
-                                  [&] { c.watch.note(c.task[1], Wait::kBulk, number, parity, parity ^ 1); });
+                                  [&] { c.watch.note(c.task[1], kWaitBulkLoad, number, parity, parity ^ 1); });
     return ok ? shared + Shape::kRing + stage * Shape::kStageBytes : nullptr;
   }
 
@@ -70,7 +70,7 @@ struct Ring {
     if (c.thread != 0) return;
     if (n >= 2) {
       c.watch.until([&] { return barrier_done(taken(shared), n & 1); },
-                    [&] { c.watch.note(~0u, Wait::kPredicate, n, 0, 0); });
+                    [&] { c.watch.note(~0u, kWaitPredicate, n, 0, 0); });
     }
     *decision(shared, n) = value;
     barrier_arrive(decided(shared));
@@ -90,7 +90,7 @@ struct Producer {
 
   __device__ Producer(const typename Shape::Launch& l, char* s)
       : launch(l),
-        watch{static_cast<Header*>(l.state), l.record, 0, static_cast<u32>(blockIdx.x)},  // consumers see to deadlines
+        watch{static_cast<StateHeader*>(l.state), l.record, 0, static_cast<u32>(blockIdx.x)},  // consumers see to deadlines
         shared(s),
         lane(threadIdx.x % 32),
         policy(evict_first()) {}
@@ -105,7 +105,7 @@ struct Producer {
       for (u32 j = 0; j < min(32u, count - base); ++j) {
         const u32 buffer = __shfl_sync(~0u, mine.buffer, j), chunk = __shfl_sync(~0u, mine.chunk_bytes, j);
         const u64 offset = __shfl_sync(~0u, mine.offset, j), bytes = __shfl_sync(~0u, mine.bytes, j);
-        if (lane == 0) stream(static_cast<const char*>(launch.buffer[buffer]) + offset, bytes, chunk);
+        if (lane == 0) stream(static_cast<const char*>(launch.buffers[buffer]) + offset, bytes, chunk);
       }
       __syncwarp();
       next = __shfl_sync(~0u, next, 0);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jax_mpk.plan.ir import Target
 
 #: Ends the name of a CPU target with tagged hand-offs.
@@ -47,3 +49,6 @@ H100 = Target(
     granule=64,
     tagged_bytes=256 << 10,
 )
+
+#: One H200 SXM: the same chip with faster memory; its rated bandwidth at the H100's share of what can be read.
+H200 = replace(H100, name="h200-sxm", bandwidth=4.4e12)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections.abc import Sequence
@@ -27,12 +28,13 @@ from jax_mpk.runtime.jax_internals import (
     ad,
     batching,
     core,
+    default_platform,
     ffi_lowering,
     partial_eval,
     sharding_impls,
     weakref_lru_cache,
 )
-from jax_mpk.runtime.native import CPU_TARGET
+from jax_mpk.runtime.native import CPU_TARGET, CUDA_TARGET
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class Options:
 
     Attributes:
       target: the device to plan for, or None: the one the call is lowered for.
+      backend: the only platform the call may be lowered for, "cpu" or "cuda", or None: either.
       site: refers to the CallSite, which keeps what is compiled for eager calls. Weakly: JAX caches jaxprs, and
         with them these options, for as long as the function they were traced from lives, which is the CallSite's.
     """
 
     target: Target | None = None
+    backend: str | None = None
     site: weakref.ref[Any] | None = field(default=None, compare=False, repr=False)
 
 
@@ -60,9 +64,12 @@ def _abstract_eval(*avals: Any, jaxpr: Any, donated: Any, name: str, options: Op
     return jaxpr.out_avals
 
 
-def plan_target(options: Options) -> Target:
-    """The target a call site is planned for on the CPU."""
-    return targets.resolve(options.target)
+def plan_target(options: Options, platform: str | None = None) -> Target:
+    """The target a call site is planned for on a platform, or None: wherever it would run by default."""
+    if options.target is not None:
+        return options.target
+    platform = platform or options.backend or default_platform()
+    return targets.resolve("cuda" if platform == "cuda" else None)
 
 
 # --- Transformations -------------------------------------------------------------------------------------------
@@ -156,32 +163,51 @@ partial_eval.dce_rules[megakernel_p] = _dead_code
 # --- Lowering --------------------------------------------------------------------------------------------------
 
 
-def _lower_cpu(
-    ctx: Any, *operands: Any, jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options
+#: Custom calls by platform, and the architectures that each of them runs.
+_CALLS = {"cpu": (CPU_TARGET, ("cpu",)), "cuda": (CUDA_TARGET, ("sm_90a",))}
+
+
+def _lower(
+    platform: str,
+    ctx: Any,
+    *operands: Any,
+    jaxpr: Any,
+    donated: tuple[bool, ...],
+    name: str,
+    options: Options,
 ) -> Sequence[Any]:
     _check_devices(ctx, name)
-    target = plan_target(options)
-    if target.arch != "cpu":
+    call, runs = _CALLS[platform]
+    target = plan_target(options, platform)
+    if options.backend not in (None, platform):
+        raise TargetError(f"{name} is for backend={options.backend!r}, and the call is compiled for {platform}.")
+    if targets.platform(target) != platform:
         raise TargetError(
-            f"{name} was planned for {target.name} (target=…), which cannot run on the CPU. Planning for another "
-            "device is for looking at plans: .lower(…).plan, .explain(…)."
+            f"{name} was planned for {target.name} (target=…), which cannot run on {_NAMES[platform]}. Planning for "
+            "another device is for looking at plans: .lower(…).plan, .explain(…)."
+        )
+    if target.arch not in runs:
+        raise TargetError(
+            f"{name}: kernels are written for {', '.join(runs)} only so far, and {target.name} is {target.arch}."
         )
     made = pipeline.artifact(jaxpr, donated, name, target)
     avals_in = [_physical(aval) for aval in ctx.avals_in]
     avals_out = [_physical(aval) for aval in ctx.avals_out]
     if made.workspace_bytes:
         avals_out.append(core.ShapedArray((made.workspace_bytes,), core.dtypes.dtype("uint8")))
-    rule = ffi_lowering(CPU_TARGET, operand_output_aliases={argument: result for result, argument in made.aliases})
+    rule = ffi_lowering(call, operand_output_aliases={argument: result for result, argument in made.aliases})
     inner = ctx.replace(avals_in=avals_in, avals_out=avals_out)
     return rule(inner, *operands, program=made.program)[: len(ctx.avals_out)]
 
 
-mlir.register_lowering(megakernel_p, _lower_cpu, platform="cpu")
+_NAMES = {"cpu": "the CPU", "cuda": "a GPU"}
+for _platform in _CALLS:
+    mlir.register_lowering(megakernel_p, functools.partial(_lower, _platform), platform=_platform)
 
 
 def _lower_elsewhere(ctx: Any, *_: Any, name: str, **__: Any) -> Any:
     platforms = ", ".join(ctx.module_context.platforms)
-    raise TargetError(f"{name} is a megakernel, and jax_mpk has no executor for {platforms} yet, only for cpu.")
+    raise TargetError(f"{name} is a megakernel, and jax_mpk has no executor for {platforms}, only for cpu and cuda.")
 
 
 mlir.register_lowering(megakernel_p, _lower_elsewhere)

@@ -27,6 +27,7 @@ from jax_mpk.runtime.call import Options, lift, megakernel_p, plan_target
 from jax_mpk.runtime.constants import Constants, Copies, is_small
 from jax_mpk.runtime.jax_internals import core, eager, jax_config, parse_arguments, tree_util, weakref_lru_cache
 from jax_mpk.runtime.split import Split, is_whole, refuse_effects, refuse_high_types, split
+from jax_mpk.runtime.timing import timed
 
 _MAX_SIGNATURES = 4096
 #: How often a call gets a new entry point before it takes one that fits any trace.
@@ -205,7 +206,8 @@ class CallSite:
 
     def trace(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Traced, list[Any]]:
         """Traces the function; also returns its array arguments, closed-over tracers first."""
-        traced = self.tracer.trace(*args, **kwargs)
+        with timed("trace"):
+            traced = self.tracer.trace(*args, **kwargs)
         _, leaves = parse_arguments(self.tracer, args, kwargs)
         return self._specialised(traced), [*traced._consts, *leaves]
 
@@ -233,7 +235,8 @@ class CallSite:
 
     def lower(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Traced, Entry, list[Any], Any]:
         """The function traced for these arguments, an entry point for them, their leaves and JAX's ``args_info``."""
-        traced = self.tracer.trace(*args, **kwargs)
+        with timed("trace"):
+            traced = self.tracer.trace(*args, **kwargs)
         _, leaves = parse_arguments(self.tracer, args, kwargs)
         made = self._specialised(traced)
         return made, self._make_entry(made, args, kwargs, leaves), leaves, traced.args_info

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax._src import config as jax_config
 from jax._src import core, sharding_impls, stages, tree_util
 from jax._src.ffi import ffi_lowering
@@ -19,6 +20,7 @@ __all__ = [
     "ad",
     "batching",
     "core",
+    "default_platform",
     "eager",
     "ffi_lowering",
     "jax_config",
@@ -32,6 +34,13 @@ __all__ = [
 
 eager = core.trace_state_clean
 """Whether no transformation is at work: what is called now runs now."""
+
+
+def default_platform() -> str:
+    """Where calls run whose arguments do not say: "cpu", "cuda", or another of JAX's platforms."""
+    device = jax_config.default_device.value
+    platform = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return "cuda" if platform == "gpu" else str(platform)
 
 
 def parse_arguments(jitted: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:

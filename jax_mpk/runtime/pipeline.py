@@ -1,14 +1,19 @@
-"""From a jaxpr to a Program: the stages in order, once for each function, target and donation."""
+"""From a jaxpr to what runs: the stages in order, once for each function, target and donation."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from jax.extend.core import Jaxpr
 
-from jax_mpk.capture import capture
+from jax_mpk import config
+from jax_mpk.capture import capture, jaxprs
+from jax_mpk.capture.canonical import canonical
+from jax_mpk.codegen import cuda as cuda_codegen
+from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.codegen.encode import encode
 from jax_mpk.codegen.ir import Program
 from jax_mpk.graph.build import build_graph
@@ -18,8 +23,10 @@ from jax_mpk.graph.verify import verify_graph
 from jax_mpk.plan.ir import Plan, Target
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.verify import verify_plan
-from jax_mpk.runtime import targets
+from jax_mpk.runtime import cuda, cuda_cache, targets
+from jax_mpk.runtime.artifact import Artifact
 from jax_mpk.runtime.jax_internals import weakref_lru_cache
+from jax_mpk.runtime.timing import timed
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,6 @@ class Stages:
       built: the Graph before fusion.
       graph: the fused Graph.
       plan: the Plan, verified.
-      program: what the executor runs.
     """
 
     name: str
@@ -40,22 +46,13 @@ class Stages:
     built: Graph
     graph: Graph
     plan: Plan
-    program: Program
 
-
-@dataclass(frozen=True)
-class Artifact:
-    """What the custom call needs.
-
-    Attributes:
-      program: the words of the Program, as bytes.
-      workspace_bytes: size of the extra result; 0: there is none.
-      aliases: pairs of result number and the donated argument whose buffer it takes over.
-    """
-
-    program: bytes
-    workspace_bytes: int
-    aliases: tuple[tuple[int, int], ...]
+    @functools.cached_property
+    def program(self) -> Program | CudaProgram:
+        """What runs: a Program of the CPU executor, or a kernel. Made when it is first asked for."""
+        generate = encode if targets.platform(self.plan.target) == "cpu" else cuda_codegen.generate
+        with timed("codegen"):
+            return generate(self.plan)
 
 
 _observers: list[Callable[[Stages], None]] = []
@@ -79,24 +76,48 @@ def stages(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -> 
 @weakref_lru_cache(maxsize=None)
 def artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -> Artifact:
     """What the custom call of a closed jaxpr needs. It lives as long as the jaxpr."""
-    made = stages(jaxpr, donated, name, target)
-    return Artifact(
-        program=made.program.words.tobytes(),
-        workspace_bytes=made.plan.workspace_bytes,
-        aliases=tuple(sorted(made.plan.aliases.items())),
-    )
+    if targets.platform(target) == "cpu":
+        return _build(stages(jaxpr, donated, name, target))
+    cache = cuda_cache.current()
+    # Whoever asked for dumps wants every stage to happen.
+    text = canonical(jaxprs.open_jaxpr(jaxpr)[0]) if cache is not None and config.current().dump_to is None else None
+    if cache is None or text is None:
+        return _build(stages(jaxpr, donated, name, target))
+    with timed("cache"):
+        key = cuda_cache.program_key(text, donated, name, repr(target))
+        found = cache.get(key)
+    if found is not None:
+        return Artifact.from_bytes(found)
+    made = _build(stages(jaxpr, donated, name, target))
+    with timed("cache"):
+        cache.put(key, made.to_bytes())
+    return made
+
+
+def _build(made: Stages) -> Artifact:
+    aliases = tuple(sorted(made.plan.aliases.items()))
+    program = made.program
+    if isinstance(program, Program):
+        return Artifact(program.words.tobytes(), made.plan.workspace_bytes, aliases)
+    return Artifact(cuda.build(program), program.workspace_bytes, aliases)
 
 
 def _compile(jaxpr: Jaxpr, donated: tuple[bool, ...], name: str, target: Target) -> Stages:
-    built = build_graph(
-        jaxpr, donated=frozenset(i for i, d in enumerate(donated) if d), platform=targets.platform(target)
-    )
-    verify_graph(built)
-    graph = fuse(built)
-    verify_graph(graph)
-    plan = make_plan(graph, target)
-    verify_plan(plan)
-    made = Stages(name, jaxpr, built, graph, plan, encode(plan))
+    with timed("graph"):
+        built = build_graph(
+            jaxpr, donated=frozenset(i for i, d in enumerate(donated) if d), platform=targets.platform(target)
+        )
+    with timed("verify"):
+        verify_graph(built)
+    with timed("graph"):
+        graph = fuse(built)
+    with timed("verify"):
+        verify_graph(graph)
+    with timed("plan"):
+        plan = make_plan(graph, target)
+    with timed("verify"):
+        verify_plan(plan)
+    made = Stages(name, jaxpr, built, graph, plan)
     for observer in _observers:
         observer(made)
     return made

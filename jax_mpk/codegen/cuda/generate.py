@@ -55,8 +55,7 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
         workspace_bytes=plan.workspace_bytes,
         arguments=len(plan.graph.inputs),
         results=len(plan.graph.results),
-        labels=tuple(_label(plan, r) for r in range(len(plan.routines))),
-        task_labels=plan.tasks.table["routine"].astype(np.uint32).tobytes(),
+        labels=_task_labels(plan),
     )
 
 
@@ -127,6 +126,13 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         **out,
         "shared": at + stages * STAGE_BYTES,
     }
+
+
+def _task_labels(plan: Plan) -> tuple[tuple[int, str], ...]:
+    """Names of tasks: (first task, name), each for all tasks up to the next one."""
+    routine = plan.tasks.table["routine"]
+    first = np.flatnonzero(np.diff(routine, prepend=-1))
+    return tuple((int(task), _label(plan, int(routine[task]))) for task in first)
 
 
 def _label(plan: Plan, routine: int) -> str:

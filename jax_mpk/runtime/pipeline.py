@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,10 @@ class Artifact:
     aliases: tuple[tuple[int, int], ...]
 
 
+# JAX's settings decided what the jaxpr is. In the key they would only tell calls from their lowering, where the mesh
+# is set, and each function would be planned twice.
+_cache = functools.partial(weakref_lru_cache, trace_context_in_key=False)
+
 _observers: list[Callable[[Stages], None]] = []
 
 
@@ -67,7 +72,7 @@ def on_compiled(observer: Callable[[Stages], None]) -> None:
 
 
 # The stages of a large model are big, and only explain() and lower() ask for them again.
-@weakref_lru_cache(maxsize=8)
+@_cache(maxsize=8)
 def stages(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -> Stages:
     """All stages of a closed jaxpr without constants."""
     captured = capture(jaxpr)
@@ -76,7 +81,7 @@ def stages(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -> 
     return _compile(captured.jaxpr, donated, name, target)
 
 
-@weakref_lru_cache(maxsize=None)
+@_cache(maxsize=None)
 def artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -> Artifact:
     """What the custom call of a closed jaxpr needs. It lives as long as the jaxpr."""
     made = stages(jaxpr, donated, name, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,18 @@ from jax_mpk.codegen.ir import Program
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.graph.ir import Graph
+from jax_mpk.graph.layouts import Layout, movable, permute_inputs
+from jax_mpk.graph.layouts import preferred as preferred_layouts
 from jax_mpk.graph.verify import verify_graph
 from jax_mpk.plan.ir import Plan, Target
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.verify import verify_plan
 from jax_mpk.runtime import targets
 from jax_mpk.runtime.jax_internals import weakref_lru_cache
+from jax_mpk.runtime.layouts import AUTO, ROW_MAJOR, Lies
+
+#: One layout per operand, None: row-major. (): all operands are.
+Layouts = tuple[Layout | None, ...]
 
 
 @dataclass(frozen=True)
@@ -73,18 +79,34 @@ def on_compiled(observer: Callable[[Stages], None]) -> None:
 
 # The stages of a large model are big, and only explain() and lower() ask for them again.
 @_cache(maxsize=8)
-def stages(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -> Stages:
-    """All stages of a closed jaxpr without constants."""
-    captured = capture(jaxpr)
-    if captured.consts:
-        raise AssertionError("a megakernel's jaxpr has constants; they should be operands")
-    return _compile(captured.jaxpr, donated, name, target)
+def stages(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target, layouts: Layouts = ()) -> Stages:
+    """All stages of a closed jaxpr without constants.
+
+    Args:
+      jaxpr: the function.
+      donated: one flag per operand.
+      name: of the function.
+      target: the device.
+      layouts: what :func:`operand_layouts` says.
+    """
+    captured, built = _built(jaxpr, donated, target)
+    if layouts:
+        built = permute_inputs(built, layouts)
+        verify_graph(built)
+    graph = fuse(built)
+    verify_graph(graph)
+    plan = make_plan(graph, target)
+    verify_plan(plan)
+    made = Stages(name, captured, built, graph, plan, encode(plan))
+    for observer in _observers:
+        observer(made)
+    return made
 
 
 @_cache(maxsize=None)
-def artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -> Artifact:
+def artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target, layouts: Layouts = ()) -> Artifact:
     """What the custom call of a closed jaxpr needs. It lives as long as the jaxpr."""
-    made = stages(jaxpr, donated, name, target)
+    made = stages(jaxpr, donated, name, target, layouts)
     return Artifact(
         program=made.program.words.tobytes(),
         workspace_bytes=made.plan.workspace_bytes,
@@ -92,16 +114,42 @@ def artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -
     )
 
 
-def _compile(jaxpr: Jaxpr, donated: tuple[bool, ...], name: str, target: Target) -> Stages:
-    built = build_graph(
-        jaxpr, donated=frozenset(i for i, d in enumerate(donated) if d), platform=targets.platform(target)
+@_cache(maxsize=8)
+def preferred(jaxpr: Any, donated: tuple[bool, ...], target: Target) -> Layouts:
+    """The layout each operand is read best in; None where that does not matter or cannot be chosen."""
+    return preferred_layouts(fuse(_built(jaxpr, donated, target)[1]))
+
+
+def operand_layouts(jaxpr: Any, donated: tuple[bool, ...], target: Target, lies: Sequence[Lies]) -> Layouts:
+    """The layouts to declare operands in, given how their arrays may lie; (): all of them row-major."""
+    if all(lie == ROW_MAJOR for lie in lies):
+        return ()
+    can = movable(_built(jaxpr, donated, target)[1])
+    chosen = tuple(
+        _declared(lie, lambda i=i: preferred(jaxpr, donated, target)[i]) if i in can else None  # type: ignore[misc]
+        for i, lie in enumerate(lies)
     )
+    return chosen if any(chosen) else ()
+
+
+def _declared(lie: Lies, best: Callable[[], Layout | None]) -> Layout | None:
+    if len(lie) == 1 and lie != AUTO:
+        (layout,) = lie
+    else:
+        layout = best()
+        if layout not in lie and "auto" not in lie:
+            layout = None
+    assert layout != "auto"
+    return None if layout is None or layout == tuple(range(len(layout))) else layout
+
+
+@_cache(maxsize=8)
+def _built(jaxpr: Any, donated: tuple[bool, ...], target: Target) -> tuple[Jaxpr, Graph]:
+    """The captured jaxpr and its Graph, arguments row-major."""
+    captured = capture(jaxpr)
+    if captured.consts:
+        raise AssertionError("a megakernel's jaxpr has constants; they should be operands")
+    flags = frozenset(i for i, d in enumerate(donated) if d)
+    built = build_graph(captured.jaxpr, donated=flags, platform=targets.platform(target))
     verify_graph(built)
-    graph = fuse(built)
-    verify_graph(graph)
-    plan = make_plan(graph, target)
-    verify_plan(plan)
-    made = Stages(name, jaxpr, built, graph, plan, encode(plan))
-    for observer in _observers:
-        observer(made)
-    return made
+    return captured.jaxpr, built

@@ -2,7 +2,7 @@
 
 from jax_mpk import config
 from jax_mpk._version import __version__
-from jax_mpk.api import Megakernelized, export_checks, megakernelize
+from jax_mpk.api import Megakernelized, export_checks, megakernelize, place
 from jax_mpk.errors import (
     CompileError,
     CompilerNotFoundError,
@@ -52,4 +52,5 @@ __all__ = [
     "config",
     "export_checks",
     "megakernelize",
+    "place",
 ]

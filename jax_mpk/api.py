@@ -13,11 +13,12 @@ import jax.export
 from jax_mpk import debug
 from jax_mpk.errors import ConfigError
 from jax_mpk.plan.ir import Target
-from jax_mpk.runtime import pipeline, targets
+from jax_mpk.runtime import layouts, pipeline, targets
 from jax_mpk.runtime.call import Options, plan_target
-from jax_mpk.runtime.dispatch import CallSite, Traced
+from jax_mpk.runtime.dispatch import CallSite, KernelCall, Traced
 from jax_mpk.runtime.jax_internals import eager
 from jax_mpk.runtime.native import CPU_TARGET, CUDA_TARGET
+from jax_mpk.runtime.place import place as place_arguments
 from jax_mpk.stages import MegakernelLowered
 
 _BACKENDS = (None, "cpu", "cuda", "gpu")
@@ -63,7 +64,7 @@ class Megakernelized:
           ``.jaxpr``, ``.graph``, ``.plan``, ``.program``, and ``.as_text(…)`` of each.
         """
         traced, entry, leaves, args_info = self._site.lower(args, kwargs)
-        return MegakernelLowered(traced, entry, leaves, args_info, self._kernels(traced))
+        return MegakernelLowered(traced, entry, leaves, args_info, self._kernels(traced, leaves))
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """Traces the function like ``jax.jit(f).trace(…)``: for ``jax.export.export``."""
@@ -79,23 +80,25 @@ class Megakernelized:
         Operators and what was fused into them, tasks, dependent phases, bytes moved, memory, the predicted time,
         and why anything was not captured or fused.
         """
-        traced, _ = self._site.trace(args, kwargs)
+        traced, leaves = self._site.trace(args, kwargs)
         notes = traced.parts.notes if traced.parts is not None else ()
-        return debug.explain([make() for make in self._kernels(traced)], notes)
+        return debug.explain([make() for make in self._kernels(traced, leaves)], notes)
 
     def clear_cache(self) -> None:
         """Forgets everything compiled so far."""
         self._site.clear_cache()
         self.__dict__.pop("_jitted", None)
 
-    def _kernels(self, traced: Traced) -> list[Callable[[], pipeline.Stages]]:
+    def _kernels(self, traced: Traced, leaves: Sequence[Any]) -> list[Callable[[], pipeline.Stages]]:
         target = plan_target(self._site.options)
-        if traced.parts is None:
-            return [functools.partial(pipeline.stages, traced.jaxpr, traced.donated, self._site.name, target)]
-        return [
-            functools.partial(pipeline.stages, eqn.params["jaxpr"], eqn.params["donated"], eqn.params["name"], target)
-            for eqn in traced.parts.islands
-        ]
+        lies = traced.lies([layouts.of_array(leaf) for leaf in leaves])
+
+        def stages(call: KernelCall[layouts.Lies]) -> pipeline.Stages:
+            declared = pipeline.operand_layouts(call.jaxpr, call.donated, target, call.operands)
+            return pipeline.stages(call.jaxpr, call.donated, call.name, target, declared)
+
+        calls = traced.calls(self._site.name, lies, layouts.ROW_MAJOR)
+        return [functools.partial(stages, call) for call in calls]
 
     @functools.cached_property
     def _jitted(self) -> Any:
@@ -183,6 +186,44 @@ def megakernelize(
         )
 
     return wrap if function is None else wrap(function)
+
+
+def place(step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Stores the arguments of a megakernelized function as it reads them best.
+
+    A contraction streams its weight best along the contracted axes, and the weights of most models have these first::
+
+        params, cache, token, pos = jax_mpk.place(step, params, cache, token, pos)
+
+    What comes back are the same arrays to everyone who looks, with the same shapes, values and shardings; only the
+    order of their axes in memory differs (``x.format``), and they are committed to where they lie. Weights are moved
+    that are large, are not donated and are read by contractions above all; other arguments come back as they are, and
+    so does what lies well already. Both copies exist until the first is dropped. Nothing is planned, compiled or run.
+
+    A call takes arrays as they lie, placed or not, without copying them; each combination is compiled once. The same
+    holds under ``jax.jit``, and the formats can then be asked for: ``jax.jit(step,
+    in_shardings=Format(Layout.AUTO)).lower(…).compile().input_formats``.
+
+    Args:
+      step: what :func:`megakernelize` returned.
+      *args: arguments of a call, or ``jax.ShapeDtypeStruct`` instead of arrays, which get a format.
+      **kwargs: the same.
+
+    Returns:
+      The positional arguments, as a tuple; where there are keyword arguments, that tuple and a dictionary of them.
+
+    Raises:
+      ConfigError: ``step`` is something else, or the call is being traced: arrays cannot be moved then.
+    """
+    if isinstance(step, types.MethodType) and isinstance(step.__func__, Megakernelized):
+        placed = place(step.__func__, step.__self__, *args, **kwargs)
+        return (placed[0][1:], placed[1]) if kwargs else placed[1:]
+    if not isinstance(step, Megakernelized):
+        raise ConfigError(f"place: {step!r} is not a megakernelized function")
+    if not eager():
+        raise ConfigError("place moves arrays, so it has to be called outside jax.jit and other transformations")
+    new_args, new_kwargs = place_arguments(step._site, args, kwargs)
+    return (new_args, new_kwargs) if kwargs else new_args
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:

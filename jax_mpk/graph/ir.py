@@ -258,6 +258,8 @@ class Graph:
       block: the operators; ``block.results`` are the function's results.
       donated: positions in ``inputs`` whose storage may be overwritten.
       notes: what could not be captured or fused, and why, one sentence each, for ``explain``.
+      layouts: per input, the axes of the argument in the order in which its value has them; None: the same order. ():
+        so for every input. See :mod:`jax_mpk.graph.layouts`.
     """
 
     values: tuple[Value, ...]
@@ -265,6 +267,7 @@ class Graph:
     block: Block
     donated: frozenset[int] = frozenset()
     notes: tuple[str, ...] = field(default=())
+    layouts: tuple[tuple[int, ...] | None, ...] = ()
 
     @property
     def results(self) -> tuple[int, ...]:

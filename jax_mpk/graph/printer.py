@@ -45,7 +45,9 @@ def format_graph(graph: Graph) -> str:
     head = []
     for position, v in enumerate(graph.inputs):
         donated = " donated" if position in graph.donated else ""
-        head.append(f"  {_declared(graph, v)}{donated}\n")
+        layout = graph.layouts[position] if graph.layouts else None
+        stored = "" if layout is None else f" axes {','.join(map(str, layout))} of the argument"
+        head.append(f"  {_declared(graph, v)}{donated}{stored}\n")
     lines = ["graph(\n", *head, "):\n"] if head else ["graph():\n"]
     lines += [f"  {line}\n" for line in _block_lines(graph, graph.block, "return")]
     lines += [f"# {note}\n" for note in graph.notes]

@@ -47,6 +47,15 @@ def _check_values(graph: Graph) -> None:
     outside = [d for d in graph.donated if not 0 <= d < len(graph.inputs)]
     if outside:
         raise Broken(f"donated positions {sorted(outside)} of {len(graph.inputs)} inputs")
+    if graph.layouts and len(graph.layouts) != len(graph.inputs):
+        raise Broken(f"{len(graph.layouts)} layouts of {len(graph.inputs)} inputs")
+    for position, (v, layout) in enumerate(zip(graph.inputs, graph.layouts)):
+        if layout is None:
+            continue
+        if sorted(layout) != list(range(len(graph.values[v].shape))):
+            raise Broken(f"the layout {layout} of %{v}, which is {type_name(graph.values[v])}")
+        if position in graph.donated:
+            raise Broken(f"%{v} is donated and has the layout {layout}")
 
 
 class _Checker:

@@ -23,7 +23,7 @@ from jax.interpreters import mlir
 from jax_mpk.capture import capture, jaxprs
 from jax_mpk.errors import DifferentiationError, ShardedInputError, TargetError, UnsupportedError
 from jax_mpk.plan.ir import Target
-from jax_mpk.runtime import pipeline, targets
+from jax_mpk.runtime import layouts, pipeline, targets
 from jax_mpk.runtime.jax_internals import (
     ad,
     batching,
@@ -190,19 +190,27 @@ def _lower(
         raise TargetError(
             f"{name}: kernels are written for {', '.join(runs)} only so far, and {target.name} is {target.arch}."
         )
-    made = pipeline.artifact(jaxpr, donated, name, target)
+    declared = pipeline.operand_layouts(jaxpr, donated, target, layouts.of_operands(ctx, operands))
+    made = pipeline.artifact(jaxpr, donated, name, target, declared)
     avals_in = [_physical(aval) for aval in ctx.avals_in]
     avals_out = [_physical(aval) for aval in ctx.avals_out]
     if made.workspace_bytes:
         avals_out.append(core.ShapedArray((made.workspace_bytes,), core.dtypes.dtype("uint8")))
-    rule = ffi_lowering(call, operand_output_aliases={argument: result for result, argument in made.aliases})
+    rule = ffi_lowering(
+        call,
+        operand_layouts=[layout and layout[::-1] for layout in declared] or None,
+        operand_output_aliases={argument: result for result, argument in made.aliases},
+    )
     inner = ctx.replace(avals_in=avals_in, avals_out=avals_out)
     return rule(inner, *operands, program=made.program)[: len(ctx.avals_out)]
 
 
 _NAMES = {"cpu": "the CPU", "cuda": "a GPU"}
 for _platform in _CALLS:
-    mlir.register_lowering(megakernel_p, functools.partial(_lower, _platform), platform=_platform)
+    # Not cached: JAX would lower the equation as a function of its own, whose arguments do not show how arrays lie.
+    mlir.register_lowering(
+        megakernel_p, functools.partial(_lower, _platform), platform=_platform, cacheable=False
+    )
 
 
 def _lower_elsewhere(ctx: Any, *_: Any, name: str, **__: Any) -> Any:

@@ -3,8 +3,9 @@
 ``jax.jit`` puts their values into its executable. Here they are passed as arguments, and their values are fixed when
 the entry point is made: NumPy arrays, which may be written to, are copied. A ``jax.Array`` cannot change, but it can
 be deleted or donated. On the CPU a view of its memory outlives both, and costs nothing until the array is donated:
-XLA then copies it, since something else refers to its memory. Elsewhere, and for arrays on several devices or on a mesh
-with explicit axes, the array itself is kept: it must not be deleted, and where it lies the call runs.
+XLA then copies it, since something else refers to its memory. Elsewhere, and for arrays on several devices, on a mesh
+with explicit axes or in a layout of their own, the array itself is kept: it must not be deleted, and where it lies the
+call runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from jax_mpk.runtime import layouts
 
 #: Copies of NumPy arrays by the memory they were made of.
 Copies = weakref.WeakValueDictionary[Any, jax.Array]
@@ -74,6 +77,8 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 def _view(value: Any) -> Any:
     """An array of the same memory that stays when ``value`` is deleted; ``value`` itself where there is none."""
     if not isinstance(value, jax.Array) or len(value.devices()) > 1:
+        return value
+    if layouts.of_array(value) != layouts.ROW_MAJOR:
         return value
     (device,) = value.devices()
     mesh = value.aval.sharding.mesh

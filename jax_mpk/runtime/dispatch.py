@@ -16,22 +16,40 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 
 from jax_mpk.capture import jaxprs
-from jax_mpk.runtime import pipeline
+from jax_mpk.runtime import layouts, pipeline
 from jax_mpk.runtime.call import Options, lift, megakernel_p, plan_target
 from jax_mpk.runtime.constants import Constants, Copies, is_small
 from jax_mpk.runtime.jax_internals import core, eager, jax_config, parse_arguments, tree_util, weakref_lru_cache
+from jax_mpk.runtime.layouts import Lies
 from jax_mpk.runtime.split import Split, is_whole, refuse_effects, refuse_high_types, split
 from jax_mpk.runtime.timing import timed
+
+T = TypeVar("T")
 
 _MAX_SIGNATURES = 4096
 #: How often a call gets a new entry point before it takes one that fits any trace.
 _MAX_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class KernelCall(Generic[T]):
+    """One megakernel of a traced function.
+
+    Attributes:
+      jaxpr, donated, name: parameters of the primitive.
+      operands: what was asked about each of its operands.
+    """
+
+    jaxpr: Any
+    donated: tuple[bool, ...]
+    name: str
+    operands: tuple[T, ...]
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,31 @@ class Traced:
     def operands(self, arguments: Sequence[Any]) -> list[Any]:
         """What to bind the primitive to."""
         return [*self.consts, *(arguments[i] for i in self.kept)]
+
+    def lies(self, arguments: Sequence[Lies]) -> list[Lies]:
+        """How the operands lie if the function's array arguments lie so."""
+        return [*map(layouts.of_array, self.consts), *(arguments[i] for i in self.kept)]
+
+    def calls(self, name: str, operands: Sequence[T], other: T) -> list[KernelCall[T]]:
+        """Every megakernel of the function.
+
+        Args:
+          name: of the function.
+          operands: something about each operand of ``jaxpr``.
+          other: the same about whatever is computed outside megakernels.
+        """
+        if self.parts is None:
+            return [KernelCall(self.jaxpr, self.donated, name, tuple(operands))]
+        known: dict[Any, T] = dict(zip(jaxprs.open_jaxpr(self.jaxpr)[0].invars, operands, strict=True))
+        return [
+            KernelCall(
+                eqn.params["jaxpr"],
+                eqn.params["donated"],
+                eqn.params["name"],
+                tuple(known.get(v, other) for v in eqn.invars),
+            )
+            for eqn in self.parts.islands
+        ]
 
     def results(self, computed: Sequence[Any]) -> list[Any]:
         """All results of the function, given those of ``jaxpr``."""
@@ -290,8 +333,9 @@ class CallSite:
         """
         constants = Constants(traced.consts, self._copies)
         consts = constants.values
-        donations = self._donations(traced)
-        rebuild = _rebuilder(self.tracer, args, kwargs, leaves)
+        lies = [layouts.of_array(leaf) for leaf in leaves]
+        donations = self._donations(traced, lies)
+        rebuild = rebuilder(self.tracer, args, kwargs, leaves)
 
         def entry_point(*operands: Any) -> Any:
             own, arguments = operands[: len(consts)], operands[len(consts) :]
@@ -300,7 +344,7 @@ class CallSite:
                 # JAX looks for the operation that made a NaN: it has to see them all.
                 return self.tracer.__wrapped__(*new_args, **new_kwargs)
             now, all_arguments = self.trace(new_args, new_kwargs)
-            if self._donations(now) != donations and not any_trace:
+            if self._donations(now, lies) != donations and not any_trace:
                 raise _Respecialise
             values = []
             for value in now.consts:
@@ -312,7 +356,7 @@ class CallSite:
                         raise _Respecialise
                 values.append(value)
             results = self._bind(now, [*values, *(all_arguments[i] for i in now.kept)])
-            order = _result_order(now, self._aliases(now))
+            order = _result_order(now, self._aliases(now, lies))
             results = now.results(results)
             if order == tuple(range(len(order))):
                 return now.out_tree.unflatten(results)
@@ -325,16 +369,16 @@ class CallSite:
         donate_argnums = tuple(len(consts) + i for i in sorted(donations.reused))
         return Entry(jax.jit(entry_point, donate_argnums=donate_argnums), consts, donations, _entry_key(leaves))
 
-    def _aliases(self, traced: Traced) -> tuple[tuple[int, int], ...]:
+    def _aliases(self, traced: Traced, lies: Sequence[Lies]) -> tuple[tuple[int, int], ...]:
         if not any(traced.donated):
             return ()
         if traced.parts is not None:
             return tuple(_pairs(traced.donated, traced.jaxpr.in_avals, traced.jaxpr.out_avals))
-        made = pipeline.artifact(traced.jaxpr, traced.donated, self.name, plan_target(self.options))
-        return made.aliases
+        # Layouts decide nothing about aliases; with those of the call, this is the plan that it will run.
+        return _artifact(traced.jaxpr, traced.donated, self.name, self.options, traced.lies(lies)).aliases
 
-    def _donations(self, traced: Traced) -> Donations:
-        reused = {operand for _, operand in self._aliases(traced)}
+    def _donations(self, traced: Traced, lies: Sequence[Lies]) -> Donations:
+        reused = {operand for _, operand in self._aliases(traced, lies)}
         pairs = _pairs(traced.donated, traced.jaxpr.in_avals, traced.jaxpr.out_avals)
         deleted = {operand for _, operand in pairs} - reused
         first = len(traced.consts)
@@ -342,6 +386,14 @@ class CallSite:
             frozenset(traced.kept[operand - first] for operand in reused),
             frozenset(traced.kept[operand - first] for operand in deleted),
         )
+
+
+def _artifact(
+    jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options, lies: Sequence[Lies]
+) -> pipeline.Artifact:
+    target = plan_target(options)
+    declared = pipeline.operand_layouts(jaxpr, donated, target, lies)
+    return pipeline.artifact(jaxpr, donated, name, target, declared)
 
 
 def _entry_key(leaves: Sequence[Any]) -> Any:
@@ -355,7 +407,7 @@ def _delete(leaves: Sequence[Any], results: Any) -> None:
             leaf.delete()  # a call that still runs keeps the memory
 
 
-def _rebuilder(
+def rebuilder(
     tracer: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any]
 ) -> Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
     """A function that puts other leaves in the place of those of a call; static arguments stay as they are."""
@@ -437,15 +489,15 @@ def _run(*operands: Any, jaxpr: Any, donated: tuple[bool, ...], name: str, optio
         if len(cache) >= _MAX_COMPILED:
             cache.popitem(last=False)
         # The function keeps the jaxpr, so its id stays its own.
-        cache[key] = _compile(jaxpr, donated, name, options)
+        cache[key] = _compile(jaxpr, donated, name, options, [layouts.of_array(x) for x in operands])
     with jax.disable_jit(False):
         return cache[key](*operands).restore()
 
 
-def _compile(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options) -> Any:
+def _compile(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options, lies: Sequence[Lies]) -> Any:
     aliases: tuple[tuple[int, int], ...] = ()
     if any(donated):
-        aliases = pipeline.artifact(jaxpr, donated, name, plan_target(options)).aliases
+        aliases = _artifact(jaxpr, donated, name, options, lies).aliases
     out_tree = jax.tree_util.tree_structure([0] * len(jaxpr.out_avals))
     order = _result_order(Traced(jaxpr, (), (), donated, out_tree), aliases)
 

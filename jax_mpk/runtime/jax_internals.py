@@ -14,6 +14,7 @@ from jax._src import core, sharding_impls, stages, tree_util
 from jax._src.ffi import ffi_lowering
 from jax._src.interpreters import ad, batching, partial_eval
 from jax._src.lib import jax_jit
+from jax._src.lib.mlir import ir
 from jax._src.util import weakref_lru_cache
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "default_platform",
     "eager",
     "ffi_lowering",
+    "ir",
     "jax_config",
     "parse_arguments",
     "partial_eval",

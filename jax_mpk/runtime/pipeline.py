@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from jax_mpk.codegen.ir import Program
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.graph.ir import Graph
+from jax_mpk.graph.layouts import Layout, movable, permute_inputs
+from jax_mpk.graph.layouts import preferred as preferred_layouts
 from jax_mpk.graph.verify import verify_graph
 from jax_mpk.plan.ir import Plan, Target
 from jax_mpk.plan.planner import make_plan
@@ -26,7 +28,11 @@ from jax_mpk.plan.verify import verify_plan
 from jax_mpk.runtime import cuda, cuda_cache, targets
 from jax_mpk.runtime.artifact import Artifact
 from jax_mpk.runtime.jax_internals import weakref_lru_cache
+from jax_mpk.runtime.layouts import AUTO, ROW_MAJOR, Lies
 from jax_mpk.runtime.timing import timed
+
+#: One layout per operand, None: row-major. (): all operands are.
+Layouts = tuple[Layout | None, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ class Stages:
             return generate(self.plan)
 
 
+# JAX's settings decided what the jaxpr is. In the key they would only tell calls from their lowering, where the mesh
+# is set, and each function would be planned twice.
+_cache = functools.partial(weakref_lru_cache, trace_context_in_key=False)
+
 _observers: list[Callable[[Stages], None]] = []
 
 
@@ -64,31 +74,53 @@ def on_compiled(observer: Callable[[Stages], None]) -> None:
 
 
 # The stages of a large model are big, and only explain() and lower() ask for them again.
-@weakref_lru_cache(maxsize=8)
-def stages(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -> Stages:
-    """All stages of a closed jaxpr without constants."""
-    captured = capture(jaxpr)
-    if captured.consts:
-        raise AssertionError("a megakernel's jaxpr has constants; they should be operands")
-    return _compile(captured.jaxpr, donated, name, target)
+@_cache(maxsize=8)
+def stages(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target, layouts: Layouts = ()) -> Stages:
+    """All stages of a closed jaxpr without constants.
+
+    Args:
+      jaxpr: the function.
+      donated: one flag per operand.
+      name: of the function.
+      target: the device.
+      layouts: what :func:`operand_layouts` says.
+    """
+    captured, built = _built(jaxpr, donated, target)
+    if layouts:
+        with timed("graph"):
+            built = permute_inputs(built, layouts)
+        with timed("verify"):
+            verify_graph(built)
+    with timed("graph"):
+        graph = fuse(built)
+    with timed("verify"):
+        verify_graph(graph)
+    with timed("plan"):
+        plan = make_plan(graph, target)
+    with timed("verify"):
+        verify_plan(plan)
+    made = Stages(name, captured, built, graph, plan)
+    for observer in _observers:
+        observer(made)
+    return made
 
 
-@weakref_lru_cache(maxsize=None)
-def artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target) -> Artifact:
+@_cache(maxsize=None)
+def artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target, layouts: Layouts = ()) -> Artifact:
     """What the custom call of a closed jaxpr needs. It lives as long as the jaxpr."""
     if targets.platform(target) == "cpu":
-        return _build(stages(jaxpr, donated, name, target))
+        return _build(stages(jaxpr, donated, name, target, layouts))
     cache = cuda_cache.current()
     # Whoever asked for dumps wants every stage to happen.
     text = canonical(jaxprs.open_jaxpr(jaxpr)[0]) if cache is not None and config.current().dump_to is None else None
     if cache is None or text is None:
-        return _build(stages(jaxpr, donated, name, target))
+        return _build(stages(jaxpr, donated, name, target, layouts))
     with timed("cache"):
-        key = cuda_cache.program_key(text, donated, name, repr(target))
+        key = cuda_cache.program_key(text, donated, name, repr((target, layouts)))
         found = cache.get(key)
     if found is not None:
         return Artifact.from_bytes(found)
-    made = _build(stages(jaxpr, donated, name, target))
+    made = _build(stages(jaxpr, donated, name, target, layouts))
     with timed("cache"):
         cache.put(key, made.to_bytes())
     return made
@@ -102,22 +134,44 @@ def _build(made: Stages) -> Artifact:
     return Artifact(cuda.build(program), program.workspace_bytes, aliases)
 
 
-def _compile(jaxpr: Jaxpr, donated: tuple[bool, ...], name: str, target: Target) -> Stages:
+@_cache(maxsize=8)
+def preferred(jaxpr: Any, donated: tuple[bool, ...], target: Target) -> Layouts:
+    """The layout each operand is read best in; None where that does not matter or cannot be chosen."""
+    return preferred_layouts(fuse(_built(jaxpr, donated, target)[1]))
+
+
+def operand_layouts(jaxpr: Any, donated: tuple[bool, ...], target: Target, lies: Sequence[Lies]) -> Layouts:
+    """The layouts to declare operands in, given how their arrays may lie; (): all of them row-major."""
+    if all(lie == ROW_MAJOR for lie in lies):
+        return ()
+    can = movable(_built(jaxpr, donated, target)[1])
+    chosen = tuple(
+        _declared(lie, lambda i=i: preferred(jaxpr, donated, target)[i]) if i in can else None  # type: ignore[misc]
+        for i, lie in enumerate(lies)
+    )
+    return chosen if any(chosen) else ()
+
+
+def _declared(lie: Lies, best: Callable[[], Layout | None]) -> Layout | None:
+    if len(lie) == 1 and lie != AUTO:
+        (layout,) = lie
+    else:
+        layout = best()
+        if layout not in lie and "auto" not in lie:
+            layout = None
+    assert layout != "auto"
+    return None if layout is None or layout == tuple(range(len(layout))) else layout
+
+
+@_cache(maxsize=8)
+def _built(jaxpr: Any, donated: tuple[bool, ...], target: Target) -> tuple[Jaxpr, Graph]:
+    """The captured jaxpr and its Graph, arguments row-major."""
     with timed("graph"):
-        built = build_graph(
-            jaxpr, donated=frozenset(i for i, d in enumerate(donated) if d), platform=targets.platform(target)
-        )
+        captured = capture(jaxpr)
+        if captured.consts:
+            raise AssertionError("a megakernel's jaxpr has constants; they should be operands")
+        flags = frozenset(i for i, d in enumerate(donated) if d)
+        built = build_graph(captured.jaxpr, donated=flags, platform=targets.platform(target))
     with timed("verify"):
         verify_graph(built)
-    with timed("graph"):
-        graph = fuse(built)
-    with timed("verify"):
-        verify_graph(graph)
-    with timed("plan"):
-        plan = make_plan(graph, target)
-    with timed("verify"):
-        verify_plan(plan)
-    made = Stages(name, jaxpr, built, graph, plan)
-    for observer in _observers:
-        observer(made)
-    return made
+    return captured.jaxpr, built

@@ -63,6 +63,7 @@ class DeviceRead:
 
     Raises:
         RuntimeError: the driver or the compiler reports an error.
+        OSError: there is no driver, or no compiler.
     """
 
     def __init__(self, nbytes: int = 1 << 32, ordinal: int = 0) -> None:
@@ -164,7 +165,8 @@ def compile_cuda(architecture: str) -> bytes:
     """The kernels as machine code, by NVRTC from its wheel, else by nvcc.
 
     Raises:
-        RuntimeError: there is no compiler, or it reports an error.
+        FileNotFoundError: there is no compiler.
+        RuntimeError: it reports an error.
     """
     spec = importlib.util.find_spec("nvidia")
     roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
@@ -176,7 +178,7 @@ def compile_cuda(architecture: str) -> bytes:
             out = Path(folder) / "bandwidth.cubin"
             subprocess.run([nvcc, "-cubin", f"-arch={architecture}", "-o", str(out), str(SOURCE)], check=True)
             return out.read_bytes()
-    raise RuntimeError("neither NVRTC (pip install nvidia-cuda-nvrtc) nor nvcc is there")
+    raise FileNotFoundError("neither NVRTC (pip install nvidia-cuda-nvrtc) nor nvcc is there")
 
 
 def _nvrtc(nvrtc: ctypes.CDLL, architecture: str) -> bytes:

@@ -10,6 +10,7 @@ cache; a row is only written if what it gave in the timed run agrees with jax.ji
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -73,11 +74,7 @@ def make_setting(options: argparse.Namespace, model: str, batch: int) -> Setting
 
 
 def make_system(name: str, setting: Setting, options: argparse.Namespace) -> System:
-    """Compiles one of the systems and runs it once."""
-    if name == "torch":
-        system = TorchSystem(setting, options.torch_mode)
-        system.start()
-        return system
+    """Compiles one of JAX's systems and runs it once."""
     loop = name.endswith("_loop")
     if name in PEERS["jax"]:
         return JaxSystem(setting, jax.jit, loop=loop)
@@ -105,20 +102,22 @@ def measure(
             return None
 
     with contextlib.ExitStack() as stack:
+        if "torch" in names:
+            # First, since importing PyTorch takes a while; it waits to be started.
+            torch = stack.enter_context(contextlib.closing(TorchSystem(setting, options.torch_mode)))
         for name in names:
             begin = time.perf_counter()
-            if system := attempt(name, lambda name=name: make_system(name, setting, options)):
+            make = torch.start if name == "torch" else functools.partial(make_system, name, setting, options)
+            if system := attempt(name, make):
                 systems[name] = system
-                if isinstance(system, TorchSystem):
-                    stack.callback(system.close)
-            print(f"  {name} ready after {time.perf_counter() - begin:.1f} s", flush=True)
+            print(f"  {name} after {time.perf_counter() - begin:.1f} s", flush=True)
         runs: dict[str, Callable[[], Any]] = {name: system.run for name, system in systems.items()}
         repetitions = {**dict.fromkeys(runs, options.steps), "read": 1}
         timings = harness.interleave({**runs, "read": read}, rounds=options.rounds, repetitions=repetitions)
         check = Check(setting)
         rows = []
         for name, system in list(systems.items()):
-            if (checked := attempt(name, lambda system=system: check(system))) is None:
+            if (checked := attempt(name, functools.partial(check, system))) is None:
                 continue
             figures, fault = checked
             if fault:

@@ -194,10 +194,11 @@ class TorchSystem:
         )
         self.compile_s, self.method = 0.0, ""
 
-    def start(self) -> None:
-        """Compiles and runs once. Before that, the process only imports and makes the weights."""
+    def start(self) -> "TorchSystem":
+        """Compiles and runs once. Before that, the process only imports what it needs."""
         reply = self._ask("prepare")
         self.method, self.compile_s = reply["method"], reply["compile_s"]
+        return self
 
     def run(self) -> None:
         self._ask("run")

@@ -235,9 +235,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     torch.set_grad_enabled(False)
-    steps = Steps(Path(sys.argv[1]))
-    commands = {"prepare": steps.prepare, "run": steps.run, "result": steps.result}
+    steps: Steps | None = None
     for line in sys.stdin:
+        # Not before it is asked for: the device is someone else's until then.
+        steps = steps or Steps(Path(sys.argv[1]))
+        commands = {"prepare": steps.prepare, "run": steps.run, "result": steps.result}
         answers.write(json.dumps(commands[line.strip()]()) + "\n")
 
 

@@ -24,7 +24,7 @@ SYSTEMS = {
     "jit_loop": ("jax.jit, fori_loop", "#77767b"),
     "jit": ("jax.jit", "#c0bfbc"),
 }
-WIDTH, LABELS, RIGHT = 900, 300, 150
+WIDTH, LABELS, RIGHT = 900, 230, 150
 BAR, GAP, GROUP = 16, 4, 30
 SCALE = WIDTH - LABELS - RIGHT
 INK = "#222222"
@@ -64,7 +64,9 @@ def _bar(row: harness.Row, y: float) -> Iterator[str]:
     width, middle = SCALE * fraction, y + BAR - 4
     yield _text(LABELS - 10, middle, name, anchor="end")
     yield f'<rect x="{LABELS}" y="{y:.1f}" width="{width:.1f}" height="{BAR}" fill="{colour}"/>'
-    yield _text(LABELS + width + 6, middle, f"{row['ms_per_step']:.3f} ms  {100 * fraction:.0f} %")
+    # In a column behind the last line of the grid, where no bar or line crosses them.
+    yield _text(WIDTH - 70, middle, f"{row['ms_per_step']:.3f} ms", anchor="end")
+    yield _text(WIDTH - 16, middle, f"{100 * fraction:.0f} %", anchor="end")
 
 
 def _frame(rows: Sequence[harness.Row], device: str, height: float) -> Iterator[str]:
@@ -91,7 +93,7 @@ def _frame(rows: Sequence[harness.Row], device: str, height: float) -> Iterator[
             f'<line x1="{x:.1f}" y1="62" x2="{x:.1f}" y2="{height - GROUP:.1f}" '
             f'stroke="{"#c01c28" if last else "#dddddd"}" stroke-width="{2 if last else 1}"/>'
         )
-        yield _text(x, height - 12, f"{10 * tenth} %", anchor="middle")
+        yield _text(x, height - 12, f"{10 * tenth} %" if not last else "read bandwidth", anchor="middle")
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal", size: int = 13) -> str:

@@ -156,7 +156,7 @@ def test_picture_of_rows() -> None:
     row |= {"jax_version": "0", "commit": "abc", "fraction_of_roofline": 0.5}
     picture = roofline.draw([row | {"system": "jit"}, row | {"system": "mpk"}])
     texts = [element.text for element in ElementTree.fromstring(picture).iter() if element.text]
-    assert "1.500 ms  50 %" in texts and any("A <B>" in text for text in texts)
+    assert {"1.500 ms", "50 %"} <= set(texts) and any("A <B>" in text for text in texts)
     assert texts.index("jax_mpk") < texts.index("jax.jit")
     with pytest.raises(ValueError, match="one device"):
         roofline.draw([])

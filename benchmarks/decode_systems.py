@@ -114,7 +114,9 @@ class JaxSystem:
         self._setting, self._loop = setting, loop
         # A flat tuple: what Python spends on a model's tree of weights is not the question here.
         leaves, tree = jax.tree.flatten(setting.params)
+        # Not the setting: a compiled function may be kept, and must not keep the weights.
         _, decode_step = step_functions(setting.graphdef)
+        count = setting.steps
 
         def step(
             leaves: tuple[jax.Array, ...], cache: Cache, token: jax.Array, pos: jax.Array
@@ -130,8 +132,8 @@ class JaxSystem:
                 token, cache, pos = step(leaves, cache, token, pos)
                 return chosen.at[i].set(token), token, cache, pos
 
-            chosen = jnp.zeros((setting.steps, *token.shape), token.dtype)
-            chosen, _, cache, pos = lax.fori_loop(0, setting.steps, body, (chosen, token, cache, pos))
+            chosen = jnp.zeros((count, *token.shape), token.dtype)
+            chosen, _, cache, pos = lax.fori_loop(0, count, body, (chosen, token, cache, pos))
             return chosen, cache, pos
 
         self._compiled = compile_(steps if loop else step, donate_argnums=1)

@@ -9,7 +9,6 @@ best one up to rounding.
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,15 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from benchmarks import harness
-from models.decoder import Cache, Decoder, DecoderConfig, init_cache, step_functions
+from benchmarks.decode_systems import JaxSystem, Setting
+from models.decoder import Decoder, DecoderConfig, init_cache, step_functions
 from models.engines import DTYPES, compiler
 from models.fetch import fetch_smollm2
-from models.generate import sampling_steps
 from models.loading import Loaded, load_decoder
-from models.sampling import Sampling
 
 SYSTEMS = ("jit", "jit_loop", "mpk", "mpk_loop")
 PROMPT = "The history of the printing press begins in the city of Mainz, where a goldsmith"
@@ -45,22 +42,9 @@ COLUMNS = (
 )
 
 
-@dataclasses.dataclass
-class System:
-    """One way to run the steps, with a cache of its own.
-
-    Attributes:
-        run: () to the chosen tokens, int32[steps]; always the same ones.
-        compile_s: seconds of the first call.
-    """
-
-    run: Callable[[], np.ndarray]
-    compile_s: float = 0.0
-
-
 def make_system(
     name: str, model: Loaded[DecoderConfig, Decoder], cache_len: int, prompt: list[int], steps: int
-) -> System:
+) -> JaxSystem:
     """Compiles one system and fills its cache with the prompt.
 
     Args:
@@ -70,44 +54,12 @@ def make_system(
         prompt: token ids; the last one is the first step's input.
         steps: tokens to choose in one run.
     """
-    compile_ = compiler(name.partition("_")[0])
-    _, following = sampling_steps(model.graphdef, Sampling())
-    params, seed = model.params, np.uint32(0)
     tokens = jnp.asarray([prompt], jnp.int32)
-    first, start = jnp.asarray(prompt[-1:], jnp.int32), jnp.int32(len(prompt) - 1)
     prefill = jax.jit(step_functions(model.graphdef).prefill, donate_argnums=1)
-    _, cache = prefill(params, init_cache(model.config, 1, cache_len), tokens, np.int32(len(prompt)))
-
-    def loop(
-        params: nnx.State, cache: Cache, token: jax.Array, pos: jax.Array, seed: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            chosen, token, cache, pos = carry
-            token, cache, pos = following(params, cache, token, pos, seed)
-            return chosen.at[i].set(token[0]), token, cache, pos
-
-        chosen, _, cache, _ = lax.fori_loop(0, steps, body, (jnp.zeros(steps, jnp.int32), token, cache, pos))
-        return chosen, cache
-
-    compiled = compile_(loop if name.endswith("_loop") else following, donate_argnums=1)
-
-    def run_loop() -> np.ndarray:
-        nonlocal cache
-        chosen, cache = compiled(params, cache, first, start, seed)
-        return np.asarray(chosen)
-
-    def run_calls() -> np.ndarray:
-        nonlocal cache
-        token, pos, chosen = first, start, []
-        for _ in range(steps):
-            token, cache, pos = compiled(params, cache, token, pos, seed)
-            chosen.append(token)
-        jax.block_until_ready(token)
-        return np.concatenate([np.asarray(t) for t in chosen])
-
-    system = System(run_loop if name.endswith("_loop") else run_calls)
-    system.compile_s = harness.interleave({name: system.run}, rounds=1, warm_up=0)[name].median
-    return system
+    _, cache = prefill(model.params, init_cache(model.config, 1, cache_len), tokens, np.int32(len(prompt)))
+    start = len(prompt) - 1
+    setting = Setting("", model.config, model.graphdef, model.params, cache, tokens[:, -1], start, steps)
+    return JaxSystem(setting, compiler(name.partition("_")[0]), loop=name.endswith("_loop"))
 
 
 def faults(model: Loaded[DecoderConfig, Decoder], prompt: list[int], chosen: np.ndarray, tolerance: float) -> str:
@@ -148,7 +100,7 @@ def measure(
     }
     wrong = []
     for name, system in list(systems.items()):
-        if fault := faults(model, prompt, system.run(), TOLERANCE[dtype]):
+        if fault := faults(model, prompt, system.tokens()[:, 0], TOLERANCE[dtype]):
             wrong.append(f"{name} {dtype}: {fault}")
             del systems[name]
     runs: dict[str, Callable[[], Any]] = {name: system.run for name, system in systems.items()}

@@ -144,15 +144,16 @@ def commit() -> str:
         return "unknown"
 
 
-def write(rows: Sequence[Row], path: Path, **about: Any) -> None:
+def write(rows: Sequence[Row], path: Path, *, commit: str | None = None, **about: Any) -> None:
     """Writes rows with the environment merged into each, and what else there is to say about the run.
 
     Args:
         rows: the measurements.
         path: JSON file.
+        commit: the checkout's commit, where git cannot say.
         about: further fields beside the rows, such as the command's options.
     """
-    here = environment()
+    here = environment() | ({"commit": commit} if commit else {})
     document = {**about, "command": _command(sys.orig_argv[1:]), "rows": [{**row, **here} for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -71,6 +71,12 @@ class DivisorRope:
 RopeScaling = LinearRope | Llama3Rope | DivisorRope
 
 
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """f32[head_dim / 2], in radians per position; arguments are those of `rotation`."""
+    geometric = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    return (geometric if scaling is None else scaling.scale(geometric)).astype(np.float32)
+
+
 def rotation(
     positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -85,11 +91,8 @@ def rotation(
     Returns:
         cos and sin, each f32[T, 1, head_dim / 2]; the unit axis stands for the heads.
     """
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
-        frequencies = scaling.scale(frequencies)
     # Angles stay f32 in every compute dtype: bf16 cannot tell position 257 from 256.
-    angles = positions.astype(jnp.float32)[:, None, None] * frequencies.astype(np.float32)
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies(head_dim, theta, scaling)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -1,15 +1,15 @@
 // Conversions between all element types.
 //
 // Float to integer truncates, saturates and takes NaN to 0; anything to b1 is x != 0; integers wrap. f16 and bf16 are
-// rounded to nearest even and keep NaN. From f64 and wide integers they are rounded once, as XLA's GPU code does (its CPU
-// code goes through f32 and rounds twice).
+// rounded to nearest even and keep NaN. From f64 and wide integers they are rounded once, as XLA's GPU code does (its
+// CPU code goes through f32 and rounds twice).
 #pragma once
 
 #include "types.cuh"
 
 namespace mpk {
 
-// --- f16 and bf16 beside f32 ------------------------------------------------------------------------------------------
+// --- f16 and bf16 beside f32 ---------------------------------------------------------------------------------
 
 MPK_DEVICE f32 widen(bf16 x) { return bitcast<f32>(static_cast<u32>(x.bits) << 16); }
 MPK_DEVICE f32 widen(f16 x) {
@@ -101,7 +101,7 @@ MPK_DEVICE f32 for_rounding(T x) {
   }
 }
 
-// --- float to integer -------------------------------------------------------------------------------------------------
+// --- float to integer ----------------------------------------------------------------------------------------
 
 // The machine's conversion saturates; NaN gives 0 only from f32 to 32 bits.
 template <class To, class From>
@@ -140,7 +140,7 @@ MPK_DEVICE To truncate(From x) {
 #endif
 }
 
-// --- all pairs --------------------------------------------------------------------------------------------------------
+// --- all pairs -----------------------------------------------------------------------------------------------
 
 template <class To, class From>
 MPK_DEVICE To convert(From x) {

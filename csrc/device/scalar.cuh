@@ -3,12 +3,13 @@
 //
 // * Subnormal numbers are numbers: neither arguments nor results are flushed to zero.
 // * f32 division is div.full (2 ulp), as XLA asks of its backend; f64 division and square roots are rounded correctly.
-// * rsqrt is the machine's approximation (2 ulp), transcendental functions are those of CUDA's library.
+// * rsqrt is the machine's approximation (2 ulp), transcendental functions are those of CUDA's library (special
+//   functions: special.cuh).
 // * nextafter steps through subnormals.
 //
 // Sums, differences and products are never contracted into fused multiply-adds, whatever the compiler's flags: each is
-// rounded once, and results do not depend on what happens to be fused. Loops that want an FMA say so (fma of
-// this file). XLA does contract inside its fusions; no rule predicts where.
+// rounded once, and results do not depend on what happens to be fused. Loops that want an FMA say so (mpk::fma). XLA does
+// contract inside its fusions; no rule predicts where.
 #pragma once
 
 #ifndef __CUDACC__
@@ -16,13 +17,15 @@
 #endif
 
 #include "convert.cuh"
+#include "special.cuh"
 #include "types.cuh"
 
 namespace mpk {
 
-// --- arithmetic -------------------------------------------------------------------------------------------------------
+// --- arithmetic ----------------------------------------------------------------------------------------------
 
-// Signed overflow wraps: arithmetic happens on the unsigned type, at least 32 bits wide (u16 * u16 as int could overflow).
+// Signed overflow wraps: arithmetic happens on the unsigned type, at least 32 bits wide (as int, u16 * u16 could
+// overflow).
 template <class T>
 MPK_DEVICE auto wrapping(T x) {
   if constexpr (sizeof(T) < 4) return static_cast<u32>(x);
@@ -146,7 +149,7 @@ MPK_DEVICE T op_min(T a, T b) {
   }
 }
 
-// --- comparisons and selection ----------------------------------------------------------------------------------------
+// --- comparisons and selection -------------------------------------------------------------------------------
 
 template <class T> MPK_DEVICE b1 op_eq(T a, T b) { return a == b; }
 template <class T> MPK_DEVICE b1 op_ne(T a, T b) { return a != b; }
@@ -162,7 +165,7 @@ MPK_DEVICE b1 op_is_finite(T a) {
   return op_abs(a) < bitcast<T>(kInfinityBits<T>);
 }
 
-// --- bits -------------------------------------------------------------------------------------------------------------
+// --- bits ----------------------------------------------------------------------------------------------------
 
 template <class T> MPK_DEVICE T op_and(T a, T b) { return static_cast<T>(a & b); }
 template <class T> MPK_DEVICE T op_or(T a, T b) { return static_cast<T>(a | b); }
@@ -219,7 +222,7 @@ MPK_DEVICE T op_clz(T a) {
 #endif
 }
 
-// --- roundings --------------------------------------------------------------------------------------------------------
+// --- roundings -----------------------------------------------------------------------------------------------
 
 MPK_DEVICE f32 op_floor(f32 a) { return ::floorf(a); }
 MPK_DEVICE f64 op_floor(f64 a) { return ::floor(a); }
@@ -265,7 +268,7 @@ MPK_DEVICE T op_nextafter(T a, T b) {
   return bitcast<T>(static_cast<U>(away ? from + 1 : from - 1));
 }
 
-// --- functions of the mathematics library -----------------------------------------------------------------------------
+// --- functions of the mathematics library --------------------------------------------------------------------
 
 #define MPK_LIBRARY(name)                                         \
   MPK_DEVICE f32 op_##name(f32 a) { return ::name##f(a); }        \

@@ -1,12 +1,14 @@
 // Element types as generated code holds them, what is known of each, and reinterpretation of bits.
 //
-// f16 and bf16 are storage only: arithmetic on them happens in f32 (convert.cuh). Nothing here needs CUDA's headers, and
-// types, conversions and scalar operations are plain C++ for a host compiler too: so they are tested without a GPU.
+// f16 and bf16 are storage only: arithmetic on them happens in f32 (convert.cuh). Nothing here needs CUDA's headers,
+// and types, conversions and scalar operations are plain C++ for a host compiler too: so they are tested without a
+// GPU.
 #pragma once
 
+// MPK_FUNCTION is for functions that are too long to have in every place that calls them.
 #ifdef __CUDACC__
 #define MPK_DEVICE __device__ __forceinline__
-#define MPK_FUNCTION __device__ __noinline__
+#define MPK_FUNCTION inline __device__ __noinline__
 #else
 #define MPK_DEVICE inline
 #define MPK_FUNCTION inline
@@ -62,7 +64,8 @@ template <> inline constexpr int kMantissa<f16> = 10;
 template <> inline constexpr int kMantissa<bf16> = 7;
 template <> inline constexpr int kMantissa<f32> = 23;
 template <> inline constexpr int kMantissa<f64> = 52;
-template <class T> inline constexpr UnsignedOf<T> kSignBit = static_cast<UnsignedOf<T>>(UnsignedOf<T>(1) << (kWidth<T> - 1));
+template <class T>
+inline constexpr UnsignedOf<T> kSignBit = static_cast<UnsignedOf<T>>(UnsignedOf<T>(1) << (kWidth<T> - 1));
 template <class T>
 inline constexpr UnsignedOf<T> kInfinityBits =
     static_cast<UnsignedOf<T>>(((u64(1) << (kWidth<T> - 1 - kMantissa<T>)) - 1) << kMantissa<T>);

@@ -27,7 +27,7 @@ BUILT := $(VENV)/.built
 endif
 
 NATIVE_SOURCES := CMakeLists.txt $(wildcard ffi/*.cc ffi/*.h csrc/*.h csrc/host/*.cc csrc/host/*.h \
-                  csrc/host/tasks/*.cc csrc/host/tasks/*.h csrc/cuda/*.cc csrc/cuda/*.h csrc/device/launch.cuh)
+                  csrc/host/tasks/*.cc csrc/host/tasks/*.h csrc/cuda/*.cc csrc/cuda/*.h csrc/device/*.cuh)
 # Objects depend on the interpreter and on the XLA headers of its jaxlib.
 BUILD_DIR ?= build/$(shell $(PYTHON) -c 'import sys, importlib.metadata as m; \
   print("cp%d%d-jaxlib%s" % (*sys.version_info[:2], m.version("jaxlib")))')

@@ -2,13 +2,15 @@
 // for. graph/semantics.py says what they mean; where XLA's GPU code differs from its CPU code, this follows the former:
 //
 // * Subnormal numbers are numbers: neither arguments nor results are flushed to zero.
-// * f32 division is div.full (2 ulp), as XLA asks of its backend; f64 division and square roots are rounded correctly.
-// * rsqrt is the machine's approximation (2 ulp), transcendental functions are those of CUDA's library.
+// * f32 division is div.full (2 ulp), as XLA asks of its backend; f64 division and square roots are rounded once.
+// * rsqrt is the machine's approximation (2 ulp), transcendental functions are those of CUDA's library (special
+//   functions: special.cuh).
 // * nextafter steps through subnormals.
 //
 // Sums, differences and products are never contracted into fused multiply-adds, whatever the compiler's flags: each is
-// rounded once, and results do not depend on what happens to be fused. Loops that want an FMA say so (fma of
-// this file). XLA does contract inside its fusions; no rule predicts where.
+// rounded once, and results do not depend on what happens to be fused. Loops that want an FMA say so (mpk::fma). XLA
+// does contract inside its fusions; no rule predicts where. Flags that flush or replace functions of the library
+// (--use_fast_math, --ftz) are never given.
 #pragma once
 
 #ifndef __CUDACC__
@@ -16,6 +18,7 @@
 #endif
 
 #include "convert.cuh"
+#include "special.cuh"
 #include "types.cuh"
 
 namespace mpk {

@@ -6,11 +6,13 @@
 #include <immintrin.h>
 #endif
 
-#include "host/special_functions.h"
+#include "device/special.cuh"
 #include "host/vm_kernels.h"
 
 namespace jax_mpk::host {
 namespace {
+
+namespace special = ::mpk::special;
 
 template <double (*F)(double), class T>
 void unary(void* out, const void* a, const void*, const void*, int64_t n, int64_t) {

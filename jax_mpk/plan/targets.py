@@ -46,4 +46,5 @@ H100 = Target(
     task_overhead=0.05e-6,
     granule=64,
     tagged_bytes=256 << 10,
+    contracted_last=True,
 )

@@ -191,7 +191,8 @@ def megakernelize(
 def place(step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Stores the arguments of a megakernelized function as it reads them best.
 
-    A contraction streams its weight best along the contracted axes, and the weights of most models have these first::
+    A GPU streams the weight of a contraction best along the contracted axes, and most models' weights have these
+    first. The CPU takes them as they are, and nothing is moved for it::
 
         params, cache, token, pos = jax_mpk.place(step, params, cache, token, pos)
 

@@ -78,12 +78,15 @@ struct Tagged {
   __device__ bool tagged(Word w) const { return (w & ((Word(1) << kShift) - 1)) == tag; }
   __device__ static T payload(Word w) { return bitcast<T>(static_cast<UnsignedOf<T>>(w >> kShift)); }
 
+  __device__ T get(const Watch& watch, u32 task, u64 i) const {
+    Word w;
+    watch.until([&] { return tagged(w = load_relaxed(words + i)); },
+                [&] { watch.note(task, kWaitTag, tag, tag, w & 65535, i); });
+    return payload(w);
+  }
   template <class C>
   __device__ T get(const C& c, u64 i) const {
-    Word w;
-    c.watch.until([&] { return tagged(w = load_relaxed(words + i)); },
-                  [&] { c.watch.note(c.task[1], kWaitTag, tag, tag, w & 65535, i); });
-    return payload(w);
+    return get(c.watch, c.task[1], i);
   }
 
   // What this very task has stored.
@@ -91,34 +94,69 @@ struct Tagged {
   __device__ void put(u64 i, T v) const { store_relaxed(words + i, Word(bitcast<UnsignedOf<T>>(v)) << kShift | tag); }
 };
 
-// Brings `count` consecutive elements to shared memory, when they have arrived.
-template <class T, class C>
-__device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 first, int count, T* to, int thread,
-                                      int threads) {
+// The payloads of 16 bytes of words, to consecutive elements.
+template <class T, class Word, int count>
+__device__ __forceinline__ void put_vector(T* to, const Word (&w)[count]) {
+  if (sizeof(T) == 2 && (shared_address(to) & 7) == 0) {
+    u32 pairs[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) pairs[e] = __byte_perm(u32(w[2 * e % count]), u32(w[(2 * e + 1) % count]), 0x7632);
+    *reinterpret_cast<u64*>(to) = pairs[0] | u64(pairs[1]) << 32;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < count; ++e) to[e] = Tagged<T>::payload(w[e]);
+}
+
+// Brings `count` consecutive elements to shared memory, when they have arrived. Many loads are under way at a time:
+// one alone takes as long as all of them. Not inlined: code of tasks has many such places.
+template <class T, int threads>
+__device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> from, u64 first, int count, T* to,
+                                            int thread) {
   using Word = typename Tagged<T>::Word;
-  constexpr int kVector = Tagged<T>::kVector;
+  constexpr int kVector = Tagged<T>::kVector, kBatch = 8;
   const int head = min(count, static_cast<int>((kVector - first % kVector) % kVector));
   const int vectors = (count - head) / kVector;
-  for (int k = thread; k < vectors; k += threads) {
-    const int at = head + k * kVector;
-    Word w[kVector];
-    c.watch.until(
+  const Word* words = from.words + first + head;
+  for (int base = thread; base < vectors; base += kBatch * threads) {
+    Word w[kBatch][kVector];
+    u32 missing = 0;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) missing |= base + k * threads < vectors ? 1u << k : 0u;
+    watch.until(
         [&] {
-          load_relaxed(from.words + first + at, w);
-          bool all = true;
 #pragma unroll
-          for (int e = 0; e < kVector; ++e) all &= from.tagged(w[e]);
-          return all;
+          for (int k = 0; k < kBatch; ++k) {
+            if (missing >> k & 1) load_relaxed(words + (base + k * threads) * kVector, w[k]);
+          }
+#pragma unroll
+          for (int k = 0; k < kBatch; ++k) {
+            bool all = true;
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) all &= from.tagged(w[k][e]);
+            if (all) missing &= ~(1u << k);
+          }
+          return missing == 0;
         },
-        [&] { c.watch.note(c.task[1], kWaitTag, from.tag, from.tag, w[0] & 65535, first + at); });
+        [&] {
+          const int at = head + (base + (__ffs(missing) - 1) * threads) * kVector;
+          watch.note(task, kWaitTag, from.tag, from.tag, 0, first + at);
+        });
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) to[at + e] = Tagged<T>::payload(w[e]);
+    for (int k = 0; k < kBatch; ++k) {
+      if (base + k * threads < vectors) put_vector<T>(to + head + (base + k * threads) * kVector, w[k]);
+    }
   }
   const int rest = count - vectors * kVector;
   for (int k = thread; k < rest; k += threads) {
     const int at = k < head ? k : k + vectors * kVector;
-    to[at] = from.get(c, first + at);
+    to[at] = from.get(watch, task, first + at);
   }
+}
+
+template <class T, class C>
+__device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 first, int count, T* to) {
+  stage_elements<T, C::kThreads>(c.watch, c.task[1], from, first, count, to, c.thread);
 }
 
 }  // namespace mpk

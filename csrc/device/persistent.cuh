@@ -201,7 +201,7 @@ struct Context {
   __device__ u32* events() const { return reinterpret_cast<u32*>(static_cast<char*>(launch.state) + Shape::kEvents); }
 
   __device__ void fetch(const u32* words, int i) const {
-    for (int k = thread * 4; k < Shape::kTaskWords; k += kThreads * 4) copy_async(slot(i) + k, words + k);
+    for (int k = thread * 4; k < Shape::kTaskWords; k += kThreads * 4) copy_async<16>(slot(i) + k, words + k);
   }
 
   // Nobody takes the results of a launch that gave up for real ones.
@@ -219,6 +219,12 @@ struct Context {
     }
   }
 };
+
+// copy(row, k) for every unit k of every row of a box.
+template <class C, class Copy>
+__device__ __forceinline__ void copy_rows(const C& c, int rows, int units, Copy&& copy) {
+  for (int n = c.thread; n < rows * units; n += C::kThreads) copy(n / units, n % units);
+}
 
 template <class Shape>
 __device__ void run_worker(const typename Shape::Launch& launch) {

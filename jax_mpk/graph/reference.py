@@ -33,7 +33,7 @@ def evaluate(graph: Graph, inputs: Sequence[Any]) -> list[Array]:
 
     Args:
       graph: the graph.
-      inputs: one array per graph input, of its shape and element type (PRNG keys: their uint32 data).
+      inputs: one array per graph input, of its value's shape and element type (PRNG keys: their uint32 data).
     """
     env: dict[int, Array] = {}
     for v, given in zip(graph.inputs, inputs, strict=True):

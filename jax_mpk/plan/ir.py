@@ -36,6 +36,8 @@ class Target:
       task_overhead: seconds a task costs beyond its bytes and flops.
       granule: elements along the last axis of a weight tile below which loads lose bandwidth.
       tagged_bytes: size of the largest value that is handed over by tagged words; 0: none ever is.
+      contracted_last: a contraction streams its weight best with the contracted axes innermost; else row-major order
+        is as good as any.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Target:
     task_overhead: float
     granule: int
     tagged_bytes: int
+    contracted_last: bool = False
 
 
 @dataclass(frozen=True)

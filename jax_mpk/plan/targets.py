@@ -48,6 +48,7 @@ H100 = Target(
     task_overhead=0.05e-6,
     granule=64,
     tagged_bytes=256 << 10,
+    contracted_last=True,
 )
 
 #: One H200 SXM: the same chip with faster memory; its rated bandwidth at the H100's share of what can be read.

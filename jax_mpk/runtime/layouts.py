@@ -1,13 +1,13 @@
 """In which order the arguments of a call lie in memory, and who decides it.
 
 A megakernel declares a layout for each of its operands; where an array lies otherwise, XLA copies it in every call. So
-the arrays decide: an operand is declared as its array lies. Where the caller leaves the choice to the compiler
-(``Format(Layout.AUTO)``), it is declared as the graph likes it best (:func:`jax_mpk.graph.layouts.preferred`), and
-:func:`jax_mpk.place` puts arrays there beforehand.
+the arrays decide: an operand is declared as its array lies, unless the graph needs it row-major. Where that is left to
+the compiler (``Format(Layout.AUTO)``), it is declared as it is read best on the target (:func:`.pipeline.preferred`),
+and :func:`jax_mpk.place` puts arrays there beforehand.
 
 How arrays lie is written beside the arguments of the program being lowered. Within a loop's body, a nested ``jax.jit``
-and the like it does not show which of them an operand is. Such an operand may be any argument of its type, and is
-declared as it likes best if one of them lies so.
+and the like it does not show which of them an operand is. Such an operand may be any argument of its type. If all of
+these lie alike, it is declared so; if not, as it is read best, provided that one of them lies so.
 """
 
 from __future__ import annotations

@@ -137,6 +137,8 @@ def _build(made: Stages) -> Artifact:
 @_cache(maxsize=8)
 def preferred(jaxpr: Any, donated: tuple[bool, ...], target: Target) -> Layouts:
     """The layout each operand is read best in; None where that does not matter or cannot be chosen."""
+    if not target.contracted_last:
+        return (None,) * len(donated)
     return preferred_layouts(fuse(_built(jaxpr, donated, target)[1]))
 
 
@@ -144,6 +146,11 @@ def operand_layouts(jaxpr: Any, donated: tuple[bool, ...], target: Target, lies:
     """The layouts to declare operands in, given how their arrays may lie; (): all of them row-major."""
     if all(lie == ROW_MAJOR for lie in lies):
         return ()
+    return _operand_layouts(jaxpr, donated, target, tuple(lies))
+
+
+@_cache(maxsize=None)
+def _operand_layouts(jaxpr: Any, donated: tuple[bool, ...], target: Target, lies: tuple[Lies, ...]) -> Layouts:
     can = movable(_built(jaxpr, donated, target)[1])
     chosen = tuple(
         _declared(lie, lambda i=i: preferred(jaxpr, donated, target)[i]) if i in can else None  # type: ignore[misc]

@@ -1,5 +1,7 @@
 """Weights in the layouts that a call prefers: `jax_mpk.place`, `Format(Layout.AUTO)`, and arrays that lie elsewhere."""
 
+import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +13,17 @@ import pytest
 from jax.experimental.layout import Format, Layout
 
 import jax_mpk
-from jax_mpk import megakernelize, place
+from jax_mpk import place
 from jax_mpk.errors import ConfigError
+from jax_mpk.plan import targets
 from jax_mpk.runtime import pipeline
 from tests.api.support import assert_same, integers, operations, pointer
+from tests.random_programs.check import Reference, disagreement, run_jit
+from tests.random_programs.generate import generate
+
+#: Runs on the CPU and wants its weights as a GPU does.
+TARGET = dataclasses.replace(targets.cpu(4), contracted_last=True)
+megakernelize = functools.partial(jax_mpk.megakernelize, target=TARGET)
 
 
 def order(x: Any) -> tuple[int, ...]:
@@ -147,6 +156,16 @@ def test_given_formats_are_declared() -> None:
     assert len(declared(made)) == 4
 
 
+def test_the_cpu_takes_weights_as_they_are() -> None:
+    step = jax_mpk.megakernelize(layer)
+    args = PARAMS, cache(), X, POS
+    placed = place(step, *args)
+    assert all(a is b for a, b in zip(jax.tree.leaves(placed), jax.tree.leaves(args), strict=True))
+    _, params = moved()
+    assert_same(step(params, *args[1:]), jax.jit(layer)(*args))
+    assert operations(step.lower(params, *args[1:]).compile()) == ["custom-call"]
+
+
 def test_shapes_get_formats() -> None:
     step = megakernelize(layer, donate_argnums=1)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (PARAMS, cache(), X, POS))
@@ -155,6 +174,19 @@ def test_shapes_get_formats() -> None:
     assert [x for x in step.lower(params, *rest).graph.layouts if x is not None] == [
         BEST[k] for k in ("down", "o", "q", "up")
     ]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_programs_of_arrays_that_lie_anyhow(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    with jax.enable_x64(True):
+        program = generate(seed, "exact", 8)
+        given = program.arrays()
+        (expected,) = run_jit(program.function(), given)
+        args = [stored(x, *map(int, rng.permutation(x.ndim))) if x.ndim else x for x in map(jax.device_put, given)]
+        got = [np.asarray(x) for x in megakernelize(program.function())(*args)]
+        wrong = disagreement(program, Reference(given, expected, [None] * len(got), [0.0] * len(got)), got)
+    assert wrong is None, wrong
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.bfloat16, jnp.float16, jnp.float32])

@@ -9,6 +9,53 @@
 
 namespace mpk {
 
+// Several neighbouring outputs of one thread.
+template <int count>
+struct Pack {
+  f32 e[count];
+  __device__ Pack operator+(const Pack& other) const {
+    Pack sum;
+#pragma unroll
+    for (int i = 0; i < count; ++i) sum.e[i] = e[i] + other.e[i];
+    return sum;
+  }
+};
+
+// `count` consecutive elements, aligned as a whole, as f32.
+template <int count, class T>
+__device__ __forceinline__ void widen(const T* from, f32 (&to)[count]) {
+  constexpr int kVectors = count * sizeof(T) > 16 ? count * sizeof(T) / 16 : 1, kEach = count / kVectors;
+  struct alignas(sizeof(T) * kEach) Packed {
+    T e[kEach];
+  };
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const Packed p = reinterpret_cast<const Packed*>(from)[v];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) to[v * kEach + i] = convert<f32>(p.e[i]);
+  }
+}
+
+template <int count, class A, class B>
+__device__ __forceinline__ f32 dot(const A* a, const B* b) {
+  f32 x[count], y[count], sum = 0;
+  widen<count>(a, x);
+  widen<count>(b, y);
+#pragma unroll
+  for (int i = 0; i < count; ++i) sum = fmaf(x[i], y[i], sum);
+  return sum;
+}
+
+template <int count, class A, class B>
+__device__ __forceinline__ Pack<count> scaled(const A* a, B b) {
+  f32 x[count];
+  widen<count>(a, x);
+  Pack<count> out;
+#pragma unroll
+  for (int i = 0; i < count; ++i) out.e[i] = x[i] * convert<f32>(b);
+  return out;
+}
+
 // How rows are cut into chunks; tables.py computes the same.
 template <class W, int K, int stage_bytes>
 struct Chunks {
@@ -25,17 +72,6 @@ struct Chunks {
   static constexpr int kDepth = K / kParts;
   static constexpr int kRows = kParts > 1 ? 1 : stage_bytes / kRowBytes < 16 ? stage_bytes / kRowBytes : 16;
 };
-
-// kLoad consecutive elements, 16 bytes of the wider type at most, as f32.
-template <int count, class T>
-__device__ __forceinline__ void widen(const T* from, f32 (&to)[count]) {
-  struct alignas(sizeof(T) * count) Packed {
-    T e[count];
-  };
-  const Packed p = *reinterpret_cast<const Packed*>(from);
-#pragma unroll
-  for (int i = 0; i < count; ++i) to[i] = convert<f32>(p.e[i]);
-}
 
 // finish(row, m, sum) once for every row and m. `to_shared(row)`: K > one chunk only.
 template <class W, class X, int M, int K, class C, class Finish>

@@ -69,7 +69,7 @@ __device__ __forceinline__ void reduce(const C& c, int outputs, int depth, Body&
   for (int n = c.thread; n < rounded; n += C::kThreads) {
     const int output = min(n / group, outputs - 1);
     Acc acc = body(output, first);
-#pragma unroll 8
+#pragma unroll 4
     for (int r = first + kStep; r < last; r += kStep) acc = combine(acc, body(output, r));
     acc = across_lanes<group>(acc, combine);
     if (part == 0 && n / group < outputs) finish(output, acc);

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from jax_mpk.codegen import bodies
-from jax_mpk.codegen.cuda.members import loader, rounded
 from jax_mpk.codegen.cuda.routine import Frame, product
-from jax_mpk.codegen.cuda.scalars import Scalars, Term
+from jax_mpk.codegen.cuda.scalars import Scalars
+from jax_mpk.codegen.cuda.texts import loader, rounded, title
 from jax_mpk.graph.ir import Cumulative, Sort, Update
 from jax_mpk.graph.regions import update_boxes, update_written
 
@@ -17,7 +17,7 @@ def emit_update(frame: Frame, member: int, op: Update) -> None:
     low, extents, most = frame.box(member, rank)
     operands = [frame.array(v) for v in op.operands]
     base, output = frame.array(op.base), frame.array(op.output, store=True)
-    frame.line(f"// update {output.dtype}[{','.join(map(str, frame.values[op.output].shape))}]  {op.source.line}")
+    frame.line(title(frame, op))
     if base.storage != output.storage or base.bytes != output.bytes:
         frame.meet([base], [output])
         coords, decode = frame.coordinates("n", low, extents, [f"i{d}" for d in range(rank)])
@@ -102,5 +102,3 @@ def emit_cumulative(frame: Frame, member: int, op: Cumulative) -> None:
 def emit_sort(frame: Frame, member: int, op: Sort) -> None:
     raise NotImplementedError("sort on CUDA")
 
-
-_ = Term

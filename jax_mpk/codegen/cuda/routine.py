@@ -10,9 +10,9 @@ import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array, is_wide, row_major
 from jax_mpk.codegen.cuda.scalars import Term
-from jax_mpk.codegen.cuda.staging import Staged
+from jax_mpk.codegen.cuda.staging import Copied, Staged
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Op, Update
+from jax_mpk.graph.ir import Op
 from jax_mpk.plan.ir import Plan, Routine
 
 #: Words of a task before those its code reads: `TaskWords` in csrc/device/persistent.cuh.
@@ -78,27 +78,42 @@ class Frame:
     Args:
       plan: the plan.
       routine: the routine.
+      ops: its operators; None: nothing to do for that member.
       boxes: int64 [members, tasks, 2, rank].
       staged: tagged values to bring to scratch first.
+      copied: other values to copy there meanwhile.
     """
 
-    def __init__(self, plan: Plan, routine: Routine, boxes: np.ndarray, staged: Sequence[Staged]):
+    def __init__(
+        self,
+        plan: Plan,
+        routine: Routine,
+        ops: Sequence[Op | None],
+        boxes: np.ndarray,
+        staged: Sequence[Staged],
+        copied: Sequence[Copied],
+    ):
         self.plan = plan
         self.routine = routine
         self.boxes = boxes
+        self.ops = [op for op in ops if op is not None]
         self.code = Code(scratch=max([0, *self._local_ends(plan, routine)]))
         self.values = plan.graph.values
-        self.ops = [plan.ops[m.op] for m in routine.members]
         self._local = {v: k for k, v in enumerate(routine.local_values)}
-        self._maker = {v: m for m, op in enumerate(self.ops) for v in op.outputs}
+        self._maker = {v: m for m, op in enumerate(ops) if op is not None for v in op.outputs}
         self._numbers: dict[bytes, Term] = {}
         self._names: dict[tuple[str, int], str] = {}
         self._since: list[tuple[tuple[int, int] | int, bool]] = []  # bytes or storage, written: since the last sync
-        self._staged = {s.value: s for s in staged}
-        self._staged_at: dict[int, tuple[int, tuple[int, ...]]] = {}
-        for s in staged:
-            self._stage(s)
-        if staged:
+        self._brought: dict[int, Staged | Copied] = {}
+        self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
+        for copy in copied:
+            self._copy(copy)
+        for value in staged:
+            if any(value.value in op.operands for op in self.ops):
+                self._stage(value)
+        if copied:
+            self.line("copies_wait();")
+        if copied or staged:
             self.line("c.sync();")
             self._since.clear()
         self.line("c.stamp(1);")
@@ -165,6 +180,19 @@ class Frame:
             inner.insert(0, extents[d])
         return coords[::-1], lines[::-1]
 
+    def whole(self, position: str, sizes: Sequence[int]) -> tuple[list[Term], list[str]]:
+        """Coordinates along axes that are gone through whole."""
+        zero = [Term("0", value=0)] * len(sizes)
+        full = [Term(str(e), value=e) for e in sizes]
+        return self.coordinates(position, zero, full, [f"{position}{d}" for d in range(len(sizes))])
+
+    def lines_of(self, head: str, lines: Sequence[str], end: str) -> None:
+        """A lambda among the arguments of a call."""
+        self.line(f"    {head}")
+        for text in lines:
+            self.line(f"      {text}")
+        self.line(f"    {end}")
+
     # -- arrays ------------------------------------------------------------------------------------------------
 
     def array(self, v: int, *, store: bool = False) -> Array:
@@ -176,15 +204,21 @@ class Frame:
             maker = self._maker[v]
             low = [self.number(self.boxes[maker][:, 0, d]) for d in range(len(extents))]
             return self._in_scratch(f"l{k}", value.dtype, self.routine.local_offsets[k], extents, low)
-        if v in self._staged and not store:
-            at, extents = self._staged_at[v]
-            low = [self.number(self._staged[v].lo[:, d]) for d in range(len(extents))]
-            return self._in_scratch(self._staged_name(v), value.dtype, at, extents, low)
+        if v in self._brought and not store:
+            at, extents = self._brought_at[v]
+            low = [self.number(self._brought[v].lo[:, d]) for d in range(len(extents))]
+            return self._in_scratch(f"s{list(self._brought).index(v)}", value.dtype, at, extents, low)
         storage = int(self.plan.value_storage[v])
         tagged = self.plan.storages[storage].tagged
         kind = "global" if not tagged else "own" if store or v in self._maker else "tagged"
         name = self._pointer(storage, value.dtype, tagged)
         return Array(kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape)
+
+    def low_corner(self, v: int) -> np.ndarray:
+        """int64 [tasks, rank]: what lies first in scratch of a value that is there."""
+        if v in self._brought:
+            return self._brought[v].lo
+        return self.boxes[self._maker[v]][:, 0, : len(self.values[v].shape)]
 
     def _in_scratch(self, name: str, dtype: str, at: int, extents: Sequence[int], low: Sequence[Term]) -> Array:
         if (name, at) not in self._names:
@@ -223,46 +257,74 @@ class Frame:
         self.code.scratch = at + size
         return at
 
-    # -- staging -----------------------------------------------------------------------------------------------
+    # -- what is brought to scratch first ------------------------------------------------------------------------
 
-    def _staged_name(self, v: int) -> str:
-        return f"s{list(self._staged).index(v)}"
+    def _bring(self, what: Staged | Copied, pad: int = 0) -> tuple[Array, list[Term], tuple[int, ...]]:
+        """Scratch for a value's box: the array, the box's extents, and the strides of the value itself."""
+        value = self.values[what.value]
+        sizes = what.hi - what.lo
+        extents = tuple(int(e) for e in sizes.max(axis=0)) if value.shape else ()
+        if pad:
+            extents = (*extents[:-1], extents[-1] + pad)
+        self._brought[what.value] = what
+        self._brought_at[what.value] = self.scratch(math.prod(extents) * dtypes.itemsize(value.dtype)), extents
+        array = self.array(what.value)
+        assert array.bytes is not None
+        self._since.append((array.bytes, True))
+        return array, [self.number(sizes[:, d]) for d in range(len(extents))], row_major(value.shape)
 
-    def _stage(self, s: Staged) -> None:
-        value = self.values[s.value]
-        sizes = s.hi - s.lo
-        extents = tuple(int(e) for e in sizes.max(axis=0)) if len(value.shape) else ()
-        at = self.scratch(math.prod(extents) * dtypes.itemsize(value.dtype))
-        self._staged_at[s.value] = at, extents
-        storage = int(self.plan.value_storage[s.value])
-        source = self._pointer(storage, value.dtype, True)
-        target = self.array(s.value)
-        # Trailing axes that every task brings whole are one run.
-        run_axes = len(extents) - 1
-        while run_axes > 0 and (sizes[:, run_axes] == value.shape[run_axes]).all():
-            run_axes -= 1
-        run_axes = max(run_axes, 0)
-        low = [self.number(s.lo[:, d]) for d in range(len(extents))]
-        size = [self.number(sizes[:, d]) for d in range(len(extents))]
-        strides, own = row_major(value.shape), row_major(extents)
-        inner = product(size[run_axes:])
-        outer, outer_size = list(range(run_axes)), size[:run_axes]
+    def _rows(self, what: Staged | Copied, size: list[Term], strides: tuple[int, ...], own: tuple[int, ...], run: int) -> (
+        tuple[str, Term, str, str, list[str]]
+    ):
+        """A box as rows of consecutive elements: where the first begins, how many; per row n both offsets."""
+        low = [self.number(what.lo[:, d]) for d in range(len(size))]
+        start = " + ".join(f"{t} * {k}" if k != 1 else t.text for t, k in zip(low, strides, strict=True) if t.value != 0)
+        zero = [Term("0", value=0)] * run
+        coords, lines = self.coordinates("n", zero, size[:run], [f"n{d}" for d in range(run)])
+        moving = [(d, c) for d, c in enumerate(coords) if c.value != 0]
+        source = " + ".join(f"{c} * {strides[d]}" for d, c in moving)
+        target = " + ".join(f"{c} * {own[d]}" for d, c in moving)
+        return start or "0", product(size[:run]), source or "0", target or "0", lines
+
+    def _run_axes(self, what: Staged | Copied, extents: tuple[int, ...]) -> int:
+        """First axis of a run: it and those behind it are consecutive, in memory and in scratch."""
+        shape = self.values[what.value].shape
+        sizes = what.hi - what.lo
+        first = len(shape) - 1
+        while first > 0 and (sizes[:, first] == shape[first]).all() and extents[first] == shape[first]:
+            first -= 1
+        return max(first, 0)
+
+    def _stage(self, what: Staged) -> None:
+        value = self.values[what.value]
+        source = self._pointer(int(self.plan.value_storage[what.value]), value.dtype, True)
+        target, size, strides = self._bring(what)
+        run = self._run_axes(what, self._brought_at[what.value][1])
+        start, rows, at, to, lines = self._rows(what, size, strides, target.strides, run)
         self.line(f"// waits for {value.dtype}[{','.join(map(str, value.shape))}]")
-        many = [d for d in outer if size[d].value != 1]
-        start = " + ".join(f"{t} * {k}" if k != 1 else t.text for t, k in zip(low, strides) if t.value != 0) or "0"
-        if not many:
-            self.line(f"stage(c, {source}, {start}, {inner}, {target.name}, c.thread, C::kThreads);")
-        else:
-            self.line(f"for (int n = 0; n < {product(outer_size)}; ++n) {{")
-            coords, lines = self.coordinates("n", [Term("0", value=0)] * len(outer), outer_size, [f"n{d}" for d in outer])
-            for text in lines:
-                self.line(f"  {text}")
-            shift = " + ".join(f"{c} * {strides[d]}" for d, c in zip(outer, coords, strict=True) if c.value != 0)
-            to = " + ".join(f"{c} * {own[d]}" for d, c in zip(outer, coords, strict=True) if c.value != 0)
-            self.line(f"  stage(c, {source}, {start} + {shift}, {inner}, {target.name} + {to}, c.thread, C::kThreads);")
-            self.line("}")
-        assert target.bytes is not None
-        self._since.append((target.bytes, True))
+        if rows.value == 1:
+            self.line(f"stage(c, {source}, {start}, {product(size[run:]).text}, {target.name});")
+            return
+        self.line(f"for (int n = 0; n < {rows.text}; ++n) {{")
+        for text in lines:
+            self.line(f"  {text}")
+        self.line(f"  stage(c, {source}, {start} + {at}, {product(size[run:]).text}, {target.name} + {to});")
+        self.line("}")
+
+    def _copy(self, what: Copied) -> None:
+        value = self.values[what.value]
+        source = self._pointer(int(self.plan.value_storage[what.value]), value.dtype, False)
+        target, size, strides = self._bring(what, what.pad)
+        run = self._run_axes(what, self._brought_at[what.value][1])
+        start, rows, at, to, lines = self._rows(what, size, strides, target.strides, run)
+        self.line(f"// copies {value.dtype}[{','.join(map(str, value.shape))}] meanwhile")
+        unit = what.unit // dtypes.itemsize(value.dtype)
+        self.line(f"copy_rows(c, {rows.text}, {product(size[run:])} / {unit}, [&](int n, int k) {{")
+        for text in lines:
+            self.line(f"  {text}")
+        to_text, from_text = (" + ".join(t for t in texts if t != "0") for texts in ((target.name, to), (source, start, at)))
+        self.line(f"  copy_async<{what.unit}>({to_text} + k * {unit}, {from_text} + k * {unit});")
+        self.line("});")
 
     # -- where threads meet ------------------------------------------------------------------------------------
 
@@ -295,8 +357,3 @@ def _overlap(a: tuple[int, int] | int, b: tuple[int, int] | int) -> bool:
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
     return a[0] < b[1] and b[0] < a[1]
-
-
-def reads_of(op: Op) -> tuple[int, ...]:
-    """Values a member loads."""
-    return (*op.operands, op.base) if isinstance(op, Update) else op.operands

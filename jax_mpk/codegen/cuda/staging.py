@@ -1,4 +1,4 @@
-"""Which tagged values a routine brings to shared memory before it starts, and which part of them."""
+"""What a routine brings to scratch before it starts: tagged values, which it waits for there, and others."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ class Staged:
     value: int
     lo: np.ndarray
     hi: np.ndarray
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A value copied to scratch.
+
+    Attributes:
+      value: value id.
+      lo, hi: int64 [tasks, rank]: the box each task copies.
+      unit: bytes copied at a time: 16, 8 or 4.
+      pad: elements between rows, so that columns spread over the banks of shared memory.
+    """
+
+    value: int
+    lo: np.ndarray
+    hi: np.ndarray
+    unit: int
+    pad: int
 
 
 class Staging:

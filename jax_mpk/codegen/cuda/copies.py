@@ -1,0 +1,82 @@
+"""Which untagged values a routine copies to scratch in the background, while it waits for tagged ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_mpk.codegen.cuda.arrays import row_major
+from jax_mpk.codegen.cuda.staging import Copied
+from jax_mpk.codegen.cuda.stream import streamed
+from jax_mpk.graph import dtypes
+from jax_mpk.graph.ir import Nest, Op, Update
+from jax_mpk.graph.regions import op_touches
+from jax_mpk.plan.ir import Plan, Routine
+
+#: Most bytes of one value, and of all values of a routine.
+_ONE, _ALL = 36 << 10, 72 << 10
+
+
+def copies(plan: Plan, routine: Routine, ops: Sequence[Op | None], boxes: np.ndarray) -> list[Copied]:
+    """What a routine copies: small parts of buffers that no member of it writes, other than what it streams."""
+    graph = plan.graph
+    local = set(routine.local_values)
+    written = {int(plan.value_storage[v]) for op in ops if op is not None for v in op.outputs if v not in local}
+    regions: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    barred: set[int] = set()
+    for m, op in enumerate(ops):
+        if op is None:
+            continue
+        if not isinstance(op, Nest):
+            barred.update(op.operands, (op.base,) if isinstance(op, Update) else ())
+            continue
+        weight = streamed(plan, op, boxes[m])
+        if weight is not None:
+            barred.add(weight)
+        rank = len(op.space)
+        for touch in op_touches(graph, op, boxes[m][:, 0, :rank], boxes[m][:, 1, :rank]):
+            storage = int(plan.value_storage[touch.value])
+            if touch.value in local or storage < 0 or storage in written or plan.storages[storage].tagged:
+                continue
+            old = regions.get(touch.value)
+            regions[touch.value] = (touch.lo, touch.hi) if old is None else _union(*old, touch.lo, touch.hi)
+    out, total = [], 0
+    for v, (lo, hi) in regions.items():
+        copied = None if v in barred else _copied(graph.values[v].shape, graph.values[v].dtype, v, lo, hi)
+        if copied is None:
+            continue
+        size = int((hi - lo).max(axis=0).prod()) * dtypes.itemsize(graph.values[v].dtype)
+        if total + size <= _ALL:
+            out.append(copied)
+            total += size
+    return out
+
+
+def _union(a_lo: np.ndarray, a_hi: np.ndarray, b_lo: np.ndarray, b_hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes around pairs of boxes, empty ones left out."""
+    a_empty, b_empty = (np.any(hi <= lo, axis=1)[:, None] for lo, hi in ((a_lo, a_hi), (b_lo, b_hi)))
+    lo = np.where(a_empty, b_lo, np.where(b_empty, a_lo, np.minimum(a_lo, b_lo)))
+    return lo, np.where(a_empty, b_hi, np.where(b_empty, a_hi, np.maximum(a_hi, b_hi)))
+
+
+def _copied(shape: tuple[int, ...], dtype: str, value: int, lo: np.ndarray, hi: np.ndarray) -> Copied | None:
+    item = dtypes.itemsize(dtype)
+    hi = np.maximum(hi, lo)
+    sizes = hi - lo
+    most = int(sizes.max(axis=0).prod()) * item if shape else item
+    if most > _ONE or most == 0:
+        return None
+    if not shape:
+        return Copied(value, lo, hi, item, 0) if item in (4, 8, 16) else None
+    # Axes behind the first cut one are whole: every row is a run of them.
+    steps = [lo[:, d] * s * item for d, s in enumerate(row_major(shape))]
+    run = sizes[:, -1] * item
+    strides = [s * item for d, s in enumerate(row_major(shape)[:-1]) if shape[d] > 1]
+    for unit in (16, 8, 4):
+        if all((x % unit == 0).all() for x in (*steps, run)) and all(s % unit == 0 for s in strides) and unit >= item:
+            rows = int(sizes[:, :-1].prod(axis=1).max(initial=0)) if len(shape) > 1 else 1
+            pad = 16 // item if rows > 1 and unit == 16 and int(sizes[:, -1].max()) * item % 128 == 0 else 0
+            return Copied(value, lo, hi, unit, pad)
+    return None
+

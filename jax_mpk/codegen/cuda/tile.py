@@ -1,0 +1,190 @@
+"""Contractions of factors in scratch: eight elements at a time, along the reduced axis or along a parallel one."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from jax_mpk.codegen import bodies
+from jax_mpk.codegen.cuda.arrays import Array
+from jax_mpk.codegen.cuda.routine import Frame, product
+from jax_mpk.codegen.cuda.scalars import Scalars, Term, offset
+from jax_mpk.codegen.cuda.stream import factors
+from jax_mpk.codegen.cuda.texts import group, loader, stores, title
+from jax_mpk.graph.ir import Nest
+from jax_mpk.graph.scalar import Builder, Expr, inline
+from jax_mpk.graph.windows import factor as find_factor
+
+#: Elements a thread loads at a time.
+WIDTH = 8
+_TYPES = ("bf16", "f16", "f32")
+
+
+def tile(frame: Frame, member: int, op: Nest) -> bool:
+    """Writes a contraction whose factors both lie in scratch; False where it is not one."""
+    if op.acc != ("f32",) or op.epilogue is None or op.rspace[-1] % WIDTH and len(op.rspace) > 1:
+        return False
+    rank = len(op.space)
+    found = [find_factor(op.body, r) for r in op.body.results]
+    if any(f is None for f in found):
+        return False
+    slots = [op.body.nodes[f.load].attr for f in found if f is not None]
+    arrays = [frame.array(v) for v in op.operands]
+    if any(arrays[s].kind != "local" or arrays[s].dtype not in _TYPES for s in slots):
+        return False
+    low, extents, most = frame.box(member, rank)
+    if most == 0 or any(e.value is None for e in extents):
+        return False
+    if not all(_patch(frame, op, f, arrays, low, extents, dry=True) for f in found if f is not None and f.new >= 0):
+        return False
+    code = factors(frame.plan.graph, op, {s: arrays[s].strides for s in slots})
+    if code is None:
+        return False
+    sides = (code.lhs, code.rhs)
+    outputs = [frame.array(v, store=True) for v in op.outputs]
+    last = rank + len(op.rspace) - 1
+    along = [d for d in range(rank) if extents[d].value != 1]
+    depth = math.prod(op.rspace)
+    starts = [_aligned(frame, member, op, s, arrays[s.slot]) for s in sides]
+    dot = op.rspace[-1] % WIDTH == 0 and all(s.strides[last] == 1 for s in sides) and all(starts)
+    dot &= all(_multiples(s.strides, {last}) for s in sides)
+    outer = -1
+    if not dot and along and extents[along[-1]].value % WIDTH == 0:  # type: ignore[operator]
+        for k, s in enumerate(sides):
+            d = along[-1]
+            if s.strides[d] == 1 and sides[1 - k].strides[d] == 0 and starts[k] and _multiples(s.strides, {d}):
+                outer = k
+    if not dot and outer < 0:
+        return False
+    windowed = [f for f in found if f is not None and f.new >= 0]
+    if windowed:
+        patched = [arrays[op.body.nodes[f.load].attr] for f in windowed]  # type: ignore[index]
+        frame.meet(arrays, patched)
+        for f in windowed:
+            _patch(frame, op, f, arrays, low, extents, dry=False)
+    frame.meet(arrays, outputs)
+    frame.line(title(frame, op))
+    names = [f"i{d}" for d in range(rank)]
+    if dot:
+        steps = [*op.rspace[:-1], op.rspace[-1] // WIDTH]
+        coords, decode = frame.coordinates("n", low, extents, names)
+        inner, decode_inner = frame.whole("r", steps)
+        inner[-1] = Term(f"{inner[-1]} * {WIDTH}", False) if inner[-1].value is None else inner[-1]
+        texts = [_at(s, arrays[s.slot], [*coords, *inner]) for s in sides]
+        frame.line(f"reduce<f32, {group(most, depth // WIDTH)}, Spread::kStrided>(")
+        frame.line(f"    c, {product(extents).text}, {depth // WIDTH},")
+        body = f"return dot<{WIDTH}>({texts[0]}, {texts[1]});"
+        frame.lines_of("[&](int n, int r) -> f32 {", [*decode, *decode_inner, body], "},")
+        frame.line("    [&](f32 a, f32 b) { return a + b; },")
+        finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "a")
+        frame.lines_of("[&](int n, f32 a) {", [*decode, *finish], "});")
+        return True
+    d = along[-1]
+    wide = [Term(str(e.value // WIDTH), value=e.value // WIDTH) if k == d else e for k, e in enumerate(extents)]  # type: ignore[operator]
+    zero = [Term("0", value=0) if k == d else t for k, t in enumerate(low)]
+    coords, decode = frame.coordinates("n", zero, wide, names)
+    first = Term(f"{coords[d]} * {WIDTH}" if coords[d].value is None else "0", False)
+    if low[d].value != 0:
+        first = Term(f"{low[d]} + {first}", False)
+    group_coords = list(coords)
+    group_coords[d] = first
+    inner, decode_inner = frame.whole("r", op.rspace)
+    texts = [_at(s, arrays[s.slot], [*group_coords, *inner]) for s in sides]
+    frame.line(f"reduce<Pack<{WIDTH}>, {group(most // WIDTH, depth)}, Spread::kStrided>(")
+    frame.line(f"    c, {product(wide).text}, {depth},")
+    body = f"return scaled<{WIDTH}>({texts[outer]}, *({texts[1 - outer]}));"
+    frame.lines_of(f"[&](int n, int r) -> Pack<{WIDTH}> {{", [*decode, *decode_inner, body], "},")
+    frame.line(f"    [&](const Pack<{WIDTH}>& a, const Pack<{WIDTH}>& b) {{ return a + b; }},")
+    element = list(coords)
+    element[d] = Term("i")
+    finish = stores(op.epilogue, element, loader(arrays), outputs, lambda node: "a.e[e]")
+    unrolled = ["#pragma unroll", f"for (int e = 0; e < {WIDTH}; ++e) {{", f"  const int i = {first.text} + e;"]
+    unrolled += [*(f"  {text}" for text in finish), "}"]
+    frame.lines_of(f"[&](int n, const Pack<{WIDTH}>& a) {{", [*decode, *unrolled], "});")
+    return True
+
+
+def _multiples(strides: tuple[int, ...], but: set[int]) -> bool:
+    return all(s % WIDTH == 0 for d, s in enumerate(strides) if d not in but)
+
+
+def _aligned(frame: Frame, member: int, op: Nest, side: bodies.Factor, array: Array) -> bool:
+    """Whether every task's first element of a factor lies at a multiple of the width."""
+    low = frame.boxes[member][:, 0, : len(op.space)]
+    first = side.constant + low @ np.array(side.strides[: len(op.space)], np.int64)
+    first = first - frame.low_corner(op.operands[side.slot]) @ np.array(array.strides, np.int64)
+    return bool(np.all(first % WIDTH == 0))
+
+
+def _at(side: bodies.Factor, array: Array, coords: list[Term]) -> str:
+    terms = offset(coords, side.strides)
+    text = f"{array.name} + {terms}" if terms != "0" else array.name
+    if side.constant:
+        text += f" + {side.constant}"
+    return f"{text} - {array.origin}" if array.origin else text
+
+
+def _patch(frame: Frame, op: Nest, f: object, arrays: list[Array], low: list[Term], extents: list[Term], *, dry: bool) -> bool:
+    """Overwrites the window of a factor in scratch with the new rows. ``dry``: only says whether that is possible."""
+    body, rank = op.body, len(op.space)
+    base, new = body.nodes[f.load], body.nodes[f.new]  # type: ignore[attr-defined]
+    b = Builder(body.extents)
+    where = base.args[f.axis]  # type: ignore[attr-defined]
+    roots = inline(b, Expr(body.nodes, (where, f.start), body.extents), b.coords(), b.load)  # type: ignore[attr-defined]
+    terms, _ = b.linear(roots[0])
+    moving = [
+        (b.nodes[a].attr, k) for a, k in terms.items()
+        if b.nodes[a].op == "coord" and (b.nodes[a].attr >= rank or extents[b.nodes[a].attr].value != 1)  # type: ignore[operator, index]
+    ]
+    if len(moving) != 1 or moving[0][1] != 1:
+        return False
+    coord: int = moving[0][0]  # type: ignore[assignment]
+    used = sorted({body.nodes[i].attr for i in _coords(body, base.args)} | {coord})  # type: ignore[type-var]
+    fresh = {body.nodes[i].attr for i in _coords(body, new.args[1:])}
+    if not fresh <= set(used):
+        return False
+    if dry:
+        return True
+    lows = [*low, *[Term("0", value=0)] * len(op.rspace)]
+    sizes = [*extents, *[Term(str(e), value=e) for e in op.rspace]]
+    others = [c for c in used if c != coord]
+    length: int = f.length  # type: ignore[attr-defined]
+    coords: list[Term] = [Term("0", value=0)] * len(lows)
+    terms_of, decode = frame.coordinates(
+        "n", [Term("0", value=0), *[lows[c] for c in others]],
+        [Term(str(length), value=length), *[sizes[c] for c in others]], ["j", *[f"i{c}" for c in others]],
+    )
+    for c, term in zip(others, terms_of[1:], strict=True):
+        coords[c] = term
+    for c in range(len(lows)):
+        if c not in used:
+            coords[c] = lows[c]
+    s = Scalars(Expr(body.nodes, (where, f.start), body.extents), coords, loader(arrays), prefix="w")  # type: ignore[attr-defined]
+    offset_term, start_term = s.results()
+    name = f"i{coord}"
+    lines = [*decode, *s.lines]
+    lines.append(f"const int {name} = {start_term} + {terms_of[0]} - ({offset_term.text});")
+    lines.append(f"if ({name} < {lows[coord]} || {name} >= {lows[coord]} + {sizes[coord]}) return;")
+    coords[coord] = Term(name)
+    pair = Scalars(Expr(body.nodes, (*base.args, *new.args[1:]), body.extents), coords, loader(arrays), prefix="x")
+    places = pair.results()
+    lines += pair.lines
+    into, source = arrays[base.attr], arrays[new.attr]  # type: ignore[index]
+    lines.append(into.store(places[: len(base.args)], source.load(places[len(base.args) :])))
+    frame.line(f"// new rows, in the place of those the update will overwrite  {op.source.line.rpartition('/')[2]}")
+    count = product([Term(str(length), value=length), *[sizes[c] for c in others]])
+    frame.line(f"map(c, {count.text}, [&](int n) {{")
+    for text in lines:
+        frame.line(f"  {text}")
+    frame.line("});")
+    return True
+
+
+def _coords(expr: Expr, args: tuple[int, ...]) -> list[int]:
+    """Coordinate nodes that index nodes depend on."""
+    needed = set(args)
+    for i in range(len(expr.nodes) - 1, -1, -1):
+        if i in needed:
+            needed.update(expr.nodes[i].args)
+    return [i for i in needed if expr.nodes[i].op == "coord"]

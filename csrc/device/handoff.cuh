@@ -7,38 +7,38 @@
 
 namespace mpk {
 
+// A task in the tables: the routine, then what its code reads (boxes, operands), then waits and signals.
+struct TaskWords {
+  enum : int { kRoutine, kTask, kWaits, kSignals, kOrder, kFirst };
+};
+
 // Counters lie a sector apart, so that polling one does not slow another.
 constexpr int kEventWords = 8;
 
 // Every wait of a thread. One that passes the deadline makes all waits of the launch fall through.
 struct Watch {
-  StateHeader* header;
-  Record* record;
-  u64 deadline_ns;
-  u32 worker;
+  const Launch<1>* launch;  // its first members are those of any Launch
 
-  __device__ bool aborted() const { return load_relaxed(&header->abort) != 0; }
+  __device__ StateHeader* header() const { return static_cast<StateHeader*>(launch->state); }
+  __device__ bool aborted() const { return load_relaxed(&header()->abort) != 0; }
 
   // Repeats `done` until it holds; false: the launch gave up.
   template <class Done, class Report>
   __device__ __forceinline__ bool until(Done&& done, Report&& report) const {
     u64 start = 0;
+#pragma unroll 1
     for (u32 spins = 1; !done(); ++spins) {
       if (spins % 256 != 0) continue;
-      if (aborted()) return false;
-      const u64 now = nanoseconds();
-      if (start == 0) start = now;
-      if (deadline_ns != 0 && now - start > deadline_ns) {
-        if (atomicCAS(&header->abort, 0u, 1u) == 0) report();
-        return false;
-      }
+      const Late late = look(start);
+      if (late == kFirst) report();
+      if (late != kInTime) return false;
     }
     return true;
   }
 
-  __device__ void note(u32 task, WaitKind kind, u32 what, u32 expected, u32 seen, u64 element = 0) const {
-    volatile Record* r = record;
-    r->worker = worker;
+  __device__ __noinline__ void note(u32 task, WaitKind kind, u32 what, u32 expected, u32 seen, u64 element = 0) const {
+    volatile Record* r = launch->record;
+    r->worker = blockIdx.x;
     r->task = task;
     r->kind = static_cast<u32>(kind);
     r->what = what;
@@ -47,6 +47,16 @@ struct Watch {
     r->element = element;
     __threadfence_system();
     r->set = 1;
+  }
+
+  // Whether it is time to give up, and whether this thread is the first to find that.
+  enum Late { kInTime, kAborted, kFirst };
+  __device__ __noinline__ Late look(u64& start) const {
+    if (aborted()) return kAborted;
+    const u64 now = nanoseconds();
+    if (start == 0) start = now;
+    if (launch->deadline_ns == 0 || now - start <= launch->deadline_ns) return kInTime;
+    return atomicCAS(&header()->abort, 0u, 1u) == 0 ? kFirst : kAborted;
   }
 
   // Counters only grow, modulo 2^32.
@@ -58,7 +68,7 @@ struct Watch {
 
   __device__ bool barrier(u32 threshold) const {
     u32 seen;
-    return until([&] { return static_cast<s32>((seen = load_acquire(&header->arrivals)) - threshold) >= 0; },
+    return until([&] { return static_cast<s32>((seen = load_acquire(&header()->arrivals)) - threshold) >= 0; },
                  [&] { note(~0u, kWaitBarrier, 0, threshold, seen); });
   }
 };
@@ -86,7 +96,7 @@ struct Tagged {
   }
   template <class C>
   __device__ T get(const C& c, u64 i) const {
-    return get(c.watch, c.task[1], i);
+    return get(c.watch(), c.task(TaskWords::kTask), i);
   }
 
   // What this very task has stored.
@@ -108,55 +118,60 @@ __device__ __forceinline__ void put_vector(T* to, const Word (&w)[count]) {
   for (int e = 0; e < count; ++e) to[e] = Tagged<T>::payload(w[e]);
 }
 
-// Brings `count` consecutive elements to shared memory, when they have arrived. Many loads are under way at a time:
-// one alone takes as long as all of them. Not inlined: code of tasks has many such places.
-template <class T, int threads>
-__device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> from, u64 first, int count, T* to,
-                                            int thread) {
+// Brings `count` consecutive elements to shared memory, when they have arrived: thread `thread` of `threads`. Many
+// loads are under way at a time, as one alone takes as long as all of them; while something is missing, each thread
+// looks at one word only, since more would slow down those who write. Not inlined: tasks have many such places.
+template <class T>
+__device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> from, u64 first, int count, int to_byte,
+                                            int thread, int threads) {
   using Word = typename Tagged<T>::Word;
-  constexpr int kVector = Tagged<T>::kVector, kBatch = 8;
+  constexpr int kVector = Tagged<T>::kVector, kBatch = 6;
+  T* to = shared_at<T>(to_byte);
   const int head = min(count, static_cast<int>((kVector - first % kVector) % kVector));
   const int vectors = (count - head) / kVector;
   const Word* words = from.words + first + head;
+#pragma unroll 1
   for (int base = thread; base < vectors; base += kBatch * threads) {
     Word w[kBatch][kVector];
-    u32 missing = 0;
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) missing |= base + k * threads < vectors ? 1u << k : 0u;
+    int missing;
     watch.until(
         [&] {
+          missing = -1;
 #pragma unroll
           for (int k = 0; k < kBatch; ++k) {
-            if (missing >> k & 1) load_relaxed(words + (base + k * threads) * kVector, w[k]);
+            if (base + k * threads < vectors) load_relaxed(words + (base + k * threads) * kVector, w[k]);
           }
 #pragma unroll
           for (int k = 0; k < kBatch; ++k) {
             bool all = true;
 #pragma unroll
             for (int e = 0; e < kVector; ++e) all &= from.tagged(w[k][e]);
-            if (all) missing &= ~(1u << k);
+            if (!all && base + k * threads < vectors) missing = base + k * threads;
           }
-          return missing == 0;
+          if (missing < 0) return true;
+          return !watch.until([&] { return from.tagged(load_relaxed(words + missing * kVector)); },
+                              [&] { watch.note(task, kWaitTag, from.tag, from.tag, 0, first + head + missing * kVector); });
         },
-        [&] {
-          const int at = head + (base + (__ffs(missing) - 1) * threads) * kVector;
-          watch.note(task, kWaitTag, from.tag, from.tag, 0, first + at);
-        });
+        [] {});
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       if (base + k * threads < vectors) put_vector<T>(to + head + (base + k * threads) * kVector, w[k]);
     }
   }
   const int rest = count - vectors * kVector;
+#pragma unroll 1
   for (int k = thread; k < rest; k += threads) {
     const int at = k < head ? k : k + vectors * kVector;
     to[at] = from.get(watch, task, first + at);
   }
 }
 
+// The same by some warps of a worker, so that others can wait for other values at the same time.
 template <class T, class C>
-__device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 first, int count, T* to) {
-  stage_elements<T, C::kThreads>(c.watch, c.task[1], from, first, count, to, c.thread);
+__device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 first, int count, T* to, int warp, int warps) {
+  if (c.warp() < warp || c.warp() >= warp + warps) return;
+  const int byte = static_cast<int>(shared_address(to) - shared_address(shared_at<char>(0)));
+  stage_elements<T>(c.watch(), c.task(TaskWords::kTask), from, first, count, byte, c.thread() - warp * 32, warps * 32);
 }
 
 }  // namespace mpk

@@ -59,6 +59,13 @@ __device__ __forceinline__ u64 nanoseconds() {
 
 // -- shared memory --
 
+// All of a CTA's. Pointers made from it here, and not handed through calls, are known to be shared.
+template <class T>
+__device__ __forceinline__ T* shared_at(int byte) {
+  extern __shared__ __align__(1024) char shared[];
+  return reinterpret_cast<T*>(shared + byte);
+}
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 __device__ __forceinline__ void barrier_init(u64* b, int arrivals) {

@@ -21,11 +21,6 @@ constexpr int kWarp = 32;
 // A branch index, as lax.switch takes it.
 __device__ __forceinline__ int clamped(s32 index, int arms) { return min(max(index, 0), arms - 1); }
 
-// A task in the tables: the routine, then what its code reads (boxes, operands), then waits and signals.
-struct TaskWords {
-  enum : int { kRoutine, kTask, kWaits, kSignals, kOrder, kFirst };
-};
-
 // What code of tasks sees: the consumer side of a worker.
 template <class Shape>
 struct Context {
@@ -33,50 +28,48 @@ struct Context {
   static constexpr int kStages = Shape::kStages;
 
   const typename Shape::Launch& launch;
-  Watch watch;
-  char* shared;
-  int worker, thread, warp, lane;
-  const u32* task = nullptr;  // words of the current task, in shared memory
-  u32 tag = 0;                // of this run of the segment
-  u32 barriers = 0;           // barriers of all workers passed in this launch
-  u32 decisions = 0;          // read from memory and handed to the producer
+  int slot = 0;       // which of the two places in shared memory has the words of the current task
+  u32 tag = 0;        // of this run of the segment
+  u32 barriers = 0;   // of all workers, passed in this launch
+  u32 decisions = 0;  // read from memory and handed to the producer
   Ring<Shape> ring;
 
-  __device__ Context(const typename Shape::Launch& l, char* s)
-      : launch(l),
-        watch{static_cast<StateHeader*>(l.state), l.record, l.deadline_ns, static_cast<u32>(blockIdx.x)},
-        shared(s),
-        worker(blockIdx.x),
-        thread(threadIdx.x),
-        warp(threadIdx.x / kWarp),
-        lane(threadIdx.x % kWarp),
-        ring(s) {}
+  __device__ explicit Context(const typename Shape::Launch& l) : launch(l) {}
 
-  // -- arrays --
-  __device__ int box(int word) const { return static_cast<int>(task[word]); }
+  // -- who I am --
+  __device__ static int worker() { return blockIdx.x; }
+  __device__ static int thread() { return threadIdx.x; }
+  __device__ static int warp() { return threadIdx.x / kWarp; }
+  __device__ static int lane() { return threadIdx.x % kWarp; }
+  __device__ Watch watch() const { return {reinterpret_cast<const Launch<1>*>(&launch)}; }
+
+  // -- the current task --
+  __device__ u32 task(int word) const { return shared_at<u32>(Shape::kSlots)[slot * Shape::kTaskWords + word]; }
+  __device__ int box(int word) const { return static_cast<int>(task(word)); }
   template <class T>
   __device__ T* global(int word) const {
-    return reinterpret_cast<T*>(static_cast<char*>(launch.buffers[task[word]]) + u64(task[word + 1]) * 16);
+    return reinterpret_cast<T*>(static_cast<char*>(launch.buffers[task(word)]) + u64(task(word + 1)) * 16);
   }
   template <class T>
   __device__ Tagged<T> tagged(int word) const {
-    auto* words = static_cast<char*>(launch.state) + u64(task[word]) * 16;
+    auto* words = static_cast<char*>(launch.state) + u64(task(word)) * 16;
     return {reinterpret_cast<typename Tagged<T>::Word*>(words), tag};
   }
   template <class T>
-  __device__ T* local(int byte) const {
-    return reinterpret_cast<T*>(shared + Shape::kScratch + byte);
+  __device__ static T* local(int byte) {
+    return shared_at<T>(Shape::kScratch + byte);
   }
   template <class T>
-  __device__ T* partials() const {
-    return reinterpret_cast<T*>(shared + Shape::kPartials);
+  __device__ static T* partials() {
+    return shared_at<T>(Shape::kPartials);
   }
 
   // When the current task began (0), had all its operands (1) and was done (2); only in programs with a trace.
   __device__ void stamp(int what) const {
     if constexpr (Shape::kTrace != 0) {
-      if (thread == 0) {
-        reinterpret_cast<u64*>(static_cast<char*>(launch.state) + Shape::kTrace)[4 * task[TaskWords::kTask] + what] = nanoseconds();
+      if (thread() == 0) {
+        reinterpret_cast<u64*>(static_cast<char*>(launch.state) + Shape::kTrace)[4 * task(TaskWords::kTask) + what] =
+            nanoseconds();
       }
     }
   }
@@ -94,10 +87,10 @@ struct Context {
   __device__ void barrier() {
     ++barriers;
     sync();
-    if (thread == 0) {
-      add_release(&watch.header->arrivals, 1);
-      watch.barrier(base() + barriers * Shape::kWorkers);
-      control()[kStopped] = watch.aborted();
+    if (thread() == 0) {
+      add_release(&watch().header()->arrivals, 1);
+      watch().barrier(base() + barriers * Shape::kWorkers);
+      control()[kStopped] = watch().aborted();
     }
     sync();
   }
@@ -109,7 +102,7 @@ struct Context {
   template <class T>
   __device__ T decide(int buffer, u32 offset) {
     const auto* at = static_cast<const char*>(launch.buffers[buffer]) + u64(offset) * 16;
-    if (thread == 0) control()[kDecision] = static_cast<u32>(*reinterpret_cast<const volatile T*>(at));
+    if (thread() == 0) control()[kDecision] = static_cast<u32>(*reinterpret_cast<const volatile T*>(at));
     sync();
     const u32 value = control()[kDecision];
     if (Shape::kStages > 0) ring.decide(*this, value, decisions++);
@@ -118,13 +111,14 @@ struct Context {
 
   // -- begin and end of a launch --
   __device__ void enter() {
-    const u32* sequences = reinterpret_cast<const u32*>(watch.header + 1);
-    for (int s = thread; s < Shape::kSegments; s += kThreads) {
+    const u32* sequences = reinterpret_cast<const u32*>(watch().header() + 1);
+#pragma unroll 1
+    for (int s = thread(); s < Shape::kSegments; s += kThreads) {
       control()[s] = sequences[s];
       control()[Shape::kSegments + s] = 0;
     }
-    if (thread == 0) {
-      control()[kBase] = watch.header->barrier_base;
+    if (thread() == 0) {
+      control()[kBase] = watch().header()->barrier_base;
       control()[kStopped] = 0;
     }
     sync();
@@ -132,16 +126,17 @@ struct Context {
 
   __device__ void leave() {
     sync();
-    if (thread == 0) control()[kDecision] = add_acq_rel(&watch.header->ticket, 1) == Shape::kWorkers - 1;
+    if (thread() == 0) control()[kDecision] = add_acq_rel(&watch().header()->ticket, 1) == Shape::kWorkers - 1;
     sync();
     if (!control()[kDecision]) return;  // only the last one out goes on
-    if (thread == 0) watch.header->ticket = 0;
-    if (watch.aborted()) return poison();
-    u32* sequences = reinterpret_cast<u32*>(watch.header + 1);
-    for (int s = thread; s < Shape::kSegments; s += kThreads) sequences[s] += control()[Shape::kSegments + s];
-    if (thread == 0) {
-      watch.header->barrier_base = base() + barriers * Shape::kWorkers;
-      watch.header->launches += 1;
+    if (thread() == 0) watch().header()->ticket = 0;
+    if (watch().aborted()) return poison();
+    u32* sequences = reinterpret_cast<u32*>(watch().header() + 1);
+#pragma unroll 1
+    for (int s = thread(); s < Shape::kSegments; s += kThreads) sequences[s] += control()[Shape::kSegments + s];
+    if (thread() == 0) {
+      watch().header()->barrier_base = base() + barriers * Shape::kWorkers;
+      watch().header()->launches += 1;
     }
   }
 
@@ -150,37 +145,48 @@ struct Context {
     u32* runs = control() + Shape::kSegments;
     const u32 sequence = control()[s] + runs[s];
     tag = 1 + sequence % 65535;
-    const u32* queue = launch.tables + Shape::kQueues + (s * Shape::kWorkers + worker) * 2;
+    const u32* queue = launch.tables + Shape::kQueues + (s * Shape::kWorkers + worker()) * 2;
     const u32 count = queue[1];
     const u32* words = launch.tables + Shape::kTasks + u64(queue[0]) * Shape::kTaskWords;
     if (count > 0) fetch(words, 0);
+#pragma unroll 1
     for (u32 i = 0; i < count; ++i) {
       copies_wait();
       sync();  // the words have landed, and nobody reads scratch of the task before
-      task = slot(i % 2);
+      slot = i % 2;
       if (i + 1 < count) fetch(words + u64(i + 1) * Shape::kTaskWords, (i + 1) % 2);
-      const u32 waits = task[TaskWords::kWaits], signals = task[TaskWords::kSignals];
-      const u32* order = task + task[TaskWords::kOrder];
-      if (waits > 0) {
-        for (u32 k = thread; k < waits; k += kThreads) {
-          const u32 event = order[2 * k], threshold = order[2 * k + 1] * (sequence + 1);
-          watch.event(events() + event * kEventWords, threshold, task[TaskWords::kTask], event);
-        }
+      if (task(TaskWords::kWaits) > 0) {
+        wait_for_events(sequence + 1);
         sync();
       }
       stamp(0);
-      Shape::run(*this, task[TaskWords::kRoutine]);
+      Shape::run(*this, task(TaskWords::kRoutine));
       stamp(2);
-      if (signals > 0) {
+      if (task(TaskWords::kSignals) > 0) {
         sync();
-        for (u32 k = thread; k < signals; k += kThreads) {
-          add_release(events() + order[2 * waits + k] * kEventWords, 1);
-        }
+        signal_events();
       }
     }
     sync();
-    if (thread == 0) runs[s] += 1;
+    if (thread() == 0) runs[s] += 1;
     sync();
+  }
+
+  __device__ __forceinline__ void wait_for_events(u32 round) const {
+    const int order = task(TaskWords::kOrder);
+#pragma unroll 1
+    for (u32 k = thread(); k < task(TaskWords::kWaits); k += kThreads) {
+      const u32 event = task(order + 2 * k);
+      watch().event(events() + event * kEventWords, task(order + 2 * k + 1) * round, task(TaskWords::kTask), event);
+    }
+  }
+
+  __device__ __forceinline__ void signal_events() const {
+    const int order = task(TaskWords::kOrder) + 2 * task(TaskWords::kWaits);
+#pragma unroll 1
+    for (u32 k = thread(); k < task(TaskWords::kSignals); k += kThreads) {
+      add_release(events() + task(order + k) * kEventWords, 1);
+    }
   }
 
   // Code of tasks is there once, however many segments call it; meanwhile registers hold a copy of the context.
@@ -193,27 +199,29 @@ struct Context {
   // Words behind the sequences and runs of the segments.
   enum : int { kBase = 2 * Shape::kSegments, kStopped, kDecision };
 
-  __device__ u32* control() const { return reinterpret_cast<u32*>(shared + Shape::kControl); }
+  __device__ u32* control() const { return shared_at<u32>(Shape::kControl); }
   __device__ u32 base() const { return control()[kBase]; }
-  __device__ u32* slot(int i) const {
-    return reinterpret_cast<u32*>(shared + Shape::kSlots + i * Shape::kTaskWords * 4);
-  }
   __device__ u32* events() const { return reinterpret_cast<u32*>(static_cast<char*>(launch.state) + Shape::kEvents); }
 
   __device__ void fetch(const u32* words, int i) const {
-    for (int k = thread * 4; k < Shape::kTaskWords; k += kThreads * 4) copy_async<16>(slot(i) + k, words + k);
+#pragma unroll 1
+    for (int k = thread() * 4; k < Shape::kTaskWords; k += kThreads * 4) {
+      copy_async<16>(shared_at<u32>(Shape::kSlots) + i * Shape::kTaskWords + k, words + k);
+    }
   }
 
   // Nobody takes the results of a launch that gave up for real ones.
   __device__ void poison() const {
     const u32* row = launch.tables + Shape::kResults;
+#pragma unroll 1
     for (int r = 0; r < Shape::kResultCount; ++r, row += 4) {
       const u32 pattern = row[1];
       auto* bytes = static_cast<unsigned char*>(launch.buffers[row[0]]);
       const u64 size = row[2] | u64(row[3]) << 32;
       const u32 width = pattern >> 8 & 255;
       // The last byte of an element has the sign (and a float's exponent); the others are all alike.
-      for (u64 k = thread; k < size; k += kThreads) {
+#pragma unroll 1
+      for (u64 k = thread(); k < size; k += kThreads) {
         bytes[k] = k % width == width - 1 ? pattern & 255 : (pattern >> 16 & 255);
       }
     }
@@ -223,23 +231,23 @@ struct Context {
 // copy(row, k) for every unit k of every row of a box.
 template <class C, class Copy>
 __device__ __forceinline__ void copy_rows(const C& c, int rows, int units, Copy&& copy) {
-  for (int n = c.thread; n < rows * units; n += C::kThreads) copy(n / units, n % units);
+#pragma unroll 1
+  for (int n = c.thread(); n < rows * units; n += C::kThreads) copy(n / units, n % units);
 }
 
 template <class Shape>
-__device__ void run_worker(const typename Shape::Launch& launch) {
-  extern __shared__ __align__(1024) char shared[];
+__device__ __forceinline__ void run_worker(const typename Shape::Launch& launch) {
   if (Shape::kStages > 0) {
-    Ring<Shape>::init(shared);
+    Ring<Shape>::init();
     __syncthreads();
     if (threadIdx.x >= Context<Shape>::kThreads) {
-      Producer<Shape> producer(launch, shared);
+      Producer<Shape> producer(launch);
       Shape::schedule(producer);
       producer.drain();
       return;
     }
   }
-  Context<Shape> context(launch, shared);
+  Context<Shape> context(launch);
   context.enter();
   Shape::schedule(context);
   context.leave();

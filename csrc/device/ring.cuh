@@ -23,23 +23,21 @@ static_assert(sizeof(StreamJob) == 32);
 // The consumer's side.
 template <class Shape>
 struct Ring {
-  char* shared;
   u32 next = 0;  // number of the next chunk of this worker
 
-  __device__ explicit Ring(char* s) : shared(s) {}
-
-  __device__ static u64* full(char* s, u32 stage) { return reinterpret_cast<u64*>(s + Shape::kBarriers) + stage; }
-  __device__ static u64* empty(char* s, u32 stage) { return full(s, Shape::kStages + stage); }
+  __device__ static u64* full(u32 stage) { return shared_at<u64>(Shape::kBarriers) + stage; }
+  __device__ static u64* empty(u32 stage) { return full(Shape::kStages + stage); }
   // Decisions (loop predicates, branch indices) on their way to the producer: two slots, filled and taken.
-  __device__ static u64* decided(char* s) { return full(s, 2 * Shape::kStages); }
-  __device__ static u64* taken(char* s) { return full(s, 2 * Shape::kStages + 1); }
-  __device__ static volatile u32* decision(char* s, u32 n) {
-    return reinterpret_cast<volatile u32*>(full(s, 2 * Shape::kStages + 2)) + n % 2;
+  __device__ static u64* decided() { return full(2 * Shape::kStages); }
+  __device__ static u64* taken() { return full(2 * Shape::kStages + 1); }
+  __device__ static volatile u32* decision(u32 n) {
+    return reinterpret_cast<volatile u32*>(full(2 * Shape::kStages + 2)) + n % 2;
   }
 
-  __device__ static void init(char* s) {
+  __device__ static void init() {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < 2 * Shape::kStages + 2; ++i) barrier_init(full(s, i), 1);
+#pragma unroll 1
+      for (int i = 0; i < 2 * Shape::kStages + 2; ++i) barrier_init(full(i), 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
   }
@@ -52,28 +50,28 @@ struct Ring {
     return warp >= Shape::kStages ? 1 << 30 : warp >= at ? warp - at : warp + Shape::kStages - at;
   }
 
-  // The bytes of chunk `number`, when they have landed; nullptr: the launch gave up.
+  // Where the bytes of chunk `number` are, when they have landed; -1: the launch gave up.
   template <class C>
-  __device__ const char* wait(const C& c, u32 number) const {
+  __device__ int wait(const C& c, u32 number) const {
     const u32 stage = number % Shape::kStages, parity = number / Shape::kStages & 1;
-    const bool ok = c.watch.until([&] { return barrier_done(full(shared, stage), parity); },
-                                  [&] { c.watch.note(c.task[1], kWaitBulkLoad, number, parity, parity ^ 1); });
-    return ok ? shared + Shape::kRing + stage * Shape::kStageBytes : nullptr;
+    const bool ok = c.watch().until([&] { return barrier_done(full(stage), parity); },
+                                  [&] { c.watch().note(c.task(TaskWords::kTask), kWaitBulkLoad, number, parity, parity ^ 1); });
+    return ok ? Shape::kRing + static_cast<int>(stage) * Shape::kStageBytes : -1;
   }
 
   // One thread, after all its warp has read.
-  __device__ void release(u32 number) const { barrier_arrive(empty(shared, number % Shape::kStages)); }
+  __device__ void release(u32 number) const { barrier_arrive(empty(number % Shape::kStages)); }
 
   // The producer follows this decision too; at most two are under way.
   template <class C>
   __device__ void decide(const C& c, u32 value, u32 n) const {
-    if (c.thread != 0) return;
+    if (c.thread() != 0) return;
     if (n >= 2) {
-      c.watch.until([&] { return barrier_done(taken(shared), n & 1); },
-                    [&] { c.watch.note(~0u, kWaitPredicate, n, 0, 0); });
+      c.watch().until([&] { return barrier_done(taken(), n & 1); },
+                    [&] { c.watch().note(~0u, kWaitPredicate, n, 0, 0); });
     }
-    *decision(shared, n) = value;
-    barrier_arrive(decided(shared));
+    *decision(n) = value;
+    barrier_arrive(decided());
   }
 };
 
@@ -81,27 +79,22 @@ struct Ring {
 template <class Shape>
 struct Producer {
   const typename Shape::Launch& launch;
-  Watch watch;
-  char* shared;
-  int lane;
+  int lane = threadIdx.x % 32;
   u32 next = 0;
   u32 decisions = 0;
-  u64 policy;
+  u64 policy = evict_first();
 
-  __device__ Producer(const typename Shape::Launch& l, char* s)
-      : launch(l),
-        watch{static_cast<StateHeader*>(l.state), l.record, 0, static_cast<u32>(blockIdx.x)},  // consumers see to deadlines
-        shared(s),
-        lane(threadIdx.x % 32),
-        policy(evict_first()) {}
+  __device__ explicit Producer(const typename Shape::Launch& l) : launch(l) {}
 
   __device__ void segment(int s) {
     const u32* queue = launch.tables + Shape::kStreams + (s * Shape::kWorkers + blockIdx.x) * 2;
     const u32 first = queue[0], count = queue[1];
     const auto* jobs = reinterpret_cast<const StreamJob*>(launch.tables + Shape::kJobs) + first;
+#pragma unroll 1
     for (u32 base = 0; base < count; base += 32) {
       StreamJob mine = {};
       if (base + lane < count) mine = jobs[base + lane];
+#pragma unroll 1
       for (u32 j = 0; j < min(32u, count - base); ++j) {
         const u32 buffer = __shfl_sync(~0u, mine.buffer, j), chunk = __shfl_sync(~0u, mine.chunk_bytes, j);
         const u64 offset = __shfl_sync(~0u, mine.offset, j), bytes = __shfl_sync(~0u, mine.bytes, j);
@@ -113,16 +106,16 @@ struct Producer {
   }
 
   __device__ void barrier() {}
-  __device__ bool running() const { return !watch.aborted(); }
+  __device__ bool running() const { return !aborted(); }
 
   template <class T>
   __device__ T decide(int, u32) {
     using R = Ring<Shape>;
     const u32 n = decisions++;
-    watch.until([&] { return barrier_done(R::decided(shared), n & 1); }, [] {});
-    const u32 value = *R::decision(shared, n);
+    if (!until([&] { return barrier_done(R::decided(), n & 1); })) return T(0);
+    const u32 value = *R::decision(n);
     __syncwarp();
-    if (lane == 0) barrier_arrive(R::taken(shared));
+    if (lane == 0) barrier_arrive(R::taken());
     return static_cast<T>(value);
   }
 
@@ -131,26 +124,37 @@ struct Producer {
     if (lane != 0) return;
     const u32 first = next > Shape::kStages ? next - Shape::kStages : 0;
     for (u32 n = first; n < next; ++n) {
-      while (!barrier_done(Ring<Shape>::full(shared, n % Shape::kStages), n / Shape::kStages & 1)) {
+      while (!barrier_done(Ring<Shape>::full(n % Shape::kStages), n / Shape::kStages & 1)) {
       }
     }
   }
 
  private:
+  __device__ bool aborted() const { return load_relaxed(&static_cast<StateHeader*>(launch.state)->abort) != 0; }
+
+  // Repeats `done` until it holds; false: the launch gave up. Consumers see to deadlines.
+  template <class Done>
+  __device__ __forceinline__ bool until(Done&& done) const {
+#pragma unroll 1
+    for (u32 spins = 1; !done(); ++spins) {
+      if (spins % 256 == 0 && aborted()) return false;
+    }
+    return true;
+  }
+
   __device__ void stream(const char* from, u64 bytes, u32 chunk) {
     using R = Ring<Shape>;
     for (u64 at = 0; at < bytes; at += chunk, ++next) {
       const u32 stage = next % Shape::kStages, parity = next / Shape::kStages & 1;
-      const bool ok = watch.until([&] { return barrier_done(R::empty(shared, stage), parity ^ 1); }, [] {});
-      if (!ok) return;
+      if (!until([&] { return barrier_done(R::empty(stage), parity ^ 1); })) return;
       if (next >= Shape::kFlight) {
         const u32 old = next - Shape::kFlight;
-        while (!barrier_done(R::full(shared, old % Shape::kStages), old / Shape::kStages & 1)) {
+        while (!barrier_done(R::full(old % Shape::kStages), old / Shape::kStages & 1)) {
         }
       }
       const u32 size = static_cast<u32>(min(u64(chunk), bytes - at));
-      barrier_expect(R::full(shared, stage), size);
-      bulk_load(shared + Shape::kRing + stage * Shape::kStageBytes, from + at, size, R::full(shared, stage), policy);
+      barrier_expect(R::full(stage), size);
+      bulk_load(shared_at<char>(Shape::kRing + stage * Shape::kStageBytes), from + at, size, R::full(stage), policy);
     }
   }
 };

@@ -271,33 +271,34 @@ MPK_DEVICE T op_nextafter(T a, T b) {
 
 // --- functions of the mathematics library --------------------------------------------------------------------
 
-#define MPK_LIBRARY(name)                                         \
-  MPK_DEVICE f32 op_##name(f32 a) { return ::name##f(a); }        \
-  MPK_DEVICE f64 op_##name(f64 a) { return ::name(a); }
-MPK_LIBRARY(exp)
-MPK_LIBRARY(exp2)
-MPK_LIBRARY(expm1)
-MPK_LIBRARY(log)
-MPK_LIBRARY(log1p)
-MPK_LIBRARY(cbrt)
-MPK_LIBRARY(sin)
-MPK_LIBRARY(cos)
-MPK_LIBRARY(tan)
-MPK_LIBRARY(asin)
-MPK_LIBRARY(acos)
-MPK_LIBRARY(atan)
-MPK_LIBRARY(sinh)
-MPK_LIBRARY(cosh)
-MPK_LIBRARY(tanh)
-MPK_LIBRARY(asinh)
-MPK_LIBRARY(acosh)
-MPK_LIBRARY(atanh)
-MPK_LIBRARY(erf)
-MPK_LIBRARY(erfc)
+// Short ones are inlined; the others, written out at each of their uses, would take registers from all the kernel.
+#define MPK_LIBRARY(how, name)                             \
+  how f32 op_##name(f32 a) { return ::name##f(a); }        \
+  MPK_FUNCTION f64 op_##name(f64 a) { return ::name(a); }
+MPK_LIBRARY(MPK_DEVICE, exp)
+MPK_LIBRARY(MPK_DEVICE, exp2)
+MPK_LIBRARY(MPK_DEVICE, log)
+MPK_LIBRARY(MPK_FUNCTION, expm1)
+MPK_LIBRARY(MPK_FUNCTION, log1p)
+MPK_LIBRARY(MPK_FUNCTION, cbrt)
+MPK_LIBRARY(MPK_FUNCTION, sin)
+MPK_LIBRARY(MPK_FUNCTION, cos)
+MPK_LIBRARY(MPK_FUNCTION, tan)
+MPK_LIBRARY(MPK_FUNCTION, asin)
+MPK_LIBRARY(MPK_FUNCTION, acos)
+MPK_LIBRARY(MPK_FUNCTION, atan)
+MPK_LIBRARY(MPK_FUNCTION, sinh)
+MPK_LIBRARY(MPK_FUNCTION, cosh)
+MPK_LIBRARY(MPK_FUNCTION, tanh)
+MPK_LIBRARY(MPK_FUNCTION, asinh)
+MPK_LIBRARY(MPK_FUNCTION, acosh)
+MPK_LIBRARY(MPK_FUNCTION, atanh)
+MPK_LIBRARY(MPK_FUNCTION, erf)
+MPK_LIBRARY(MPK_FUNCTION, erfc)
 #undef MPK_LIBRARY
 
-MPK_DEVICE f32 op_pow(f32 a, f32 b) { return ::powf(a, b); }
-MPK_DEVICE f64 op_pow(f64 a, f64 b) { return ::pow(a, b); }
+MPK_FUNCTION f32 op_pow(f32 a, f32 b) { return ::powf(a, b); }
+MPK_FUNCTION f64 op_pow(f64 a, f64 b) { return ::pow(a, b); }
 MPK_DEVICE f32 op_atan2(f32 a, f32 b) { return ::atan2f(a, b); }
 MPK_DEVICE f64 op_atan2(f64 a, f64 b) { return ::atan2(a, b); }
 

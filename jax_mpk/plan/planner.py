@@ -107,7 +107,7 @@ class _Planner:
     def _segment(self, ops: list[Op]) -> ir.Segment:
         clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned, self.share)
         placer = Placer(self.target)
-        routines = clusterer.run(ops, _after(ops, self.share))
+        routines = self._deferred(clusterer.run(ops, _after(ops, self.share)))
         touched = [accesses(routine, self.tiler.in_place) for routine in routines]
         places = [placer.place(routine) for routine in routines]
         self.tagged |= self._tagged(touched, places)
@@ -121,6 +121,26 @@ class _Planner:
         self.events = handoffs.events
         self.segments.append((handoffs, touched))
         return ir.Segment(tuple(np.array(q, np.int32) for q in handoffs.queues))
+
+    def _deferred(self, routines: list[Routine]) -> list[Routine]:
+        """The routines with short ones that nobody waits for (the writes to a cache) behind all others.
+
+        Where they stand in program order they would hold up the tasks behind them in their workers' queues.
+        """
+        early: list[Routine] = []
+        late: list[Routine] = []
+        read: set[int] = set()  # storages that routines after this one touch, and that they write
+        written: set[int] = set()
+        for routine in reversed(routines):
+            stores = {self.share[v] for op in routine.ops for v in op.outputs if v not in routine.local}
+            loads = {self.share[v] for op in routine.ops for v in reads(op) if v not in routine.local}
+            alone = not (stores & (read | written) or loads & written)
+            short = float(np.max(routine.cut.seconds, initial=0.0)) <= self.target.handoff
+            (late if alone and short and self.target.workers > 1 else early).append(routine)
+            if not (alone and short):
+                read |= loads | stores
+                written |= stores
+        return early[::-1] + late[::-1]
 
     def _tagged(self, touched: list[list[Access]], places: list[np.ndarray]) -> set[int]:
         """Values of a segment that tagged words can hand over, where program order does not: the cheapest way first."""

@@ -73,59 +73,71 @@ struct Chunks {
   static constexpr int kRows = kParts > 1 ? 1 : stage_bytes / kRowBytes < 16 ? stage_bytes / kRowBytes : 16;
 };
 
-// finish(row, m, sum) once for every row and m. `to_shared(row)`: K > one chunk only.
+// One chunk: lane r * M + m gets the sum of row r with column m. Not inlined: a program streams in many places.
+template <class W, class X, int M, int rows, int depth>
+__device__ __noinline__ f32 chunk_sums(int w_byte, int x_byte, int x_stride) {
+  constexpr int kLoad = 16 / (sizeof(W) > sizeof(X) ? sizeof(W) : sizeof(X));
+  const W* w = shared_at<W>(w_byte);
+  const X* x = shared_at<X>(x_byte);
+  const int lane = threadIdx.x % kWarp;
+  f32 acc[rows][M] = {};
+#pragma unroll 2
+  for (int k = lane * kLoad; k < depth; k += kWarp * kLoad) {
+    f32 xs[M][kLoad];
+#pragma unroll
+    for (int m = 0; m < M; ++m) widen<kLoad>(x + m * x_stride + k, xs[m]);
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      f32 ws[kLoad];
+      widen<kLoad>(w + r * depth + k, ws);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int e = 0; e < kLoad; ++e) acc[r][m] = fmaf(ws[e], xs[m][e], acc[r][m]);
+      }
+    }
+  }
+  f32 mine = 0;
+#pragma unroll
+  for (int r = 0; r < rows; ++r) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int by = 16; by > 0; by /= 2) acc[r][m] += __shfl_xor_sync(~0u, acc[r][m], by);
+      if (lane == r * M + m) mine = acc[r][m];
+    }
+  }
+  return mine;
+}
+
+// finish(row, m, sum) once for every row and m.
 template <class W, class X, int M, int K, class C, class Finish>
 __device__ __forceinline__ void stream_rows(C& c, const X* x, int x_stride, int rows, Finish&& finish) {
   using G = Chunks<W, K, C::kStageBytes>;
   constexpr int R = G::kRows;
-  constexpr int kLoad = 16 / (sizeof(W) > sizeof(X) ? sizeof(W) : sizeof(X));
   const int chunks = G::kParts == 1 ? (rows + R - 1) / R : rows * G::kParts;
   f32* partials = c.template partials<f32>();
-  for (int j = c.ring.mine(c.warp); j < chunks; j += C::kStages) {
-    const char* bytes = c.ring.wait(c, c.ring.next + j);
-    if (bytes == nullptr) break;
-    const W* w = reinterpret_cast<const W*>(bytes);
-    const X* part = x + (G::kParts == 1 ? 0 : j % G::kParts * G::kDepth);
-    f32 acc[R][M] = {};
-#pragma unroll 2
-    for (int k = c.lane * kLoad; k < G::kDepth; k += kWarp * kLoad) {
-      f32 xs[M][kLoad];
-#pragma unroll
-      for (int m = 0; m < M; ++m) widen<kLoad>(part + m * x_stride + k, xs[m]);
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        f32 ws[kLoad];
-        widen<kLoad>(w + r * G::kDepth + k, ws);
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-#pragma unroll
-          for (int e = 0; e < kLoad; ++e) acc[r][m] = fmaf(ws[e], xs[m][e], acc[r][m]);
-        }
-      }
-    }
+  const int x_byte = static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0)));
+#pragma unroll 1
+  for (int j = c.ring.mine(c.warp()); j < chunks; j += C::kStages) {
+    const int chunk = c.ring.wait(c, c.ring.next + j);
+    if (chunk < 0) break;
+    const int part = G::kParts == 1 ? 0 : j % G::kParts * G::kDepth * static_cast<int>(sizeof(X));
+    const f32 sum = chunk_sums<W, X, M, R, G::kDepth>(chunk, x_byte + part, x_stride);
     __syncwarp();
-    if (c.lane == 0) c.ring.release(c.ring.next + j);
-    f32 mine = 0;  // lane r * M + m ends with that sum
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int by = 16; by > 0; by /= 2) acc[r][m] += __shfl_xor_sync(~0u, acc[r][m], by);
-        if (c.lane == r * M + m) mine = acc[r][m];
-      }
-    }
+    if (c.lane() == 0) c.ring.release(c.ring.next + j);
     if (G::kParts == 1) {
-      const int row = j * R + c.lane / M;
-      if (c.lane < R * M && row < rows) finish(row, c.lane % M, mine);
-    } else if (c.lane < M) {
-      partials[j * M + c.lane] = mine;
+      const int row = j * R + c.lane() / M;
+      if (c.lane() < R * M && row < rows) finish(row, c.lane() % M, sum);
+    } else if (c.lane() < M) {
+      partials[j * M + c.lane()] = sum;
     }
   }
   c.ring.next += chunks;
   if (G::kParts > 1) {
     c.sync();
-    for (int n = c.thread; n < rows * M; n += C::kThreads) {
+#pragma unroll 1
+    for (int n = c.thread(); n < rows * M; n += C::kThreads) {
       f32 sum = 0;
       for (int p = 0; p < G::kParts; ++p) sum += partials[(n / M * G::kParts + p) * M + n % M];
       finish(n / M, n % M, sum);

@@ -60,13 +60,14 @@ enum class Spread { kStrided, kRuns };
 template <class Acc, int group, Spread spread, class C, class Body, class Combine, class Finish>
 __device__ __forceinline__ void reduce(const C& c, int outputs, int depth, Body&& body, Combine&& combine,
                                        Finish&& finish) {
-  const int part = c.thread % group;
+  const int part = c.thread() % group;
   const int first = spread == Spread::kStrided ? part : static_cast<int>(s64(depth) * part / group);
   const int last = spread == Spread::kStrided ? depth : static_cast<int>(s64(depth) * (part + 1) / group);
   constexpr int kStep = spread == Spread::kStrided ? group : 1;
   // Whole warps stay together: lanes without an output of their own compute one that is dropped.
   const int rounded = (outputs * group + kWarp - 1) / kWarp * kWarp;
-  for (int n = c.thread; n < rounded; n += C::kThreads) {
+#pragma unroll 1
+  for (int n = c.thread(); n < rounded; n += C::kThreads) {
     const int output = min(n / group, outputs - 1);
     Acc acc = body(output, first);
 #pragma unroll 4
@@ -80,19 +81,21 @@ __device__ __forceinline__ void reduce(const C& c, int outputs, int depth, Body&
 template <class Acc, Spread spread, class C, class Body, class Combine, class Finish>
 __device__ __forceinline__ void reduce_together(const C& c, int outputs, int depth, Body&& body, Combine&& combine,
                                                 Finish&& finish) {
-  const int first = spread == Spread::kStrided ? c.thread : static_cast<int>(s64(depth) * c.thread / C::kThreads);
-  const int last = spread == Spread::kStrided ? depth : static_cast<int>(s64(depth) * (c.thread + 1) / C::kThreads);
+  const int first = spread == Spread::kStrided ? c.thread() : static_cast<int>(s64(depth) * c.thread() / C::kThreads);
+  const int last = spread == Spread::kStrided ? depth : static_cast<int>(s64(depth) * (c.thread() + 1) / C::kThreads);
   constexpr int kStep = spread == Spread::kStrided ? C::kThreads : 1;
   Acc* partials = c.template partials<Acc>();
+#pragma unroll 1
   for (int output = 0; output < outputs; ++output) {
     Acc acc = body(output, first);
 #pragma unroll 4
     for (int r = first + kStep; r < last; r += kStep) acc = combine(acc, body(output, r));
     acc = across_lanes<kWarp>(acc, combine);
-    if (c.lane == 0) partials[c.warp] = acc;
+    if (c.lane() == 0) partials[c.warp()] = acc;
     c.sync();
-    if (c.thread == 0) {
+    if (c.thread() == 0) {
       Acc all = partials[0];
+#pragma unroll 1
       for (int w = 1; w < C::kThreads / kWarp; ++w) all = combine(all, partials[w]);
       finish(output, all);
     }

@@ -8,7 +8,8 @@ namespace mpk {
 // place(n): the element update n goes to, or -1: none of this box. apply(n) does it. No two go to the same element.
 template <class C, class Place, class Apply>
 __device__ __forceinline__ void update_each(const C& c, int count, Place&& place, Apply&& apply) {
-  for (int n = c.thread; n < count; n += C::kThreads) {
+#pragma unroll 1
+  for (int n = c.thread(); n < count; n += C::kThreads) {
     if (place(n) >= 0) apply(n);
   }
 }
@@ -16,9 +17,10 @@ __device__ __forceinline__ void update_each(const C& c, int count, Place&& place
 // Several may go to the same element: each element has one thread, which applies its updates in order.
 template <class C, class Place, class Apply>
 __device__ __forceinline__ void update_in_order(const C& c, int count, Place&& place, Apply&& apply) {
+#pragma unroll 1
   for (int n = 0; n < count; ++n) {
     const s64 at = place(n);
-    if (at >= 0 && at % C::kThreads == c.thread) apply(n);
+    if (at >= 0 && at % C::kThreads == c.thread()) apply(n);
   }
 }
 

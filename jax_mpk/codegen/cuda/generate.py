@@ -13,7 +13,7 @@ from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.moves import emit_cumulative, emit_sort, emit_update
-from jax_mpk.codegen.cuda.routine import Code, Frame
+from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES
 from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
@@ -21,8 +21,6 @@ from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
 from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
 
 ENTRY = "jax_mpk_kernel"
-#: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
-WARPS = 11
 #: Most stages of the ring, and chunks in flight: docs/experiments.md.
 _STAGES, _FLIGHT, _FEWEST_STAGES = 11, 3, 4
 #: Dynamic shared memory of a CTA on sm_90.

@@ -17,6 +17,8 @@ from jax_mpk.plan.ir import Plan, Routine
 
 #: Words of a task before those its code reads: `TaskWords` in csrc/device/persistent.cuh.
 FIRST_WORD = 5
+#: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
+WARPS = 11
 _ALIGN = 128
 
 
@@ -108,9 +110,9 @@ class Frame:
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
         for copy in copied:
             self._copy(copy)
-        for value in staged:
-            if any(value.value in op.operands for op in self.ops):
-                self._stage(value)
+        waited = [s for s in staged if any(s.value in op.operands for op in self.ops)]
+        for value, warps in zip(waited, self._shares(waited), strict=True):
+            self._stage(value, *warps)
         if copied:
             self.line("copies_wait();")
         if copied or staged:
@@ -295,7 +297,21 @@ class Frame:
             first -= 1
         return max(first, 0)
 
-    def _stage(self, what: Staged) -> None:
+    def _shares(self, staged: Sequence[Staged]) -> list[tuple[int, int]]:
+        """First warp and number of warps that bring each of the staged values, all at the same time."""
+        if len(staged) > WARPS:
+            return [(k % WARPS, 1) for k in range(len(staged))]
+        sizes = [
+            int((s.hi - s.lo).max(axis=0, initial=1).prod()) * dtypes.itemsize(self.values[s.value].dtype)
+            for s in staged
+        ]
+        shares = [1] * len(staged)
+        for _ in range(WARPS - len(staged) if staged else 0):
+            most = max(range(len(staged)), key=lambda k: sizes[k] / shares[k])
+            shares[most] += 1
+        return [(sum(shares[:k]), share) for k, share in enumerate(shares)]
+
+    def _stage(self, what: Staged, warp: int, warps: int) -> None:
         value = self.values[what.value]
         source = self._pointer(int(self.plan.value_storage[what.value]), value.dtype, True)
         target, size, strides = self._bring(what)
@@ -303,12 +319,12 @@ class Frame:
         start, rows, at, to, lines = self._rows(what, size, strides, target.strides, run)
         self.line(f"// waits for {value.dtype}[{','.join(map(str, value.shape))}]")
         if rows.value == 1:
-            self.line(f"stage(c, {source}, {start}, {product(size[run:]).text}, {target.name});")
+            self.line(f"stage(c, {source}, {start}, {product(size[run:]).text}, {target.name}, {warp}, {warps});")
             return
         self.line(f"for (int n = 0; n < {rows.text}; ++n) {{")
         for text in lines:
             self.line(f"  {text}")
-        self.line(f"  stage(c, {source}, {start} + {at}, {product(size[run:]).text}, {target.name} + {to});")
+        self.line(f"  stage(c, {source}, {start} + {at}, {product(size[run:]).text}, {target.name} + {to}, {warp}, {warps});")
         self.line("}")
 
     def _copy(self, what: Copied) -> None:

@@ -208,9 +208,7 @@ def _lower(
 _NAMES = {"cpu": "the CPU", "cuda": "a GPU"}
 for _platform in _CALLS:
     # Not cached: JAX would lower the equation as a function of its own, whose arguments do not show how arrays lie.
-    mlir.register_lowering(
-        megakernel_p, functools.partial(_lower, _platform), platform=_platform, cacheable=False
-    )
+    mlir.register_lowering(megakernel_p, functools.partial(_lower, _platform), platform=_platform, cacheable=False)
 
 
 def _lower_elsewhere(ctx: Any, *_: Any, name: str, **__: Any) -> Any:

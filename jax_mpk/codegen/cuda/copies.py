@@ -79,4 +79,3 @@ def _copied(shape: tuple[int, ...], dtype: str, value: int, lo: np.ndarray, hi: 
             pad = 16 // item if rows > 1 and unit == 16 and int(sizes[:, -1].max()) * item % 128 == 0 else 0
             return Copied(value, lo, hi, unit, pad)
     return None
-

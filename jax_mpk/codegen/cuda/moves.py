@@ -44,8 +44,11 @@ def emit_update(frame: Frame, member: int, op: Update) -> None:
     *at, inside = index.results()
     tests = [] if inside.text == "true" else [str(inside)]
     for d, term in enumerate(at):
-        if term.value is None or low[d].value is None or extents[d].value is None or not (
-            low[d].value <= term.value < low[d].value + extents[d].value
+        if (
+            term.value is None
+            or low[d].value is None
+            or extents[d].value is None
+            or not (low[d].value <= term.value < low[d].value + extents[d].value)
         ):
             tests.append(f"{term} >= {low[d]} && {term} < {low[d]} + {extents[d]}")
     head = "update_each" if _is_injective(op) else "update_in_order"
@@ -101,4 +104,3 @@ def emit_cumulative(frame: Frame, member: int, op: Cumulative) -> None:
 
 def emit_sort(frame: Frame, member: int, op: Sort) -> None:
     raise NotImplementedError("sort on CUDA")
-

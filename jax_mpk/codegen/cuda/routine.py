@@ -160,9 +160,9 @@ class Frame:
             raise ValueError("a task has more than 2^31 elements")
         return low, [self.number(sizes[:, d]) for d in range(rank)], most
 
-    def coordinates(self, position: str, low: Sequence[Term], extents: Sequence[Term], names: Sequence[str]) -> tuple[
-        list[Term], list[str]
-    ]:
+    def coordinates(
+        self, position: str, low: Sequence[Term], extents: Sequence[Term], names: Sequence[str]
+    ) -> tuple[list[Term], list[str]]:
         """Coordinates of element ``position`` of a box, and the statements that compute them."""
         coords: list[Term] = []
         lines: list[str] = []
@@ -214,7 +214,9 @@ class Frame:
         tagged = self.plan.storages[storage].tagged
         kind = "global" if not tagged else "own" if store or v in self._maker else "tagged"
         name = self._pointer(storage, value.dtype, tagged)
-        return Array(kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape)
+        return Array(
+            kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape
+        )
 
     def low_corner(self, v: int) -> np.ndarray:
         """int64 [tasks, rank]: what lies first in scratch of a value that is there."""
@@ -275,12 +277,14 @@ class Frame:
         self._since.append((array.bytes, True))
         return array, [self.number(sizes[:, d]) for d in range(len(extents))], row_major(value.shape)
 
-    def _rows(self, what: Staged | Copied, size: list[Term], strides: tuple[int, ...], own: tuple[int, ...], run: int) -> (
-        tuple[str, Term, str, str, list[str]]
-    ):
+    def _rows(
+        self, what: Staged | Copied, size: list[Term], strides: tuple[int, ...], own: tuple[int, ...], run: int
+    ) -> tuple[str, Term, str, str, list[str]]:
         """A box as rows of consecutive elements: where the first begins, how many; per row n both offsets."""
         low = [self.number(what.lo[:, d]) for d in range(len(size))]
-        start = " + ".join(f"{t} * {k}" if k != 1 else t.text for t, k in zip(low, strides, strict=True) if t.value != 0)
+        start = " + ".join(
+            f"{t} * {k}" if k != 1 else t.text for t, k in zip(low, strides, strict=True) if t.value != 0
+        )
         zero = [Term("0", value=0)] * run
         coords, lines = self.coordinates("n", zero, size[:run], [f"n{d}" for d in range(run)])
         moving = [(d, c) for d, c in enumerate(coords) if c.value != 0]
@@ -324,7 +328,9 @@ class Frame:
         self.line(f"for (int n = 0; n < {rows.text}; ++n) {{")
         for text in lines:
             self.line(f"  {text}")
-        self.line(f"  stage(c, {source}, {start} + {at}, {product(size[run:]).text}, {target.name} + {to}, {warp}, {warps});")
+        self.line(
+            f"  stage(c, {source}, {start} + {at}, {product(size[run:]).text}, {target.name} + {to}, {warp}, {warps});"
+        )
         self.line("}")
 
     def _copy(self, what: Copied) -> None:
@@ -338,7 +344,9 @@ class Frame:
         self.line(f"copy_rows(c, {rows.text}, {product(size[run:])} / {unit}, [&](int n, int k) {{")
         for text in lines:
             self.line(f"  {text}")
-        to_text, from_text = (" + ".join(t for t in texts if t != "0") for texts in ((target.name, to), (source, start, at)))
+        to_text, from_text = (
+            " + ".join(t for t in texts if t != "0") for texts in ((target.name, to), (source, start, at))
+        )
         self.line(f"  copy_async<{what.unit}>({to_text} + k * {unit}, {from_text} + k * {unit});")
         self.line("});")
 

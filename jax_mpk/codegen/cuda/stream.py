@@ -161,14 +161,20 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     arrays = [frame.array(v) if v != weight else None for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
     frame.meet([a for a in arrays if a is not None], outputs)
-    at = [f"{t} * {factor.strides[d]}" for d, t in enumerate(low) if d in found.columns and factor.strides[d] and t.value != 0]
+    at = [
+        f"{t} * {factor.strides[d]}"
+        for d, t in enumerate(low)
+        if d in found.columns and factor.strides[d] and t.value != 0
+    ]
     start = " + ".join([x.name, *([str(factor.constant)] if factor.constant else []), *at])
     if x.origin:
         start += f" - {x.origin}"
     coords: list[Term] = [Term("0", value=0)] * rank
     decode: list[str] = []
     for position, axes in (("row", found.free), ("m", found.columns)):
-        terms, lines = frame.coordinates(position, [low[d] for d in axes], [extents[d] for d in axes], [f"i{d}" for d in axes])
+        terms, lines = frame.coordinates(
+            position, [low[d] for d in axes], [extents[d] for d in axes], [f"i{d}" for d in axes]
+        )
         decode += lines
         for d, term in zip(axes, terms, strict=True):
             coords[d] = term

@@ -23,7 +23,7 @@ _TYPES = ("bf16", "f16", "f32")
 
 def tile(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction whose factors both lie in scratch; False where it is not one."""
-    if op.acc != ("f32",) or op.epilogue is None or op.rspace[-1] % WIDTH and len(op.rspace) > 1:
+    if op.acc != ("f32",) or op.epilogue is None or (op.rspace[-1] % WIDTH and len(op.rspace) > 1):
         return False
     rank = len(op.space)
     found = [find_factor(op.body, r) for r in op.body.results]
@@ -125,7 +125,9 @@ def _at(side: bodies.Factor, array: Array, coords: list[Term]) -> str:
     return f"{text} - {array.origin}" if array.origin else text
 
 
-def _patch(frame: Frame, op: Nest, f: object, arrays: list[Array], low: list[Term], extents: list[Term], *, dry: bool) -> bool:
+def _patch(
+    frame: Frame, op: Nest, f: object, arrays: list[Array], low: list[Term], extents: list[Term], *, dry: bool
+) -> bool:
     """Overwrites the window of a factor in scratch with the new rows. ``dry``: only says whether that is possible."""
     body, rank = op.body, len(op.space)
     base, new = body.nodes[f.load], body.nodes[f.new]  # type: ignore[attr-defined]
@@ -134,7 +136,8 @@ def _patch(frame: Frame, op: Nest, f: object, arrays: list[Array], low: list[Ter
     roots = inline(b, Expr(body.nodes, (where, f.start), body.extents), b.coords(), b.load)  # type: ignore[attr-defined]
     terms, _ = b.linear(roots[0])
     moving = [
-        (b.nodes[a].attr, k) for a, k in terms.items()
+        (b.nodes[a].attr, k)
+        for a, k in terms.items()
         if b.nodes[a].op == "coord" and (b.nodes[a].attr >= rank or extents[b.nodes[a].attr].value != 1)  # type: ignore[operator, index]
     ]
     if len(moving) != 1 or moving[0][1] != 1:
@@ -152,8 +155,10 @@ def _patch(frame: Frame, op: Nest, f: object, arrays: list[Array], low: list[Ter
     length: int = f.length  # type: ignore[attr-defined]
     coords: list[Term] = [Term("0", value=0)] * len(lows)
     terms_of, decode = frame.coordinates(
-        "n", [Term("0", value=0), *[lows[c] for c in others]],
-        [Term(str(length), value=length), *[sizes[c] for c in others]], ["j", *[f"i{c}" for c in others]],
+        "n",
+        [Term("0", value=0), *[lows[c] for c in others]],
+        [Term(str(length), value=length), *[sizes[c] for c in others]],
+        ["j", *[f"i{c}" for c in others]],
     )
     for c, term in zip(others, terms_of[1:], strict=True):
         coords[c] = term

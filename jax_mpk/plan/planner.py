@@ -11,6 +11,7 @@ from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, blocks, reads, walk
 from jax_mpk.plan import ir
 from jax_mpk.plan.access import Access, accesses
 from jax_mpk.plan.cluster import Clusterer, Routine
+from jax_mpk.plan.defer import deferred
 from jax_mpk.plan.handoff import Handoffs
 from jax_mpk.plan.ir import MUST, READ
 from jax_mpk.plan.memory import Life, assign_offsets
@@ -107,7 +108,9 @@ class _Planner:
     def _segment(self, ops: list[Op]) -> ir.Segment:
         clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned, self.share)
         placer = Placer(self.target)
-        routines = self._deferred(clusterer.run(ops, _after(ops, self.share)))
+        routines = clusterer.run(ops, _after(ops, self.share))
+        if self.target.workers > 1:
+            routines = deferred(routines, self.share, self.target.handoff)
         touched = [accesses(routine, self.tiler.in_place) for routine in routines]
         places = [placer.place(routine) for routine in routines]
         self.tagged |= self._tagged(touched, places)
@@ -121,26 +124,6 @@ class _Planner:
         self.events = handoffs.events
         self.segments.append((handoffs, touched))
         return ir.Segment(tuple(np.array(q, np.int32) for q in handoffs.queues))
-
-    def _deferred(self, routines: list[Routine]) -> list[Routine]:
-        """The routines with short ones that nobody waits for (the writes to a cache) behind all others.
-
-        Where they stand in program order they would hold up the tasks behind them in their workers' queues.
-        """
-        early: list[Routine] = []
-        late: list[Routine] = []
-        read: set[int] = set()  # storages that routines after this one touch, and that they write
-        written: set[int] = set()
-        for routine in reversed(routines):
-            stores = {self.share[v] for op in routine.ops for v in op.outputs if v not in routine.local}
-            loads = {self.share[v] for op in routine.ops for v in reads(op) if v not in routine.local}
-            alone = not (stores & (read | written) or loads & written)
-            short = float(np.max(routine.cut.seconds, initial=0.0)) <= self.target.handoff
-            (late if alone and short and self.target.workers > 1 else early).append(routine)
-            if not (alone and short):
-                read |= loads | stores
-                written |= stores
-        return early[::-1] + late[::-1]
 
     def _tagged(self, touched: list[list[Access]], places: list[np.ndarray]) -> set[int]:
         """Values of a segment that tagged words can hand over, where program order does not: the cheapest way first."""

@@ -33,7 +33,7 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
     Raises:
       ValueError: a task does not fit the device (shared memory, 32-bit extents).
     """
-    codes = _routines(plan)
+    codes = routine_codes(plan)
     bodies: dict[tuple[str, ...], int] = {}
     case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
     count = len(segments(plan.schedule))
@@ -59,7 +59,8 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
     )
 
 
-def _routines(plan: Plan) -> list[Code]:
+def routine_codes(plan: Plan) -> list[Code]:
+    """What becomes of each routine."""
     table = plan.tasks.table
     order = np.argsort(table["routine"], kind="stable")
     edges = np.searchsorted(table["routine"][order], np.arange(len(plan.routines) + 1))

@@ -106,7 +106,7 @@ struct Context {
     if (thread() == 0) control()[kDecision] = static_cast<u32>(*reinterpret_cast<const volatile T*>(at));
     sync();
     const u32 value = control()[kDecision];
-    if (Shape::kStages > 0) ring.decide(*this, value, decisions++);
+    if constexpr (Shape::kStages > 0) ring.decide(*this, value, decisions++);
     return static_cast<T>(value);
   }
 
@@ -238,7 +238,7 @@ __device__ __forceinline__ void copy_rows(const C& c, int rows, int units, Copy&
 
 template <class Shape>
 __device__ __forceinline__ void run_worker(const typename Shape::Launch& launch) {
-  if (Shape::kStages > 0) {
+  if constexpr (Shape::kStages > 0) {
     Ring<Shape>::init();
     __syncthreads();
     if (threadIdx.x >= Context<Shape>::kThreads) {

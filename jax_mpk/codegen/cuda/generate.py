@@ -172,7 +172,11 @@ def _source(plan: Plan, shape: dict[str, int], case: list[int], bodies: dict[tup
         lines.append(f"__device__ __forceinline__ void routine_{number}(C& c) {{")
         lines += [f"  {text}" if text else "" for text in body]
         lines += ["}", ""]
-    lines += ["template <class Any>", "__device__ __forceinline__ void Shape::run(Any& c, u32 routine) {", "  switch (routine) {"]
+    lines += [
+        "template <class Any>",
+        "__device__ __forceinline__ void Shape::run(Any& c, u32 routine) {",
+        "  switch (routine) {",
+    ]
     lines += [f"    case {k}: return routine_{k}(c);" for k in range(len(bodies))]
     lines += ["  }", "}", "", "template <class Role>", "__device__ __forceinline__ void Shape::schedule(Role& role) {"]
     lines += [f"  {text}" for text in _Schedule(plan).lines(plan.schedule)]
@@ -211,7 +215,9 @@ class _Schedule:
             elif isinstance(item, LoopNode):
                 out += self._loop(item)
             else:
-                out.append(f"switch (clamped(role.template decide<s32>({self._place(item.index)}), {len(item.arms)})) {{")
+                out.append(
+                    f"switch (clamped(role.template decide<s32>({self._place(item.index)}), {len(item.arms)})) {{"
+                )
                 for n, arm in enumerate(item.arms):
                     out += [f"  case {n}: {{", *(f"    {text}" for text in self.lines(arm)), "    break;", "  }"]
                 out.append("}")

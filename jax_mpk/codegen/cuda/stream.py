@@ -10,7 +10,7 @@ import numpy as np
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.arrays import row_major
 from jax_mpk.codegen.cuda.routine import Frame, Stream, product
-from jax_mpk.codegen.cuda.scalars import Term
+from jax_mpk.codegen.cuda.scalars import Term, fixed
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Graph, Nest
@@ -161,19 +161,25 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     arrays = [frame.array(v) if v != weight else None for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
     frame.meet([a for a in arrays if a is not None], outputs)
-    at = [f"{t} * {factor.strides[d]}" for d, t in enumerate(low) if d in found.columns and factor.strides[d] and t.value != 0]
+    at = [
+        f"{t} * {factor.strides[d]}"
+        for d, t in enumerate(low)
+        if d in found.columns and factor.strides[d] and t.value != 0
+    ]
     start = " + ".join([x.name, *([str(factor.constant)] if factor.constant else []), *at])
     if x.origin:
         start += f" - {x.origin}"
-    coords: list[Term] = [Term("0", value=0)] * rank
+    coords: list[Term] = [fixed(0)] * rank
     decode: list[str] = []
     for position, axes in (("row", found.free), ("m", found.columns)):
-        terms, lines = frame.coordinates(position, [low[d] for d in axes], [extents[d] for d in axes], [f"i{d}" for d in axes])
+        terms, lines = frame.coordinates(
+            position, [low[d] for d in axes], [extents[d] for d in axes], [f"i{d}" for d in axes]
+        )
         decode += lines
         for d, term in zip(axes, terms, strict=True):
             coords[d] = term
     assert op.epilogue is not None
-    finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "sum")  # type: ignore[arg-type]
+    finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "sum")
     dtype, x_dtype = frame.values[weight].dtype, frame.values[op.operands[found.other]].dtype
     frame.line(f"{title(frame, op)}: streams {dtype} rows")
     frame.line(f"stream_rows<{dtype}, {x_dtype}, {found.count}, {depth}>(")

@@ -190,9 +190,7 @@ def _assembled(plan: Plan, table: np.ndarray, codes: Sequence[Code]) -> Tables:
         padded[: len(part)] = part
         words.append(padded)
         at += len(padded)
-    return Tables(
-        np.concatenate(words), starts[0], starts[1], starts[2], starts[3], table.shape[1], starts[4]
-    )
+    return Tables(np.concatenate(words), starts[0], starts[1], starts[2], starts[3], table.shape[1], starts[4])
 
 
 def _poison(plan: Plan, result: int) -> tuple[int, int, int, int]:

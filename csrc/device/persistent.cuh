@@ -59,6 +59,12 @@ struct Context {
   __device__ static T* local(int byte) {
     return shared_at<T>(Shape::kScratch + byte);
   }
+  // Device memory for what is too large for scratch; each worker that needs some has its own.
+  template <class T>
+  __device__ T* memory(int slot, int byte) const {
+    return reinterpret_cast<T*>(static_cast<char*>(launch.state) + Shape::kMemory + s64(Shape::kMemoryBytes) * slot +
+                                byte);
+  }
   template <class T>
   __device__ static T* partials() {
     return shared_at<T>(Shape::kPartials);

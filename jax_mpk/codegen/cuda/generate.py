@@ -11,12 +11,14 @@ from jax_mpk._version import __version__
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
+from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
-from jax_mpk.codegen.cuda.moves import emit_cumulative, emit_sort, emit_update
 from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES
 from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
+from jax_mpk.codegen.cuda.updates import emit_update
+from jax_mpk.errors import UnsupportedError
 from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
 from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
 
@@ -31,13 +33,15 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
     """The program of a verified plan. The same plan gives the same text, byte for byte.
 
     Raises:
+      UnsupportedError: the plan has members that only the CPU executor runs.
       ValueError: a task does not fit the device (shared memory, 32-bit extents).
     """
     codes = _routines(plan)
     bodies: dict[tuple[str, ...], int] = {}
     case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
     count = len(segments(plan.schedule))
-    state = state_layout(plan, count)
+    memory = max((code.memory for code in codes), default=0)
+    state = state_layout(plan, count, memory, int(memory_slots(plan).max(initial=-1)) + 1)
     tables = build_tables(plan, state, case, codes)
     shape = _shape(plan, codes, state, tables, count)
     shape["kTrace"] = state.size if trace else 0
@@ -64,15 +68,21 @@ def _routines(plan: Plan) -> list[Code]:
     order = np.argsort(table["routine"], kind="stable")
     edges = np.searchsorted(table["routine"][order], np.arange(len(plan.routines) + 1))
     staging = Staging(plan)
+    slots = memory_slots(plan)
     out = []
     for number, (routine, (a, b)) in enumerate(zip(plan.routines, pairwise(edges), strict=True)):
         tasks = order[a:b]
         first = table["box"][tasks].astype(np.int64)
         boxes = np.stack([plan.tasks.boxes[first + m] for m in range(len(routine.members))])
         if any(member.stage != WHOLE for member in routine.members):
-            raise NotImplementedError("split reductions as stages are planned for the CPU executor only")
+            raise UnsupportedError(
+                f"{_label(plan, number)}: a reduction whose parts are tasks of their own (PARTIAL and FINISH members) "
+                "has no code for GPUs; split the reduced axis in the graph instead, as plan/split_reduce.py does"
+            )
         ops = inline_members(plan, routine, boxes)
-        frame = Frame(plan, routine, ops, boxes, staging.of(number, tasks), copies(plan, routine, ops, boxes))
+        memory = slots[table["worker"][tasks]]
+        copied = copies(plan, routine, ops, boxes)
+        frame = Frame(plan, routine, ops, boxes, staging.of(number, tasks), copied, memory)
         for m, op in enumerate(ops):
             if op is None:
                 continue
@@ -116,6 +126,8 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kSegments": segment_count,
         "kResultCount": len(plan.graph.results),
         "kEvents": state.events,
+        "kMemory": state.memory,
+        "kMemoryBytes": state.memory_bytes,
         "kQueues": tables.queues,
         "kStreams": tables.streams,
         "kResults": tables.results,

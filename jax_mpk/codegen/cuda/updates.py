@@ -1,4 +1,4 @@
-"""Code of the members that move elements: updates, scans along an axis, sorts."""
+"""Code of updates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.routine import Frame, product
 from jax_mpk.codegen.cuda.scalars import Scalars
 from jax_mpk.codegen.cuda.texts import loader, rounded, title
-from jax_mpk.graph.ir import Cumulative, Sort, Update
+from jax_mpk.graph.ir import Update
 from jax_mpk.graph.regions import update_boxes, update_written
 
 
@@ -44,8 +44,11 @@ def emit_update(frame: Frame, member: int, op: Update) -> None:
     *at, inside = index.results()
     tests = [] if inside.text == "true" else [str(inside)]
     for d, term in enumerate(at):
-        if term.value is None or low[d].value is None or extents[d].value is None or not (
-            low[d].value <= term.value < low[d].value + extents[d].value
+        if (
+            term.value is None
+            or low[d].value is None
+            or extents[d].value is None
+            or not (low[d].value <= term.value < low[d].value + extents[d].value)
         ):
             tests.append(f"{term} >= {low[d]} && {term} < {low[d]} + {extents[d]}")
     head = "update_each" if _is_injective(op) else "update_in_order"
@@ -93,12 +96,3 @@ def _is_injective(op: Update) -> bool:
                 if expr.nodes[this].op == "coord" and is_uniform(expr, other):
                     seen.add(expr.nodes[this].attr)  # type: ignore[arg-type]
     return all(d in seen for d, extent in enumerate(op.space) if extent > 1)
-
-
-def emit_cumulative(frame: Frame, member: int, op: Cumulative) -> None:
-    raise NotImplementedError("cumulative on CUDA")
-
-
-def emit_sort(frame: Frame, member: int, op: Sort) -> None:
-    raise NotImplementedError("sort on CUDA")
-

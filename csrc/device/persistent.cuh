@@ -111,6 +111,7 @@ struct Context {
     if (thread() == 0) control()[kDecision] = static_cast<u32>(*reinterpret_cast<const volatile T*>(at));
     sync();
     const u32 value = control()[kDecision];
+    sync();  // the next decision may follow at once
     if (Shape::kStages > 0) ring.decide(*this, value, decisions++);
     return static_cast<T>(value);
   }

@@ -214,7 +214,8 @@ class _Schedule:
     def lines(self, schedule: Schedule) -> list[str]:
         out: list[str] = []
         for k, item in enumerate(schedule):
-            if k:
+            # Loops end with a barrier of their own: behind their last round, or before the predicate that ends them.
+            if k and not isinstance(schedule[k - 1], LoopNode):
                 out.append("role.barrier();")
             if isinstance(item, Segment):
                 out.append(f"role.segment({self._next});")

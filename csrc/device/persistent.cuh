@@ -81,7 +81,7 @@ struct Context {
   }
 
   // All consumer threads of this worker.
-  __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+  __device__ void sync() const { sync_threads<kThreads>(); }
 
   // -- schedule --
   __device__ __forceinline__ void segment(int s) {

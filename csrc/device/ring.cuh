@@ -36,7 +36,7 @@ struct Ring {
     if (threadIdx.x == 0) {
 #pragma unroll 1
       for (int i = 0; i < 2 * Shape::kStages + 2; ++i) barrier_init(full(i), 1);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      barriers_ready();
     }
   }
 

@@ -99,6 +99,15 @@ __device__ __forceinline__ bool barrier_done(u64* b, u32 parity) {
   return done != 0;
 }
 
+// The same without suspending the thread.
+__device__ __forceinline__ bool barrier_done_now(u64* b, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+  return done != 0;
+}
+
 // Streamed bytes are read once: they should not push activations out of the L2 cache.
 __device__ __forceinline__ u64 evict_first() {
   u64 policy;
@@ -112,6 +121,11 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, int bytes,
           shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy)
       : "memory");
+}
+
+// Brings bytes to the L2 cache: a multiple of 16.
+__device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // 4, 8 or 16 bytes from global to shared memory, in the background.

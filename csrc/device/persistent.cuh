@@ -22,8 +22,9 @@ constexpr int kWarp = 32;
 __device__ __forceinline__ int clamped(s32 index, int arms) { return min(max(index, 0), arms - 1); }
 
 // What code of tasks sees: the consumer side of a worker.
-template <class Shape>
+template <class Sizes>
 struct Context {
+  using Shape = Sizes;
   static constexpr int kWarps = Shape::kWarps, kThreads = kWarps * kWarp, kStageBytes = Shape::kStageBytes;
   static constexpr int kStages = Shape::kStages;
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, blocks, reads, walk
+from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, Update, blocks, reads, walk
 from jax_mpk.plan import ir
 from jax_mpk.plan.access import Access, accesses
 from jax_mpk.plan.cluster import Clusterer, Routine
@@ -107,14 +107,21 @@ class _Planner:
     def _segment(self, ops: list[Op]) -> ir.Segment:
         clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned, self.share)
         placer = Placer(self.target)
-        routines = self._deferred(clusterer.run(ops, _after(ops, self.share)))
+        early, late = self._deferred(clusterer.run(ops, _after(ops, self.share)))
+        routines = early + late
         touched = [accesses(routine, self.tiler.in_place) for routine in routines]
-        places = [placer.place(routine) for routine in routines]
+        places = [placer.place(routine) for routine in early]
+        # Loads are equal enough by now; late routines are spread among themselves.
+        placer = Placer(self.target)
+        places += [placer.place(routine) for routine in late]
         self.tagged |= self._tagged(touched, places)
         first_task, first_event = len(self.task_rows), self.events
         handoffs = Handoffs(self.target.workers, self.share, self.shapes, self.tagged, first_task, first_event)
-        for routine, workers, found in zip(routines, places, touched, strict=True):
+        long = [k for k, routine in enumerate(early) if not self._is_short(routine)]
+        for number, (routine, workers, found) in enumerate(zip(routines, places, touched, strict=True)):
             handoffs.add(workers, found)
+            if late and number == max(long, default=-1):
+                handoffs.close()
             self._emit(routine, workers, found)
         self.waits += handoffs.waits
         self.signals += handoffs.signals
@@ -122,25 +129,30 @@ class _Planner:
         self.segments.append((handoffs, touched))
         return ir.Segment(tuple(np.array(q, np.int32) for q in handoffs.queues))
 
-    def _deferred(self, routines: list[Routine]) -> list[Routine]:
-        """The routines with short ones that nobody waits for (the writes to a cache) behind all others.
+    def _deferred(self, routines: list[Routine]) -> tuple[list[Routine], list[Routine]]:
+        """Splits off short updates in place that nobody waits for, the writes to a cache: they come behind all others.
 
         Where they stand in program order they would hold up the tasks behind them in their workers' queues.
         """
         early: list[Routine] = []
         late: list[Routine] = []
-        read: set[int] = set()  # storages that routines after this one touch, and that they write
-        written: set[int] = set()
+        touched: set[int] = set()  # storages that routines behind this one touch
+        written: set[int] = set()  # and those that they write
         for routine in reversed(routines):
-            stores = {self.share[v] for op in routine.ops for v in op.outputs if v not in routine.local}
+            makers = [op for op in routine.ops if not set(op.outputs) <= set(routine.local)]
+            stores = {self.share[v] for op in makers for v in op.outputs}
             loads = {self.share[v] for op in routine.ops for v in reads(op) if v not in routine.local}
-            alone = not (stores & (read | written) or loads & written)
-            short = float(np.max(routine.cut.seconds, initial=0.0)) <= self.target.handoff
-            (late if alone and short and self.target.workers > 1 else early).append(routine)
-            if not (alone and short):
-                read |= loads | stores
+            updates = all(isinstance(op, Update) and self.tiler.in_place(op) for op in makers)
+            if updates and self._is_short(routine) and not (stores & touched or loads & written):
+                late.append(routine)
+            else:
+                early.append(routine)
+                touched |= loads | stores
                 written |= stores
-        return early[::-1] + late[::-1]
+        return early[::-1], late[::-1]
+
+    def _is_short(self, routine: Routine) -> bool:
+        return float(np.max(routine.cut.seconds, initial=0.0)) <= self.target.handoff
 
     def _tagged(self, touched: list[list[Access]], places: list[np.ndarray]) -> set[int]:
         """Values of a segment that tagged words can hand over, where program order does not: the cheapest way first."""

@@ -23,8 +23,8 @@ from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
 from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
 
 ENTRY = "jax_mpk_kernel"
-#: Most stages of the ring, and chunks in flight: docs/experiments.md.
-_STAGES, _FLIGHT, _FEWEST_STAGES = 11, 3, 4
+#: Most stages of the ring, fewest, and chunks in flight: docs/experiments.md.
+_STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 3
 #: Dynamic shared memory of a CTA on sm_90.
 _SHARED_BYTES = 232_448
 
@@ -114,11 +114,12 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     place("kSlots", 2 * tables.task_words * 4)
     place("kPartials", max(code.partials for code in codes) if codes else 0)
     place("kScratch", max(code.scratch for code in codes) if codes else 0)
-    streams = any(code.streams for code in codes)
+    streams = any(stream.chunk_bytes for code in codes for stream in code.streams)
     room = (_SHARED_BYTES - at) // STAGE_BYTES
     if at > _SHARED_BYTES or (streams and room < _FEWEST_STAGES):
         raise ValueError(f"a task needs {at} bytes of shared memory, too many of {_SHARED_BYTES}")
-    stages = min(_STAGES, room) if streams else 0
+    # `Ring` in csrc/device/ring.cuh wants no more stages than warps, or a multiple of them.
+    stages = 0 if not streams else room if room < WARPS else min(_STAGES, room) // WARPS * WARPS
     out["kRing"] = at
     return {
         "kWorkers": plan.target.workers,

@@ -37,18 +37,22 @@ class Operand:
 
 @dataclass(frozen=True)
 class Stream:
-    """Consecutive bytes of an input that a task streams.
+    """What the producer does for a task: `StreamJob` in csrc/device/ring.cuh.
 
     Attributes:
       storage: the input.
-      chunk_bytes: size of all chunks but the last.
-      first, size: int64 [tasks]: bytes.
+      chunk_bytes: size of all chunks but the last; 0: nothing streams, rows are brought to the L2 cache.
+      first, size: int64 [tasks]: first byte; bytes in all, or of one row.
+      rows: int64 [tasks] rows.
+      stride: bytes from row to row.
     """
 
     storage: int
     chunk_bytes: int
     first: np.ndarray
     size: np.ndarray
+    rows: np.ndarray
+    stride: int
 
 
 @dataclass
@@ -339,6 +343,7 @@ class Frame:
         run = self._run_axes(what, self._brought_at[what.value][1])
         start, rows, at, to, lines = self._rows(what, size, strides, target.strides, run)
         self.line(f"// copies {value.dtype}[{','.join(map(str, value.shape))}] meanwhile")
+        self._prefetch(what, run)
         unit = what.unit // dtypes.itemsize(value.dtype)
         self.line(f"copy_rows(c, {rows.text}, {product(size[run:])} / {unit}, [&](int n, int k) {{")
         for text in lines:
@@ -346,6 +351,22 @@ class Frame:
         to_text, from_text = (" + ".join(t for t in texts if t != "0") for texts in ((target.name, to), (source, start, at)))
         self.line(f"  copy_async<{what.unit}>({to_text} + k * {unit}, {from_text} + k * {unit});")
         self.line("});")
+
+    def _prefetch(self, what: Copied, run: int) -> None:
+        """Has the producer bring rows that lie in device memory to the L2 cache, long before the task copies them."""
+        shape = self.values[what.value].shape
+        item = dtypes.itemsize(self.values[what.value].dtype)
+        strides = row_major(shape)
+        sizes = what.hi - what.lo
+        storage = int(self.plan.value_storage[what.value])
+        moving = [d for d in range(run) if (sizes[:, d] != 1).any()]
+        size = sizes[:, run:].prod(axis=1) * item
+        if self.plan.storages[storage].kind == "workspace" or what.unit != 16 or len(moving) > 1:
+            return
+        rows = sizes[:, moving[0]] if moving else np.ones(len(size), np.int64)
+        stride = strides[moving[0]] * item if moving else 0
+        first = what.lo @ np.array(strides, np.int64) * item
+        self.code.streams.append(Stream(storage, 0, first, size, np.where(size > 0, rows, 0), stride))
 
     # -- where threads meet ------------------------------------------------------------------------------------
 

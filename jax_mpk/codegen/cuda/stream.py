@@ -182,7 +182,8 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     item = dtypes.itemsize(dtype)
     chunk = depth // found.parts * item * found.chunk_rows
     storage = int(frame.plan.value_storage[weight])
-    frame.code.streams.append(Stream(storage, chunk, found.first * item, found.rows * depth * item))
+    once = np.ones(len(found.rows), np.int64)
+    frame.code.streams.append(Stream(storage, chunk, found.first * item, found.rows * depth * item, once, 0))
     if found.parts > 1:
         frame.code.partials = max(frame.code.partials, int(found.rows.max()) * found.parts * found.count * 4)
     return True

@@ -167,6 +167,7 @@ def _assembled(plan: Plan, table: np.ndarray, codes: Sequence[Code]) -> Tables:
                 job = np.zeros(4, np.uint64)
                 job.view(np.uint32)[:2] = buffer, s.chunk_bytes
                 job[1], job[2] = unit * UNIT + int(s.first[k]), int(s.size[k])
+                job.view(np.uint32)[6:] = s.rows[k], s.stride
                 jobs.append(job)
     order: list[int] = []
     queues: list[tuple[int, int]] = []

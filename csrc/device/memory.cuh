@@ -57,6 +57,12 @@ __device__ __forceinline__ u64 nanoseconds() {
   return t;
 }
 
+// The first `count` threads of a CTA.
+template <int count>
+__device__ __forceinline__ void sync_threads() {
+  asm volatile("bar.sync 1, %0;" ::"n"(count) : "memory");
+}
+
 // -- shared memory --
 
 // All of a CTA's. Pointers made from it here, and not handed through calls, are known to be shared.
@@ -71,6 +77,9 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return static_cas
 __device__ __forceinline__ void barrier_init(u64* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
+
+// Bulk loads may name the barriers that were made so far.
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_arrive(u64* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");

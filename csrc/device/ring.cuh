@@ -28,25 +28,23 @@ struct Ring {
 
   __device__ static u64* full(u32 stage) { return shared_at<u64>(Shape::kBarriers) + stage; }
   __device__ static u64* empty(u32 stage) { return full(Shape::kStages + stage); }
-  // Decisions (loop predicates, branch indices) on their way to the producer: two slots, filled and taken.
+  // Decisions (loop predicates, branch indices) on their way to the producer: filled and taken.
   __device__ static u64* decided() { return full(2 * Shape::kStages); }
   __device__ static u64* taken() { return full(2 * Shape::kStages + 1); }
-  __device__ static volatile u32* decision(u32 n) {
-    return reinterpret_cast<volatile u32*>(full(2 * Shape::kStages + 2)) + n % 2;
-  }
+  __device__ static volatile u32* decision() { return reinterpret_cast<volatile u32*>(full(2 * Shape::kStages + 2)); }
 
   __device__ static void init() {
     if (threadIdx.x == 0) {
 #pragma unroll 1
       for (int i = 0; i < 2 * Shape::kStages + 2; ++i) barrier_init(full(i), 1);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      barriers_ready();
     }
   }
 
   // A warp reads every kStep-th chunk. All chunks of a stage are the same warp's, which is thus never a round ahead of
   // the stage's barrier: parity is enough.
-  static constexpr int kStep = Shape::kStages <= Shape::kWarps ? Shape::kStages : Shape::kWarps;
-  static_assert(Shape::kStages <= Shape::kWarps || Shape::kStages % Shape::kWarps == 0);
+  static constexpr int kStep = Shape::kReaders;
+  static_assert(kStep <= Shape::kWarps && Shape::kStages % kStep == 0);
 
   // How many chunks from the next one on it is to a warp's first; beyond any task's for warps that read none.
   __device__ int mine(int warp) const {
@@ -66,15 +64,16 @@ struct Ring {
   // One thread, after all its warp has read.
   __device__ void release(u32 number) const { barrier_arrive(empty(number % Shape::kStages)); }
 
-  // The producer follows this decision too; at most two are under way.
+  // The producer follows this decision too. It must have taken the one before: with two under way, parity would not
+  // tell whether both or none had been.
   template <class C>
   __device__ void decide(const C& c, u32 value, u32 n) const {
     if (c.thread() != 0) return;
-    if (n >= 2) {
-      c.watch().until([&] { return barrier_done(taken(), n & 1); },
+    if (n > 0) {
+      c.watch().until([&] { return barrier_done(taken(), (n - 1) & 1); },
                     [&] { c.watch().note(~0u, kWaitPredicate, n, 0, 0); });
     }
-    *decision(n) = value;
+    *decision() = value;
     barrier_arrive(decided());
   }
 };
@@ -117,14 +116,15 @@ struct Producer {
   }
 
   __device__ void barrier() {}
-  __device__ bool running() const { return !aborted(); }
+  // All lanes go the same way, whenever each of them learns of an abort.
+  __device__ bool running() const { return !__any_sync(~0u, aborted()); }
 
   template <class T>
   __device__ T decide(int, u32) {
     using R = Ring<Shape>;
     const u32 n = decisions++;
-    if (!until([&] { return barrier_done(R::decided(), n & 1); })) return T(0);
-    const u32 value = *R::decision(n);
+    if (!__all_sync(~0u, until([&] { return barrier_done(R::decided(), n & 1); }))) return T(0);
+    const u32 value = *R::decision();
     __syncwarp();
     if (lane == 0) barrier_arrive(R::taken());
     return static_cast<T>(value);

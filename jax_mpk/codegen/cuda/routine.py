@@ -67,6 +67,7 @@ class Code:
       words: number of words, the first ones included.
       scratch: bytes of scratch.
       partials: bytes that members need to join the parts of one output.
+      memory: bytes of device memory a worker needs for what does not fit in scratch.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -76,6 +77,7 @@ class Code:
     words: int = FIRST_WORD
     scratch: int = 0
     partials: int = 0
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Frame:
       boxes: int64 [members, tasks, 2, rank].
       staged: tagged values to bring to scratch first.
       copied: other values to copy there meanwhile.
+      memory: int64 [tasks]: number of the device memory that a task may use, or -1.
     """
 
     def __init__(
@@ -117,10 +120,12 @@ class Frame:
         boxes: np.ndarray,
         staged: Sequence[Staged],
         copied: Sequence[Copied],
+        memory: np.ndarray,
     ):
         self.plan = plan
         self.routine = routine
         self.boxes = boxes
+        self.memory = memory
         self.ops = [op for op in ops if op is not None]
         self.code = Code(scratch=max([0, *self._local_ends(plan, routine)]))
         self.values = plan.graph.values

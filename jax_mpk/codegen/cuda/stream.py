@@ -17,7 +17,7 @@ from jax_mpk.graph.ir import Graph, Nest
 from jax_mpk.plan.ir import Plan
 
 #: Bytes of a stage of the ring; a chunk fits into one.
-STAGE_BYTES = 16 << 10
+STAGE_BYTES = 8 << 10
 #: Most rows of a chunk, and most parts of a row: `Chunks` in csrc/device/tasks/contract.cuh.
 _MOST_ROWS, _MOST_PARTS = 16, 32
 #: Most columns of the other factor: beyond, matrix instructions would be worth it.

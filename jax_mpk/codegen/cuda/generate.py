@@ -153,7 +153,7 @@ def _task_labels(plan: Plan) -> tuple[tuple[int, str], ...]:
 
 
 def _ring(room: int) -> tuple[int, int]:
-    """Stages of the ring and warps that read them: each warp has as many stages as any other, and few warps have none."""
+    """Stages of the ring and warps that read them: all of these have equally many, and few warps have none."""
     choices = [(stages, readers) for stages in range(1, room + 1) for readers in range(1, WARPS + 1)]
     even = [(stages, readers) for stages, readers in choices if stages % readers == 0]
     return max(even, key=lambda c: (c[0] * min(c[1], _ENOUGH_READERS), c[1]))

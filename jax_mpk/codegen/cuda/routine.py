@@ -362,7 +362,7 @@ class Frame:
         target, size = self._bring(what, what.pad)
         rows = self._rows(what, size, target)
         self.line(f"// copies {value.dtype}[{','.join(map(str, value.shape))}] meanwhile")
-        self._prefetch(what, run)
+        self._prefetch(what)
         unit = what.unit // dtypes.itemsize(value.dtype)
         self.line(f"copy_rows(c, {rows.count.text}, {rows.length} / {unit}, [&](int n, int k) {{")
         for text in rows.lines:
@@ -372,8 +372,9 @@ class Frame:
         self.line(f"  copy_async<{what.unit}>({to_text} + k * {unit}, {from_text} + k * {unit});")
         self.line("});")
 
-    def _prefetch(self, what: Copied, run: int) -> None:
+    def _prefetch(self, what: Copied) -> None:
         """Has the producer bring rows that lie in device memory to the L2 cache, long before the task copies them."""
+        run = self._run_axes(what, self._brought_at[what.value][1])
         shape = self.values[what.value].shape
         item = dtypes.itemsize(self.values[what.value].dtype)
         strides = row_major(shape)

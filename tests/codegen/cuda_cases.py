@@ -81,8 +81,8 @@ def _mlp(x: jax.Array, w: jax.Array, v: jax.Array) -> Any:
 
 def _attention(x: jax.Array, w: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array) -> Any:
     q, k, v = jnp.split((x @ w.T).reshape(3, 4, 16), 3)
-    keys = lax.dynamic_update_slice(keys, k, (at, 0, 0))
-    values = lax.dynamic_update_slice(values, v, (at, 0, 0))
+    keys = lax.dynamic_update_slice_in_dim(keys, k, at, 0)
+    values = lax.dynamic_update_slice_in_dim(values, v, at, 0)
     scores = jnp.einsum("qhd,khd->hqk", q, keys)
     scores = jnp.where(jnp.arange(keys.shape[0]) <= at, scores * 0.25, -1e9)
     out = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, -1), values)
@@ -181,7 +181,7 @@ CASES: list[Case] = [
         ["update_each("],
         True,
     ),
-    Case("update_slice", lambda x, u, i: lax.dynamic_update_slice(x, u, (i, 0)), ["30x8 uint8", "4x8 uint8", "int32=5"]),
+    Case("update_slice", lambda x, u, i: lax.dynamic_update_slice_in_dim(x, u, i, 0), ["30x8 uint8", "4x8 uint8", "int32=5"]),
     *(
         Case(f"scatter_{mode}", _scatter(mode), [f"40x5 {t}", "17 int32", f"17x5 {t}"], ["update_in_order("])
         for mode, t in (("set", "float16"), ("add", "bfloat16"), ("multiply", "int32"), ("min", "float64"), ("max", "uint8"))

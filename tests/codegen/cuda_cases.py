@@ -81,8 +81,8 @@ def _mlp(x: jax.Array, w: jax.Array, v: jax.Array) -> Any:
 
 def _attention(x: jax.Array, w: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array) -> Any:
     q, k, v = jnp.split((x @ w.T).reshape(3, 4, 16), 3)
-    keys = lax.dynamic_update_slice(keys, k, (at, 0, 0))
-    values = lax.dynamic_update_slice(values, v, (at, 0, 0))
+    keys = lax.dynamic_update_slice_in_dim(keys, k, at, 0)
+    values = lax.dynamic_update_slice_in_dim(values, v, at, 0)
     scores = jnp.einsum("qhd,khd->hqk", q, keys)
     scores = jnp.where(jnp.arange(keys.shape[0]) <= at, scores * 0.25, -1e9)
     out = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, -1), values)

@@ -11,7 +11,7 @@ from jax_mpk._version import __version__
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
-from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots
+from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots, scratch_bytes
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame
 from jax_mpk.codegen.cuda.staging import Staging
@@ -29,6 +29,11 @@ _STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 4
 _ENOUGH_READERS = 8
 #: Dynamic shared memory of a CTA on sm_90.
 _SHARED_BYTES = 232_448
+#: Of that, about as much as all but the ring and scratch takes.
+_OTHER_BYTES = 8 << 10
+
+
+_Made = tuple[list[Code], list[int], dict[tuple[str, ...], int], State, Tables, dict[str, int]]
 
 
 def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
@@ -38,14 +43,11 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
       UnsupportedError: the plan has members that only the CPU executor runs.
       ValueError: a task does not fit the device (shared memory, 32-bit extents).
     """
-    codes = _routines(plan)
-    bodies: dict[tuple[str, ...], int] = {}
-    case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
-    count = len(segments(plan.schedule))
-    memory = max((code.memory for code in codes), default=0)
-    state = state_layout(plan, count, memory, int(memory_slots(plan).max(initial=-1)) + 1)
-    tables = build_tables(plan, state, case, codes)
-    shape = _shape(plan, codes, state, tables, count)
+    # What streams needs a ring beside the scratch of all tasks; where there is no room for one, nothing streams.
+    made = _made(plan, streams=True) or _made(plan, streams=False)
+    if made is None:
+        raise ValueError(f"a task needs more than the {_SHARED_BYTES} bytes of shared memory that an SM has")
+    _, case, bodies, state, tables, shape = made
     shape["kTrace"] = state.size if trace else 0
     text = _source(plan, shape, case, bodies)
     producer = 1 if shape["kStages"] else 0
@@ -65,7 +67,20 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
     )
 
 
-def _routines(plan: Plan) -> list[Code]:
+def _made(plan: Plan, *, streams: bool) -> _Made | None:
+    """Everything of a program but its text; None if it needs more shared memory than there is."""
+    codes = _routines(plan, streams=streams)
+    bodies: dict[tuple[str, ...], int] = {}
+    case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
+    count = len(segments(plan.schedule))
+    memory = max((code.memory for code in codes), default=0)
+    state = state_layout(plan, count, memory, int(memory_slots(plan).max(initial=-1)) + 1)
+    tables = build_tables(plan, state, case, codes)
+    shape = _shape(plan, codes, state, tables, count)
+    return None if shape is None else (codes, case, bodies, state, tables, shape)
+
+
+def _routines(plan: Plan, *, streams: bool) -> list[Code]:
     table = plan.tasks.table
     order = np.argsort(table["routine"], kind="stable")
     edges = np.searchsorted(table["routine"][order], np.arange(len(plan.routines) + 1))
@@ -84,7 +99,9 @@ def _routines(plan: Plan) -> list[Code]:
         ops = inline_members(plan, routine, boxes)
         memory = slots[table["worker"][tasks]]
         copied = copies(plan, routine, ops, boxes)
-        frame = Frame(plan, routine, ops, boxes, staging.of(number, tasks), copied, memory)
+        room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0)
+        room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
+        frame = Frame(plan, routine, ops, boxes, staging.of(number, tasks), copied, memory, room=room, streams=streams)
         for m, op in enumerate(ops):
             if op is None:
                 continue
@@ -101,8 +118,8 @@ def _routines(plan: Plan) -> list[Code]:
     return out
 
 
-def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int]:
-    """Sizes and offsets: the members of `Shape` in the generated text."""
+def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int] | None:
+    """Sizes and offsets: the members of `Shape` in the generated text; None if there is too little shared memory."""
     at = 0
     out: dict[str, int] = {}
 
@@ -119,7 +136,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     streams = any(stream.chunk_bytes for code in codes for stream in code.streams)
     room = (_SHARED_BYTES - at) // STAGE_BYTES
     if at > _SHARED_BYTES or (streams and room < _FEWEST_STAGES):
-        raise ValueError(f"a task needs {at} bytes of shared memory, too many of {_SHARED_BYTES}")
+        return None
     stages, readers = _ring(min(_STAGES, room)) if streams else (0, 1)
     out["kRing"] = at
     return {

@@ -36,6 +36,12 @@ def memory_slots(plan: Plan) -> np.ndarray:
     return slots
 
 
+def scratch_bytes(op: Sort) -> int:
+    """Scratch that a sort of long lines needs, at most."""
+    length = op.space[op.axis]
+    return _COUNT_BYTES + (8 * length if length <= _SCRATCH_LENGTH else 0) + 256
+
+
 @dataclass(frozen=True)
 class _Lines:
     """The lines of a member's box.

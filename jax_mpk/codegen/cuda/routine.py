@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ FIRST_WORD = 5
 #: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
 WARPS = 11
 _ALIGN = 128
+
+Brought = TypeVar("Brought", Staged, Copied)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class Frame:
       staged: tagged values to bring to scratch first.
       copied: other values to copy there meanwhile.
       memory: int64 [tasks]: number of the device memory that a task may use, or -1.
+      room: bytes of scratch for local values and for what is brought there. What does not fit is read where it is.
+      streams: weights may stream.
     """
 
     def __init__(
@@ -121,11 +126,15 @@ class Frame:
         staged: Sequence[Staged],
         copied: Sequence[Copied],
         memory: np.ndarray,
+        *,
+        room: int,
+        streams: bool,
     ):
         self.plan = plan
         self.routine = routine
         self.boxes = boxes
         self.memory = memory
+        self.streams = streams
         self.ops = [op for op in ops if op is not None]
         self.code = Code(scratch=max([0, *self._local_ends(plan, routine)]))
         self.values = plan.graph.values
@@ -136,14 +145,16 @@ class Frame:
         self._since: list[tuple[tuple[int, int] | int, bool]] = []  # bytes or storage, written: since the last sync
         self._brought: dict[int, Staged | Copied] = {}
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
+        room -= self.code.scratch
+        waited = self._fitting([s for s in staged if any(s.value in op.operands for op in self.ops)], room)
+        copied = self._fitting(copied, room - sum(map(self._brought_bytes, waited)))
         for copy in copied:
             self._copy(copy)
-        waited = [s for s in staged if any(s.value in op.operands for op in self.ops)]
         for value, warps in zip(waited, self._shares(waited), strict=True):
             self._stage(value, *warps)
         if copied:
             self.line("copies_wait();")
-        if copied or staged:
+        if copied or waited:
             self.line("c.sync();")
             self._since.clear()
         self.line("c.stamp(1);")
@@ -290,6 +301,23 @@ class Frame:
         return at
 
     # -- what is brought to scratch first ------------------------------------------------------------------------
+
+    def _brought_bytes(self, what: Staged | Copied) -> int:
+        """Most scratch that a value takes."""
+        value = self.values[what.value]
+        extents = [int(e) for e in (what.hi - what.lo).max(axis=0)] if value.shape else []
+        if extents and isinstance(what, Copied):
+            extents[-1] += what.pad
+        return math.prod(extents) * dtypes.itemsize(value.dtype) + _ALIGN
+
+    def _fitting(self, values: Sequence[Brought], room: int) -> list[Brought]:
+        """Those of the values that fit into so many bytes, small ones first."""
+        chosen = set()
+        for k in sorted(range(len(values)), key=lambda k: self._brought_bytes(values[k])):
+            room -= self._brought_bytes(values[k])
+            if room >= 0:
+                chosen.add(k)
+        return [value for k, value in enumerate(values) if k in chosen]
 
     def _bring(self, what: Staged | Copied, pad: int = 0) -> tuple[Array, list[Term]]:
         """Scratch for a value's box: the array and the box's extents."""

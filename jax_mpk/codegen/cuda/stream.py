@@ -140,7 +140,7 @@ def _cut(depth: int, itemsize: int) -> tuple[int, int] | None:
 def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction as ``stream_rows``; False where it is not one."""
     found = match(frame.plan, op, frame.boxes[member])
-    if found is None:
+    if found is None or not frame.streams:
         return False
     rank, depth = len(op.space), math.prod(op.rspace)
     x = frame.array(op.operands[found.other])

@@ -69,7 +69,7 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
 
 def _made(plan: Plan, *, streams: bool) -> _Made | None:
     """Everything of a program but its text; None if it needs more shared memory than there is."""
-    codes = _routines(plan, streams=streams)
+    codes = routine_codes(plan, streams=streams)
     bodies: dict[tuple[str, ...], int] = {}
     case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
     count = len(segments(plan.schedule))
@@ -80,7 +80,8 @@ def _made(plan: Plan, *, streams: bool) -> _Made | None:
     return None if shape is None else (codes, case, bodies, state, tables, shape)
 
 
-def _routines(plan: Plan, *, streams: bool) -> list[Code]:
+def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
+    """What becomes of each routine; ``streams``: whether constant rows may stream."""
     table = plan.tasks.table
     order = np.argsort(table["routine"], kind="stable")
     edges = np.searchsorted(table["routine"][order], np.arange(len(plan.routines) + 1))

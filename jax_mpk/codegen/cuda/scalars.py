@@ -109,8 +109,9 @@ class Scalars:
     def _named(self, i: int, term: Term) -> Term:
         name = f"{self._prefix}{self._names}"
         self._names += 1
-        self.lines.append(f"const {self._type(i)} {name} = {term.text};")
-        return Term(name, True, term.wide)
+        dtype = self._type(i)
+        self.lines.append(f"const {dtype} {name} = {term.text};")
+        return Term(name, True, dtype == INDEX)
 
     def _wide(self, i: int) -> bool:
         known = self._ranges[i]

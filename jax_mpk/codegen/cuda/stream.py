@@ -75,8 +75,9 @@ def match(plan: Plan, op: Nest, boxes: np.ndarray) -> Rows | None:
     code = factors(plan.graph, op)
     if code is None or code.windows is not None:
         return None
-    found = (_rows(plan, op, boxes, code, swapped) for swapped in (False, True))
-    return next((rows for rows in found if rows is not None), None)
+    found = [rows for swapped in (False, True) if (rows := _rows(plan, op, boxes, code, swapped)) is not None]
+    # Where both factors are constant, the larger one is the weight.
+    return max(found, key=lambda rows: math.prod(plan.graph.values[op.operands[rows.weight]].shape), default=None)
 
 
 def streamed(plan: Plan, op: Nest, boxes: np.ndarray) -> int | None:
@@ -104,7 +105,7 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     count = int(sizes[:, columns].prod(axis=1).max(initial=0))
     rows = sizes[:, free].prod(axis=1)
     item = dtypes.itemsize(dtype)
-    cut = _cut(depth, item)
+    cut = cut_rows(depth, item)
     if cut is None or any(op.space[d] > 1 and other.strides[d] for d in free):
         return None
     if not 0 < count <= _MOST_COLUMNS or not (sizes[:, columns].prod(axis=1) == count).all() or not rows.all():
@@ -128,7 +129,7 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     return Rows(weight.slot, other.slot, swapped, free, columns, count, *cut, first, rows)
 
 
-def _cut(depth: int, itemsize: int) -> tuple[int, int] | None:
+def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
     """Rows of a chunk and parts of a row, or None where rows cannot be cut evenly: `Chunks` in contract.cuh."""
     for parts in range(1, _MOST_PARTS + 1):
         size = depth // parts * itemsize

@@ -108,7 +108,7 @@ class JaxSystem:
             setting: where to start.
             compile_: `jax.jit` or `jax_mpk.megakernelize`.
             loop: whether one call takes all steps, or one.
-            place: (compiled, params, further arguments) to the params as the compiled function likes them best.
+            place: `jax_mpk.place`: (compiled, arguments) to the arguments as the compiled function likes them best.
         """
         self.method = "fori_loop over all steps in one call" if loop else "one call per step"
         self._setting, self._loop = setting, loop
@@ -142,7 +142,7 @@ class JaxSystem:
         self._leaves = tuple(leaves)
         begin = time.perf_counter()
         if place is not None:
-            self._leaves = place(self._compiled, self._leaves, self._cache, self._token, self._start)
+            self._leaves, *_ = place(self._compiled, self._leaves, self._cache, self._token, self._start)
             self.method += ", placed weights"
         jax.block_until_ready(self.run())
         self.compile_s = time.perf_counter() - begin

@@ -113,7 +113,7 @@ struct Context {
     sync();
     const u32 value = control()[kDecision];
     sync();  // the next decision may follow at once
-    if (Shape::kStages > 0) ring.decide(*this, value, decisions++);
+    if constexpr (Shape::kStages > 0) ring.decide(*this, value, decisions++);
     return static_cast<T>(value);
   }
 
@@ -245,7 +245,7 @@ __device__ __forceinline__ void copy_rows(const C& c, int rows, int units, Copy&
 
 template <class Shape>
 __device__ __forceinline__ void run_worker(const typename Shape::Launch& launch) {
-  if (Shape::kStages > 0) {
+  if constexpr (Shape::kStages > 0) {
     Ring<Shape>::init();
     __syncthreads();
     if (threadIdx.x >= Context<Shape>::kThreads) {

@@ -43,8 +43,8 @@ struct Ring {
 
   // A warp reads every kStep-th chunk. All chunks of a stage are the same warp's, which is thus never a round ahead of
   // the stage's barrier: parity is enough.
-  static constexpr int kStep = Shape::kStages <= Shape::kWarps ? Shape::kStages : Shape::kWarps;
-  static_assert(Shape::kStages <= Shape::kWarps || Shape::kStages % Shape::kWarps == 0);
+  static constexpr int kStep = Shape::kReaders;
+  static_assert(kStep <= Shape::kWarps && Shape::kStages % kStep == 0);
 
   // How many chunks from the next one on it is to a warp's first; beyond any task's for warps that read none.
   __device__ int mine(int warp) const {

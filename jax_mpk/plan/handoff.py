@@ -120,16 +120,14 @@ class Handoffs:
         order = sorted(found)
         members = np.concatenate([self.start_task[r] + np.arange(found[r].shape[1]) for r in order])
         needs = np.concatenate([found[r] for r in order], axis=1)
-        used = needs.any(axis=0)
-        members, needs = members[used], needs[:, used]
         early = members < self._closed
-        if self._closed and early.any():
-            waits = needs[:, early].any(axis=1)[:, None].repeat(len(self._last), axis=1)
+        if needs[:, early].any():
+            waits = np.any(needs[:, early], axis=1, keepdims=True).repeat(len(self._last), axis=1)
             members = np.concatenate([self._last, members[~early]])
             needs = np.concatenate([waits, needs[:, ~early]], axis=1)
-            order = np.argsort(members, kind="stable")
-            members, needs = members[order], needs[:, order]
-        return members, np.ascontiguousarray(needs)
+        used = np.flatnonzero(needs.any(axis=0))
+        used = used[np.argsort(members[used], kind="stable")]
+        return members[used], np.ascontiguousarray(needs[:, used])
 
     def _overlap(self, a: Access, b: Access) -> np.ndarray:
         """bool [tasks of a, tasks of b]: whether the regions may share a byte of one storage."""

@@ -11,6 +11,7 @@ from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, Update, blocks, rea
 from jax_mpk.plan import ir
 from jax_mpk.plan.access import Access, accesses
 from jax_mpk.plan.cluster import Clusterer, Routine
+from jax_mpk.plan.defer import deferred
 from jax_mpk.plan.handoff import Handoffs
 from jax_mpk.plan.ir import MUST, READ
 from jax_mpk.plan.memory import Life, assign_offsets
@@ -107,7 +108,7 @@ class _Planner:
     def _segment(self, ops: list[Op]) -> ir.Segment:
         clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned, self.share)
         placer = Placer(self.target)
-        early, late = self._deferred(clusterer.run(ops, _after(ops, self.share)))
+        early, late = deferred(clusterer.run(ops, _after(ops, self.share)), self.share, self._may_wait)
         routines = early + late
         touched = [accesses(routine, self.tiler.in_place) for routine in routines]
         places = [placer.place(routine) for routine in early]
@@ -129,30 +130,13 @@ class _Planner:
         self.segments.append((handoffs, touched))
         return ir.Segment(tuple(np.array(q, np.int32) for q in handoffs.queues))
 
-    def _deferred(self, routines: list[Routine]) -> tuple[list[Routine], list[Routine]]:
-        """Splits off short updates in place that nobody waits for, the writes to a cache: they come behind all others.
-
-        Where they stand in program order they would hold up the tasks behind them in their workers' queues.
-        """
-        early: list[Routine] = []
-        late: list[Routine] = []
-        touched: set[int] = set()  # storages that routines behind this one touch
-        written: set[int] = set()  # and those that they write
-        for routine in reversed(routines):
-            makers = [op for op in routine.ops if not set(op.outputs) <= set(routine.local)]
-            stores = {self.share[v] for op in makers for v in op.outputs}
-            loads = {self.share[v] for op in routine.ops for v in reads(op) if v not in routine.local}
-            updates = all(isinstance(op, Update) and self.tiler.in_place(op) for op in makers)
-            if updates and self._is_short(routine) and not (stores & touched or loads & written):
-                late.append(routine)
-            else:
-                early.append(routine)
-                touched |= loads | stores
-                written |= stores
-        return early[::-1], late[::-1]
+    def _may_wait(self, routine: Routine) -> bool:
+        """Whether a routine is a short update in place, such as a write to a cache."""
+        makers = (op for op in routine.ops if not set(op.outputs) <= set(routine.local))
+        return self._is_short(routine) and all(isinstance(op, Update) and self.tiler.in_place(op) for op in makers)
 
     def _is_short(self, routine: Routine) -> bool:
-        return float(np.max(routine.cut.seconds, initial=0.0)) <= self.target.handoff
+        return routine.cut.seconds <= self.target.handoff
 
     def _tagged(self, touched: list[list[Access]], places: list[np.ndarray]) -> set[int]:
         """Values of a segment that tagged words can hand over, where program order does not: the cheapest way first."""

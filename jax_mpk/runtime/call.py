@@ -30,6 +30,7 @@ from jax_mpk.runtime.jax_internals import (
     core,
     default_platform,
     ffi_lowering,
+    lower_per_platform,
     partial_eval,
     sharding_impls,
     weakref_lru_cache,
@@ -206,11 +207,6 @@ def _lower(
 
 
 _NAMES = {"cpu": "the CPU", "cuda": "a GPU"}
-for _platform in _CALLS:
-    # Not cached: JAX would lower the equation as a function of its own, whose arguments do not show how arrays lie.
-    mlir.register_lowering(
-        megakernel_p, functools.partial(_lower, _platform), platform=_platform, cacheable=False
-    )
 
 
 def _lower_elsewhere(ctx: Any, *_: Any, name: str, **__: Any) -> Any:
@@ -218,7 +214,15 @@ def _lower_elsewhere(ctx: Any, *_: Any, name: str, **__: Any) -> Any:
     raise TargetError(f"{name} is a megakernel, and jax_mpk has no executor for {platforms}, only for cpu and cuda.")
 
 
-mlir.register_lowering(megakernel_p, _lower_elsewhere)
+def _lower_each(ctx: Any, *operands: Any, **params: Any) -> Any:
+    """For all platforms of a module; JAX's own choice among rules fails where several are kept and none is cached."""
+    rules: dict[str, Any] = {platform: functools.partial(_lower, platform) for platform in _CALLS}
+    listed = ctx.replace(avals_out=list(ctx.avals_out))
+    return lower_per_platform(listed, str(megakernel_p), rules, _lower_elsewhere, core.no_effects, *operands, **params)
+
+
+# Not cached: JAX would lower the equation as a function of its own, whose arguments do not show how arrays lie.
+mlir.register_lowering(megakernel_p, _lower_each, cacheable=False)
 
 
 def _physical(aval: Any) -> Any:

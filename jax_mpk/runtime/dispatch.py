@@ -23,6 +23,7 @@ import numpy as np
 
 from jax_mpk.capture import jaxprs
 from jax_mpk.runtime import layouts, pipeline
+from jax_mpk.runtime.artifact import Artifact
 from jax_mpk.runtime.call import Options, lift, megakernel_p, plan_target
 from jax_mpk.runtime.constants import Constants, Copies, is_small
 from jax_mpk.runtime.jax_internals import core, eager, jax_config, parse_arguments, tree_util, weakref_lru_cache
@@ -388,9 +389,7 @@ class CallSite:
         )
 
 
-def _artifact(
-    jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options, lies: Sequence[Lies]
-) -> pipeline.Artifact:
+def _artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options, lies: Sequence[Lies]) -> Artifact:
     target = plan_target(options)
     declared = pipeline.operand_layouts(jaxpr, donated, target, lies)
     return pipeline.artifact(jaxpr, donated, name, target, declared)

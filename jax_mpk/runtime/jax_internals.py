@@ -13,6 +13,7 @@ from jax._src import config as jax_config
 from jax._src import core, sharding_impls, stages, tree_util
 from jax._src.ffi import ffi_lowering
 from jax._src.interpreters import ad, batching, partial_eval
+from jax._src.interpreters.mlir import lower_per_platform
 from jax._src.lib import jax_jit
 from jax._src.lib.mlir import ir
 from jax._src.util import weakref_lru_cache
@@ -26,6 +27,7 @@ __all__ = [
     "ffi_lowering",
     "ir",
     "jax_config",
+    "lower_per_platform",
     "parse_arguments",
     "partial_eval",
     "sharding_impls",

@@ -138,7 +138,9 @@ def _reductions(axis: int) -> Callable[..., Any]:
 
 
 def _convolution(x: jax.Array, w: jax.Array) -> Any:
-    return lax.conv_general_dilated(x, w, (1, 2), "SAME"), lax.reduce_window(x, 0.0, lax.add, (1, 1, 2, 2), (1, 1, 2, 1), "SAME")
+    return lax.conv_general_dilated(x, w, (1, 2), "SAME"), lax.reduce_window(
+        x, 0.0, lax.add, (1, 1, 2, 2), (1, 1, 2, 1), "SAME"
+    )
 
 
 def _scatter(mode: str) -> Callable[..., Any]:
@@ -151,10 +153,15 @@ def _scatter(mode: str) -> Callable[..., Any]:
 CASES: list[Case] = [
     Case("map", lambda x, y: (x * y + 1, x.T, x[::-1, 1:], jnp.where(x > y, x, y)), ["70x40 float32"] * 2, ["map("]),
     Case("scalars", lambda x, n: (x + n, x > n, n), ["float32", "int32=3"]),
-    Case("empty", lambda x, y: (x + 1, jnp.sum(x, 0), jnp.concatenate([x, y]), x @ x.T), ["0x4 float32", "3x4 float32"]),
+    Case(
+        "empty", lambda x, y: (x + 1, jnp.sum(x, 0), jnp.concatenate([x, y]), x @ x.T), ["0x4 float32", "3x4 float32"]
+    ),
     Case("gather", lambda x, i: (x[i % 70], jnp.take(x, i, axis=1, mode="clip")), ["70x40 bfloat16", "9 int32"]),
     Case("casts", _casts, [f"5 {t}" for t in (*FLOATS, *INTS, "bool")]),
-    *(Case(f"arithmetic_{t}", lambda x, y: (x + y, x * y, x // (y | 1), x >> 1, x ^ y, -x), [f"33 {t}"] * 2) for t in INTS),
+    *(
+        Case(f"arithmetic_{t}", lambda x, y: (x + y, x * y, x // (y | 1), x >> 1, x ^ y, -x), [f"33 {t}"] * 2)
+        for t in INTS
+    ),
     *(Case(f"arithmetic_{t}", lambda x, y: (x + y, x * y, x - y, jnp.abs(x), x > y), [f"33 {t}"] * 2) for t in FLOATS),
     Case("logic", lambda x, y: (x & y, x | y, x ^ y, ~x, jnp.any(x), jnp.all(y)), ["30 bool"] * 2),
     Case("threefry", lambda k: jax.random.bits(jax.random.wrap_key_data(k), (300,)), ["2 uint32"]),
@@ -168,12 +175,18 @@ CASES: list[Case] = [
     Case("contract_f64", lambda x, y: x @ y, ["7x9 float64", "9x5 float64"]),
     Case("convolution", _convolution, ["2x3x9x8 float32", "4x3x3x3 float32"]),
     *(
-        Case(f"streamed_{t}_{m}", _mlp, [f"{m}x512 {t}", f"1024x512 {t}", f"512x1024 {t}"], [f"stream_rows<{t[0]}"], True)
+        Case(
+            f"streamed_{t}_{m}", _mlp, [f"{m}x512 {t}", f"1024x512 {t}", f"512x1024 {t}"], [f"stream_rows<{t[0]}"], True
+        )
         for t in ("bfloat16", "float16", "float32")
         for m in (1, 3)
     ),
     Case(
-        "streamed_parts", lambda x, w: jnp.sum(x) + (x - 1) @ w.T, ["1x32768 float32", "150x32768 float32"], ["stream_rows<f32, f32, 1"], True
+        "streamed_parts",
+        lambda x, w: jnp.sum(x) + (x - 1) @ w.T,
+        ["1x32768 float32", "150x32768 float32"],
+        ["stream_rows<f32, f32, 1"],
+        True,
     ),
     Case(
         "attention",
@@ -182,10 +195,18 @@ CASES: list[Case] = [
         ["update_each("],
         True,
     ),
-    Case("update_slice", lambda x, u, i: lax.dynamic_update_slice_in_dim(x, u, i, 0), ["30x8 uint8", "4x8 uint8", "int32=5"]),
+    Case(
+        "update_slice", lambda x, u, i: lax.dynamic_update_slice(x, u, (i, 0)), ["30x8 uint8", "4x8 uint8", "int32=5"]
+    ),
     *(
         Case(f"scatter_{mode}", _scatter(mode), [f"40x5 {t}", "17 int32", f"17x5 {t}"], ["update_in_order("])
-        for mode, t in (("set", "float16"), ("add", "bfloat16"), ("multiply", "int32"), ("min", "float64"), ("max", "uint8"))
+        for mode, t in (
+            ("set", "float16"),
+            ("add", "bfloat16"),
+            ("multiply", "int32"),
+            ("min", "float64"),
+            ("max", "uint8"),
+        )
     ),
     Case("scan_lines", _cumulative(0, False), ["30x500 float32", "30x500 int32"], ["scan<"], True),
     Case("scan_reverse", _cumulative(1, True), ["30x50 float16", "30x50 int8"], ["scan<"], True),
@@ -194,7 +215,12 @@ CASES: list[Case] = [
     Case("scan_generic", _generic, ["300 int32"]),
     Case("sort_lines", _sorts(0, 1), ["60x300 float32"], ["sort_by_counting("]),
     Case("sort_many", _sorts(1, 2), ["8x90 int8", "8x90 float16", "8x90 bool"], ["sort_by_counting("]),
-    Case("sort_keys", _sorts(1, 3), ["2x3000 bool", "2x3000 bfloat16", "2x3000 int16", "2x3000 float64"], ["sort_by_digits("]),
+    Case(
+        "sort_keys",
+        _sorts(1, 3),
+        ["2x3000 bool", "2x3000 bfloat16", "2x3000 int16", "2x3000 float64"],
+        ["sort_by_digits("],
+    ),
     Case("sort_wide", _sorts(0, 2), ["3000x2 int64", "3000x2 float64"], ["sort_by_digits("]),
     Case("sort_large", lambda x: (jnp.sort(x), jnp.argsort(-x)), ["20000 float32"], ["c.template memory<u32>"]),
     Case("top_k", lambda x: lax.top_k(x, 5), ["6x90 float32"], ["sort_by_counting("]),
@@ -202,9 +228,14 @@ CASES: list[Case] = [
     Case("loop", lambda x: lax.fori_loop(0, 5, lambda i, x: (x @ x + i) % 5, x), ["20x20 int32"], ["for (s64 round"]),
     *(Case(f"while_{n}", _while, ["20x20 int32", f"int32={n}"], ["while (role.running())"]) for n in (0, 3)),
     *(Case(f"nested_{n}", _nested, ["20x20 int32", f"int32={n}"]) for n in (0, 4)),
-    *(Case(f"switch_{a}_{b}", _switches, ["20x20 int32", f"int32={a}", f"int32={b}"], ["switch (clamped("]) for a, b in ((-1, 0), (1, 2), (1, 1), (9, 0))),
+    *(
+        Case(f"switch_{a}_{b}", _switches, ["20x20 int32", f"int32={a}", f"int32={b}"], ["switch (clamped("])
+        for a, b in ((-1, 0), (1, 2), (1, 1), (9, 0))
+    ),
     Case("streamed_loop", _streamed_loop, ["256 float32", "256x256 float32", "int32=5"], ["stream_rows<"], True),
-    Case("scan_outputs", lambda x, w: lax.scan(lambda c, a: ((c @ w + a) % 7, c), x[0], x), ["6x30 int32", "30x30 int32"]),
+    Case(
+        "scan_outputs", lambda x, w: lax.scan(lambda c, a: ((c @ w + a) % 7, c), x[0], x), ["6x30 int32", "30x30 int32"]
+    ),
 ]
 
 

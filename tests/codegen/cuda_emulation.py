@@ -57,7 +57,7 @@ def compiled(program: CudaProgram) -> ctypes.CDLL:
     root = _folder()
     with tempfile.TemporaryDirectory(dir=root) as folder:
         source, library = Path(folder) / "kernel.cc", Path(folder) / "kernel.so"
-        text = f"{program.source}\nextern \"C\" void emulated(const void* launch) {{\n"
+        text = f'{program.source}\nextern "C" void emulated(const void* launch) {{\n'
         text += f"  {program.entry}(*static_cast<const mpk::Shape::Launch*>(launch));\n}}\n"
         source.write_text(text)
         assert COMPILER is not None

@@ -10,7 +10,7 @@ from jax_mpk.codegen.cuda.arrays import row_major
 from jax_mpk.codegen.cuda.staging import Copied
 from jax_mpk.codegen.cuda.stream import streamed
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Nest, Op, Update
+from jax_mpk.graph.ir import Nest, Op, Update, Value
 from jax_mpk.graph.regions import op_touches
 from jax_mpk.plan.ir import Plan, Routine
 
@@ -43,7 +43,7 @@ def copies(plan: Plan, routine: Routine, ops: Sequence[Op | None], boxes: np.nda
             regions[touch.value] = (touch.lo, touch.hi) if old is None else _union(*old, touch.lo, touch.hi)
     out, total = [], 0
     for v, (lo, hi) in regions.items():
-        copied = None if v in barred else _copied(graph.values[v].shape, graph.values[v].dtype, v, lo, hi)
+        copied = None if v in barred else _copied(v, graph.values[v], lo, hi)
         if copied is None:
             continue
         size = int((hi - lo).max(axis=0).prod()) * dtypes.itemsize(graph.values[v].dtype)
@@ -60,15 +60,16 @@ def _union(a_lo: np.ndarray, a_hi: np.ndarray, b_lo: np.ndarray, b_hi: np.ndarra
     return lo, np.where(a_empty, b_hi, np.where(b_empty, a_hi, np.maximum(a_hi, b_hi)))
 
 
-def _copied(shape: tuple[int, ...], dtype: str, value: int, lo: np.ndarray, hi: np.ndarray) -> Copied | None:
-    item = dtypes.itemsize(dtype)
+def _copied(v: int, value: Value, lo: np.ndarray, hi: np.ndarray) -> Copied | None:
+    """How boxes of value ``v`` are copied, or None where they are too large or lie at odd places."""
+    shape, item = value.shape, dtypes.itemsize(value.dtype)
     hi = np.maximum(hi, lo)
     sizes = hi - lo
     most = int(sizes.max(axis=0).prod()) * item if shape else item
     if most > _ONE or most == 0:
         return None
     if not shape:
-        return Copied(value, lo, hi, item, 0) if item in (4, 8, 16) else None
+        return Copied(v, lo, hi, item, 0) if item in (4, 8, 16) else None
     # Axes behind the first cut one are whole: every row is a run of them.
     steps = [lo[:, d] * s * item for d, s in enumerate(row_major(shape))]
     run = sizes[:, -1] * item
@@ -77,6 +78,5 @@ def _copied(shape: tuple[int, ...], dtype: str, value: int, lo: np.ndarray, hi: 
         if all((x % unit == 0).all() for x in (*steps, run)) and all(s % unit == 0 for s in strides) and unit >= item:
             rows = int(sizes[:, :-1].prod(axis=1).max(initial=0)) if len(shape) > 1 else 1
             pad = 16 // item if rows > 1 and unit == 16 and int(sizes[:, -1].max()) * item % 128 == 0 else 0
-            return Copied(value, lo, hi, unit, pad)
+            return Copied(v, lo, hi, unit, pad)
     return None
-

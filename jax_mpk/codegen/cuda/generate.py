@@ -24,7 +24,9 @@ from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
 
 ENTRY = "jax_mpk_kernel"
 #: Most stages of the ring, fewest, and chunks in flight: docs/experiments.md.
-_STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 3
+_STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 4
+#: More warps than this are not needed to keep up with memory.
+_ENOUGH_READERS = 8
 #: Dynamic shared memory of a CTA on sm_90.
 _SHARED_BYTES = 232_448
 #: Of that, about as much as all but the ring and scratch takes.
@@ -45,7 +47,7 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
     made = _made(plan, streams=True) or _made(plan, streams=False)
     if made is None:
         raise ValueError(f"a task needs more than the {_SHARED_BYTES} bytes of shared memory that an SM has")
-    codes, case, bodies, state, tables, shape = made
+    _, case, bodies, state, tables, shape = made
     shape["kTrace"] = state.size if trace else 0
     text = _source(plan, shape, case, bodies)
     producer = 1 if shape["kStages"] else 0
@@ -67,7 +69,7 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
 
 def _made(plan: Plan, *, streams: bool) -> _Made | None:
     """Everything of a program but its text; None if it needs more shared memory than there is."""
-    codes = _routines(plan, streams=streams)
+    codes = routine_codes(plan, streams=streams)
     bodies: dict[tuple[str, ...], int] = {}
     case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
     count = len(segments(plan.schedule))
@@ -78,7 +80,8 @@ def _made(plan: Plan, *, streams: bool) -> _Made | None:
     return None if shape is None else (codes, case, bodies, state, tables, shape)
 
 
-def _routines(plan: Plan, *, streams: bool) -> list[Code]:
+def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
+    """What becomes of each routine; ``streams``: whether constant rows may stream."""
     table = plan.tasks.table
     order = np.argsort(table["routine"], kind="stable")
     edges = np.searchsorted(table["routine"][order], np.arange(len(plan.routines) + 1))
@@ -116,9 +119,7 @@ def _routines(plan: Plan, *, streams: bool) -> list[Code]:
     return out
 
 
-def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> (
-    dict[str, int] | None
-):
+def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int] | None:
     """Sizes and offsets: the members of `Shape` in the generated text; None if there is too little shared memory."""
     at = 0
     out: dict[str, int] = {}
@@ -137,8 +138,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     room = (_SHARED_BYTES - at) // STAGE_BYTES
     if at > _SHARED_BYTES or (streams and room < _FEWEST_STAGES):
         return None
-    # `Ring` in csrc/device/ring.cuh wants no more stages than warps, or a multiple of them.
-    stages = 0 if not streams else room if room < WARPS else min(_STAGES, room) // WARPS * WARPS
+    stages, readers = _ring(min(_STAGES, room)) if streams else (0, 1)
     out["kRing"] = at
     return {
         "kWorkers": plan.target.workers,
@@ -155,6 +155,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kTaskWords": tables.task_words,
         "kJobs": tables.jobs,
         "kStages": stages,
+        "kReaders": readers,
         "kStageBytes": STAGE_BYTES,
         "kFlight": min(_FLIGHT, max(stages - 1, 1)),
         **out,
@@ -167,6 +168,13 @@ def _task_labels(plan: Plan) -> tuple[tuple[int, str], ...]:
     routine = plan.tasks.table["routine"]
     first = np.flatnonzero(np.diff(routine, prepend=-1))
     return tuple((int(task), _label(plan, int(routine[task]))) for task in first)
+
+
+def _ring(room: int) -> tuple[int, int]:
+    """Stages of the ring and warps that read them: all of these have equally many, and few warps have none."""
+    choices = [(stages, readers) for stages in range(1, room + 1) for readers in range(1, WARPS + 1)]
+    even = [(stages, readers) for stages, readers in choices if stages % readers == 0]
+    return max(even, key=lambda c: (c[0] * min(c[1], _ENOUGH_READERS), c[1]))
 
 
 def _label(plan: Plan, routine: int) -> str:
@@ -203,7 +211,11 @@ def _source(plan: Plan, shape: dict[str, int], case: list[int], bodies: dict[tup
         lines.append(f"__device__ __forceinline__ void routine_{number}(C& c) {{")
         lines += [f"  {text}" if text else "" for text in body]
         lines += ["}", ""]
-    lines += ["template <class Any>", "__device__ __forceinline__ void Shape::run(Any& c, u32 routine) {", "  switch (routine) {"]
+    lines += [
+        "template <class Any>",
+        "__device__ __forceinline__ void Shape::run(Any& c, u32 routine) {",
+        "  switch (routine) {",
+    ]
     lines += [f"    case {k}: return routine_{k}(c);" for k in range(len(bodies))]
     lines += ["  }", "}", "", "template <class Role>", "__device__ __forceinline__ void Shape::schedule(Role& role) {"]
     lines += [f"  {text}" for text in _Schedule(plan).lines(plan.schedule)]
@@ -243,7 +255,9 @@ class _Schedule:
             elif isinstance(item, LoopNode):
                 out += self._loop(item)
             else:
-                out.append(f"switch (clamped(role.template decide<s32>({self._place(item.index)}), {len(item.arms)})) {{")
+                out.append(
+                    f"switch (clamped(role.template decide<s32>({self._place(item.index)}), {len(item.arms)})) {{"
+                )
                 for n, arm in enumerate(item.arms):
                     out += [f"  case {n}: {{", *(f"    {text}" for text in self.lines(arm)), "    break;", "  }"]
                 out.append("}")

@@ -54,7 +54,7 @@ def _inlined(producer: Nest, reader: Op | None, box: np.ndarray) -> Op | None:
         return None
     cost = work(producer.body)
     for expr in programs(reader):
-        loads = [i for i in expr.loads() if reader.operands[expr.nodes[i].attr] in producer.outputs]  # type: ignore[index]
+        loads = [i for i in expr.loads() if reader.operands[expr.nodes[i].attr] in producer.outputs]
         if not loads:
             continue
         is_body = isinstance(reader, Nest) and expr is reader.body

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array, is_wide, row_major
-from jax_mpk.codegen.cuda.scalars import Term
+from jax_mpk.codegen.cuda.scalars import Term, fixed
 from jax_mpk.codegen.cuda.staging import Copied, Staged
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Op
@@ -81,6 +81,25 @@ class Code:
     scratch: int = 0
     partials: int = 0
     memory: int = 0
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A box of a value that is brought to scratch, as rows of elements consecutive here and there.
+
+    Attributes:
+      start: element of the value that the box begins with.
+      count, length: rows, and elements of a row.
+      source, target: offsets of row n, in the value from ``start`` and in scratch.
+      lines: statements that compute what these offsets need.
+    """
+
+    start: str
+    count: Term
+    length: Term
+    source: str
+    target: str
+    lines: list[str]
 
 
 class Frame:
@@ -180,9 +199,9 @@ class Frame:
             raise ValueError("a task has more than 2^31 elements")
         return low, [self.number(sizes[:, d]) for d in range(rank)], most
 
-    def coordinates(self, position: str, low: Sequence[Term], extents: Sequence[Term], names: Sequence[str]) -> tuple[
-        list[Term], list[str]
-    ]:
+    def coordinates(
+        self, position: str, low: Sequence[Term], extents: Sequence[Term], names: Sequence[str]
+    ) -> tuple[list[Term], list[str]]:
         """Coordinates of element ``position`` of a box, and the statements that compute them."""
         coords: list[Term] = []
         lines: list[str] = []
@@ -204,8 +223,8 @@ class Frame:
 
     def whole(self, position: str, sizes: Sequence[int]) -> tuple[list[Term], list[str]]:
         """Coordinates along axes that are gone through whole."""
-        zero = [Term("0", value=0)] * len(sizes)
-        full = [Term(str(e), value=e) for e in sizes]
+        zero = [fixed(0)] * len(sizes)
+        full = [fixed(e) for e in sizes]
         return self.coordinates(position, zero, full, [f"{position}{d}" for d in range(len(sizes))])
 
     def lines_of(self, head: str, lines: Sequence[str], end: str) -> None:
@@ -234,7 +253,9 @@ class Frame:
         tagged = self.plan.storages[storage].tagged
         kind = "global" if not tagged else "own" if store or v in self._maker else "tagged"
         name = self._pointer(storage, value.dtype, tagged)
-        return Array(kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape)
+        return Array(
+            kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape
+        )
 
     def low_corner(self, v: int) -> np.ndarray:
         """int64 [tasks, rank]: what lies first in scratch of a value that is there."""
@@ -298,8 +319,8 @@ class Frame:
                 chosen.add(k)
         return [value for k, value in enumerate(values) if k in chosen]
 
-    def _bring(self, what: Staged | Copied, pad: int = 0) -> tuple[Array, list[Term], tuple[int, ...]]:
-        """Scratch for a value's box: the array, the box's extents, and the strides of the value itself."""
+    def _bring(self, what: Staged | Copied, pad: int = 0) -> tuple[Array, list[Term]]:
+        """Scratch for a value's box: the array and the box's extents."""
         value = self.values[what.value]
         sizes = what.hi - what.lo
         extents = tuple(int(e) for e in sizes.max(axis=0)) if value.shape else ()
@@ -310,20 +331,19 @@ class Frame:
         array = self.array(what.value)
         assert array.bytes is not None
         self._since.append((array.bytes, True))
-        return array, [self.number(sizes[:, d]) for d in range(len(extents))], row_major(value.shape)
+        return array, [self.number(sizes[:, d]) for d in range(len(extents))]
 
-    def _rows(self, what: Staged | Copied, size: list[Term], strides: tuple[int, ...], own: tuple[int, ...], run: int) -> (
-        tuple[str, Term, str, str, list[str]]
-    ):
-        """A box as rows of consecutive elements: where the first begins, how many; per row n both offsets."""
-        low = [self.number(what.lo[:, d]) for d in range(len(size))]
-        start = " + ".join(f"{t} * {k}" if k != 1 else t.text for t, k in zip(low, strides, strict=True) if t.value != 0)
-        zero = [Term("0", value=0)] * run
-        coords, lines = self.coordinates("n", zero, size[:run], [f"n{d}" for d in range(run)])
+    def _rows(self, what: Staged | Copied, size: list[Term], target: Array) -> _Rows:
+        """A box as rows of consecutive elements; ``size``: its extents."""
+        strides = row_major(self.values[what.value].shape)
+        run = self._run_axes(what, self._brought_at[what.value][1])
+        low = [(self.number(what.lo[:, d]), stride) for d, stride in enumerate(strides)]
+        start = " + ".join(f"{t} * {k}" if k != 1 else t.text for t, k in low if t.value != 0)
+        coords, lines = self.coordinates("n", [fixed(0)] * run, size[:run], [f"n{d}" for d in range(run)])
         moving = [(d, c) for d, c in enumerate(coords) if c.value != 0]
         source = " + ".join(f"{c} * {strides[d]}" for d, c in moving)
-        target = " + ".join(f"{c} * {own[d]}" for d, c in moving)
-        return start or "0", product(size[:run]), source or "0", target or "0", lines
+        into = " + ".join(f"{c} * {target.strides[d]}" for d, c in moving)
+        return _Rows(start or "0", product(size[:run]), product(size[run:]), source or "0", into or "0", lines)
 
     def _run_axes(self, what: Staged | Copied, extents: tuple[int, ...]) -> int:
         """First axis of a run: it and those behind it are consecutive, in memory and in scratch."""
@@ -351,37 +371,38 @@ class Frame:
     def _stage(self, what: Staged, warp: int, warps: int) -> None:
         value = self.values[what.value]
         source = self._pointer(int(self.plan.value_storage[what.value]), value.dtype, True)
-        target, size, strides = self._bring(what)
-        run = self._run_axes(what, self._brought_at[what.value][1])
-        start, rows, at, to, lines = self._rows(what, size, strides, target.strides, run)
+        target, size = self._bring(what)
+        rows = self._rows(what, size, target)
         self.line(f"// waits for {value.dtype}[{','.join(map(str, value.shape))}]")
-        if rows.value == 1:
-            self.line(f"stage(c, {source}, {start}, {product(size[run:]).text}, {target.name}, {warp}, {warps});")
+        if rows.count.value == 1:
+            self.line(f"stage(c, {source}, {rows.start}, {rows.length.text}, {target.name}, {warp}, {warps});")
             return
-        self.line(f"for (int n = 0; n < {rows.text}; ++n) {{")
-        for text in lines:
+        self.line(f"for (int n = 0; n < {rows.count.text}; ++n) {{")
+        for text in rows.lines:
             self.line(f"  {text}")
-        self.line(f"  stage(c, {source}, {start} + {at}, {product(size[run:]).text}, {target.name} + {to}, {warp}, {warps});")
+        places = f"{source}, {rows.start} + {rows.source}, {rows.length.text}, {target.name} + {rows.target}"
+        self.line(f"  stage(c, {places}, {warp}, {warps});")
         self.line("}")
 
     def _copy(self, what: Copied) -> None:
         value = self.values[what.value]
         source = self._pointer(int(self.plan.value_storage[what.value]), value.dtype, False)
-        target, size, strides = self._bring(what, what.pad)
-        run = self._run_axes(what, self._brought_at[what.value][1])
-        start, rows, at, to, lines = self._rows(what, size, strides, target.strides, run)
+        target, size = self._bring(what, what.pad)
+        rows = self._rows(what, size, target)
         self.line(f"// copies {value.dtype}[{','.join(map(str, value.shape))}] meanwhile")
-        self._prefetch(what, run)
+        self._prefetch(what)
         unit = what.unit // dtypes.itemsize(value.dtype)
-        self.line(f"copy_rows(c, {rows.text}, {product(size[run:])} / {unit}, [&](int n, int k) {{")
-        for text in lines:
+        self.line(f"copy_rows(c, {rows.count.text}, {rows.length} / {unit}, [&](int n, int k) {{")
+        for text in rows.lines:
             self.line(f"  {text}")
-        to_text, from_text = (" + ".join(t for t in texts if t != "0") for texts in ((target.name, to), (source, start, at)))
+        to_text = " + ".join(t for t in (target.name, rows.target) if t != "0")
+        from_text = " + ".join(t for t in (source, rows.start, rows.source) if t != "0")
         self.line(f"  copy_async<{what.unit}>({to_text} + k * {unit}, {from_text} + k * {unit});")
         self.line("});")
 
-    def _prefetch(self, what: Copied, run: int) -> None:
+    def _prefetch(self, what: Copied) -> None:
         """Has the producer bring rows that lie in device memory to the L2 cache, long before the task copies them."""
+        run = self._run_axes(what, self._brought_at[what.value][1])
         shape = self.values[what.value].shape
         item = dtypes.itemsize(self.values[what.value].dtype)
         strides = row_major(shape)
@@ -412,9 +433,9 @@ def product(terms: Sequence[Term]) -> Term:
     constant = math.prod(t.value for t in terms if t.value is not None)
     rest = [str(t) for t in terms if t.value is None]
     if not rest:
-        return Term(str(constant), value=constant)
+        return fixed(constant)
     if constant == 0:
-        return Term("0", value=0)
+        return fixed(0)
     texts = rest if constant == 1 else [*rest, str(constant)]
     return Term(" * ".join(texts), len(texts) == 1)
 

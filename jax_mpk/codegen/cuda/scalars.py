@@ -44,8 +44,19 @@ class Term:
     def __init__(self, text: str, atomic: bool = True, wide: bool = False, value: int | None = None):
         self.text, self.atomic, self.wide, self.value = text, atomic, wide, value
 
+    @property
+    def known(self) -> int:
+        """The constant it is; it must be one."""
+        assert self.value is not None, f"{self.text} is no constant"
+        return self.value
+
     def __str__(self) -> str:
         return self.text if self.atomic else f"({self.text})"
+
+
+def fixed(value: int) -> Term:
+    """An index that is the same for every task; none of them is negative."""
+    return Term(str(value), value=value)
 
 
 class Scalars:
@@ -98,8 +109,9 @@ class Scalars:
     def _named(self, i: int, term: Term) -> Term:
         name = f"{self._prefix}{self._names}"
         self._names += 1
-        self.lines.append(f"const {self._type(i)} {name} = {term.text};")
-        return Term(name, True, term.wide)
+        dtype = self._type(i)
+        self.lines.append(f"const {dtype} {name} = {term.text};")
+        return Term(name, True, dtype == INDEX)
 
     def _wide(self, i: int) -> bool:
         known = self._ranges[i]
@@ -132,13 +144,13 @@ class Scalars:
         node = self._nodes[i]
         wide = node.dtype == INDEX and self._wide(i)
         if node.op == "const":
-            return constant(node.attr, node.dtype)  # type: ignore[arg-type]
+            return constant(node.attr, node.dtype)
         if node.op == "coord":
-            return self._coords[node.attr]  # type: ignore[index]
+            return self._coords[node.attr]
         if node.op in ("load", "load_if"):
             args = [self._terms[a] for a in node.args]
             pred = str(args.pop(0)) if node.op == "load_if" else None
-            text = self._load(node.attr, args, node.dtype, pred)  # type: ignore[arg-type]
+            text = self._load(node.attr, args, node.dtype, pred)
             if pred is not None:
                 return Term(f"{pred} ? {text} : {node.dtype}{{}}", False, node.dtype == INDEX)
             return Term(text, True, node.dtype == INDEX)
@@ -186,7 +198,7 @@ class Scalars:
         if op == "bitcast":
             return Term(f"bitcast<{node.dtype}>({listed})", True, node.dtype == INDEX)
         if op == "reduce_precision":
-            exponent, mantissa = node.attr  # type: ignore[misc]
+            exponent, mantissa = node.attr
             return Term(f"op_reduce_precision<{exponent}, {mantissa}>({listed})", True)
         text = f"op_{op}({listed})"
         if node.dtype == INDEX and not wide:
@@ -203,11 +215,11 @@ def constant(bits: int, dtype: str) -> Term:
         return Term(f"{dtype}{{{bits:#x}}}")
     if dtype in ("f32", "f64"):
         suffix = "f" if dtype == "f32" else ""
-        if not math.isfinite(float(value)):  # type: ignore[arg-type]
+        if not math.isfinite(float(value)):
             return Term(f"bitcast<{dtype}>({dtype.replace('f', 'u')}({bits:#x}{'u' if dtype == 'f32' else 'ull'}))")
-        text = str(np.float32(value)) if dtype == "f32" else repr(float(value))  # type: ignore[arg-type]
+        text = str(np.float32(value)) if dtype == "f32" else repr(float(value))
         return Term(text + suffix, not text.startswith("-"))
-    number = int(value)  # type: ignore[call-overload]
+    number = int(value)
     if dtype == INDEX:
         if _INT32[0] < number <= _INT32[1]:
             return Term(str(number), number >= 0, False, number)

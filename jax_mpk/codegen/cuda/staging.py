@@ -62,13 +62,13 @@ class Staging:
         for value in np.unique(self._value[mine]).tolist():
             rank = len(self._plan.graph.values[value].shape)
             chosen = mine & (self._value == value)
-            merged = _merged(self._task[chosen], self._box[chosen][:, :, :rank], tasks)
+            merged = merged_boxes(self._task[chosen], self._box[chosen][:, :, :rank], tasks)
             if merged is not None:
                 out.append(Staged(value, *merged))
         return out
 
 
-def _merged(task: np.ndarray, box: np.ndarray, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def merged_boxes(task: np.ndarray, box: np.ndarray, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Per task the union of its boxes, if that is a box."""
     rank = box.shape[2]
     lo, hi = np.zeros((len(tasks), rank), np.int64), np.zeros((len(tasks), rank), np.int64)

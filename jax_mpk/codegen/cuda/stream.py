@@ -10,14 +10,14 @@ import numpy as np
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.arrays import row_major
 from jax_mpk.codegen.cuda.routine import Frame, Stream, product
-from jax_mpk.codegen.cuda.scalars import Term
+from jax_mpk.codegen.cuda.scalars import Term, fixed
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Graph, Nest
 from jax_mpk.plan.ir import Plan
 
 #: Bytes of a stage of the ring; a chunk fits into one.
-STAGE_BYTES = 16 << 10
+STAGE_BYTES = 8 << 10
 #: Most rows of a chunk, and most parts of a row: `Chunks` in csrc/device/tasks/contract.cuh.
 _MOST_ROWS, _MOST_PARTS = 16, 32
 #: Most columns of the other factor: beyond, matrix instructions would be worth it.
@@ -75,8 +75,9 @@ def match(plan: Plan, op: Nest, boxes: np.ndarray) -> Rows | None:
     code = factors(plan.graph, op)
     if code is None or code.windows is not None:
         return None
-    found = (_rows(plan, op, boxes, code, swapped) for swapped in (False, True))
-    return next((rows for rows in found if rows is not None), None)
+    found = [rows for swapped in (False, True) if (rows := _rows(plan, op, boxes, code, swapped)) is not None]
+    # Where both factors are constant, the larger one is the weight.
+    return max(found, key=lambda rows: math.prod(plan.graph.values[op.operands[rows.weight]].shape), default=None)
 
 
 def streamed(plan: Plan, op: Nest, boxes: np.ndarray) -> int | None:
@@ -104,7 +105,7 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     count = int(sizes[:, columns].prod(axis=1).max(initial=0))
     rows = sizes[:, free].prod(axis=1)
     item = dtypes.itemsize(dtype)
-    cut = _cut(depth, item)
+    cut = cut_rows(depth, item)
     if cut is None or any(op.space[d] > 1 and other.strides[d] for d in free):
         return None
     if not 0 < count <= _MOST_COLUMNS or not (sizes[:, columns].prod(axis=1) == count).all() or not rows.all():
@@ -128,7 +129,7 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     return Rows(weight.slot, other.slot, swapped, free, columns, count, *cut, first, rows)
 
 
-def _cut(depth: int, itemsize: int) -> tuple[int, int] | None:
+def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
     """Rows of a chunk and parts of a row, or None where rows cannot be cut evenly: `Chunks` in contract.cuh."""
     for parts in range(1, _MOST_PARTS + 1):
         size = depth // parts * itemsize
@@ -161,19 +162,25 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     arrays = [frame.array(v) if v != weight else None for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
     frame.meet([a for a in arrays if a is not None], outputs)
-    at = [f"{t} * {factor.strides[d]}" for d, t in enumerate(low) if d in found.columns and factor.strides[d] and t.value != 0]
+    at = [
+        f"{t} * {factor.strides[d]}"
+        for d, t in enumerate(low)
+        if d in found.columns and factor.strides[d] and t.value != 0
+    ]
     start = " + ".join([x.name, *([str(factor.constant)] if factor.constant else []), *at])
     if x.origin:
         start += f" - {x.origin}"
-    coords: list[Term] = [Term("0", value=0)] * rank
+    coords: list[Term] = [fixed(0)] * rank
     decode: list[str] = []
     for position, axes in (("row", found.free), ("m", found.columns)):
-        terms, lines = frame.coordinates(position, [low[d] for d in axes], [extents[d] for d in axes], [f"i{d}" for d in axes])
+        terms, lines = frame.coordinates(
+            position, [low[d] for d in axes], [extents[d] for d in axes], [f"i{d}" for d in axes]
+        )
         decode += lines
         for d, term in zip(axes, terms, strict=True):
             coords[d] = term
     assert op.epilogue is not None
-    finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "sum")  # type: ignore[arg-type]
+    finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "sum")
     dtype, x_dtype = frame.values[weight].dtype, frame.values[op.operands[found.other]].dtype
     frame.line(f"{title(frame, op)}: streams {dtype} rows")
     frame.line(f"stream_rows<{dtype}, {x_dtype}, {found.count}, {depth}>(")

@@ -195,20 +195,23 @@ def _assembled(plan: Plan, table: np.ndarray, codes: Sequence[Code]) -> Tables:
         padded[: len(part)] = part
         words.append(padded)
         at += len(padded)
-    return Tables(
-        np.concatenate(words), starts[0], starts[1], starts[2], starts[3], table.shape[1], starts[4]
-    )
+    return Tables(np.concatenate(words), starts[0], starts[1], starts[2], starts[3], table.shape[1], starts[4])
 
 
 def _poison(plan: Plan, result: int) -> tuple[int, int, int, int]:
-    """Buffer, bytes of an element (top byte, width, other bytes), size: floats NaN, integers their least, b1 false."""
+    """A result's buffer, poison pattern and size."""
     value = plan.graph.values[plan.graph.results[result]]
-    width = dtypes.itemsize(value.dtype)
+    top, width, rest = poison_pattern(value.dtype)
     size = width * int(np.prod(value.shape, dtype=np.int64))
-    top, rest = 0, 0
-    if dtypes.is_float(value.dtype):
-        top, rest = 0x7F, 0xFF
-    elif dtypes.is_signed(value.dtype):
-        top = 0x80
-    buffer = len(plan.graph.inputs) + result
-    return buffer, top | width << 8 | rest << 16, size & 0xFFFFFFFF, size >> 32
+    return len(plan.graph.inputs) + result, top | width << 8 | rest << 16, size & 0xFFFFFFFF, size >> 32
+
+
+def poison_pattern(dtype: str) -> tuple[int, int, int]:
+    """What a result that was not computed holds: last byte of an element, number of bytes, the other bytes.
+
+    Floats are NaN, integers the least there is, b1 false.
+    """
+    width = dtypes.itemsize(dtype)
+    if dtypes.is_float(dtype):
+        return 0x7F, width, 0xFF
+    return (0x80 if dtypes.is_signed(dtype) else 0), width, 0

@@ -21,9 +21,15 @@ def title(frame: Frame, op: Nest | Update | Cumulative | Sort) -> str:
     return f"// {kind} {out}{over}{line}"
 
 
-def loader(operands: Sequence[Array]) -> Load:
-    """Loads from the arrays of an operator's operands."""
-    return lambda slot, indices, dtype, pred: operands[slot].load(indices)
+def loader(operands: Sequence[Array | None]) -> Load:
+    """Loads from the arrays of an operator's operands; None: an operand that no program at hand loads from."""
+
+    def load(slot: int, indices: list[Term], dtype: str, pred: str | None) -> str:
+        array = operands[slot]
+        assert array is not None
+        return array.load(indices)
+
+    return load
 
 
 def rounded(term: Term, source: str, dtype: str) -> str:

@@ -9,11 +9,12 @@ import numpy as np
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.arrays import Array
 from jax_mpk.codegen.cuda.routine import Frame, product
-from jax_mpk.codegen.cuda.scalars import Scalars, Term, offset
+from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset
 from jax_mpk.codegen.cuda.stream import factors
 from jax_mpk.codegen.cuda.texts import group, loader, stores, title
 from jax_mpk.graph.ir import Nest
 from jax_mpk.graph.scalar import Builder, Expr, inline
+from jax_mpk.graph.windows import Factor
 from jax_mpk.graph.windows import factor as find_factor
 
 #: Elements a thread loads at a time.
@@ -23,7 +24,7 @@ _TYPES = ("bf16", "f16", "f32")
 
 def tile(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction whose factors both lie in scratch; False where it is not one."""
-    if op.acc != ("f32",) or op.epilogue is None or op.rspace[-1] % WIDTH and len(op.rspace) > 1:
+    if op.acc != ("f32",) or op.epilogue is None or (op.rspace[-1] % WIDTH and len(op.rspace) > 1):
         return False
     rank = len(op.space)
     found = [find_factor(op.body, r) for r in op.body.results]
@@ -50,7 +51,7 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     dot = op.rspace[-1] % WIDTH == 0 and all(s.strides[last] == 1 for s in sides) and all(starts)
     dot &= all(_multiples(s.strides, {last}) for s in sides)
     outer = -1
-    if not dot and along and extents[along[-1]].value % WIDTH == 0:  # type: ignore[operator]
+    if not dot and along and extents[along[-1]].known % WIDTH == 0:
         for k, s in enumerate(sides):
             d = along[-1]
             if s.strides[d] == 1 and sides[1 - k].strides[d] == 0 and starts[k] and _multiples(s.strides, {d}):
@@ -59,7 +60,7 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         return False
     windowed = [f for f in found if f is not None and f.new >= 0]
     if windowed:
-        patched = [arrays[op.body.nodes[f.load].attr] for f in windowed]  # type: ignore[index]
+        patched = [arrays[op.body.nodes[f.load].attr] for f in windowed]
         frame.meet(arrays, patched)
         for f in windowed:
             _patch(frame, op, f, arrays, low, extents, dry=False)
@@ -81,8 +82,8 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         frame.lines_of("[&](int n, f32 a) {", [*decode, *finish], "});")
         return True
     d = along[-1]
-    wide = [Term(str(e.value // WIDTH), value=e.value // WIDTH) if k == d else e for k, e in enumerate(extents)]  # type: ignore[operator]
-    zero = [Term("0", value=0) if k == d else t for k, t in enumerate(low)]
+    wide = [fixed(e.known // WIDTH) if k == d else e for k, e in enumerate(extents)]
+    zero = [fixed(0) if k == d else t for k, t in enumerate(low)]
     coords, decode = frame.coordinates("n", zero, wide, names)
     first = Term(f"{coords[d]} * {WIDTH}" if coords[d].value is None else "0", False)
     if low[d].value != 0:
@@ -125,42 +126,47 @@ def _at(side: bodies.Factor, array: Array, coords: list[Term]) -> str:
     return f"{text} - {array.origin}" if array.origin else text
 
 
-def _patch(frame: Frame, op: Nest, f: object, arrays: list[Array], low: list[Term], extents: list[Term], *, dry: bool) -> bool:
+def _patch(
+    frame: Frame, op: Nest, f: Factor, arrays: list[Array], low: list[Term], extents: list[Term], *, dry: bool
+) -> bool:
     """Overwrites the window of a factor in scratch with the new rows. ``dry``: only says whether that is possible."""
     body, rank = op.body, len(op.space)
-    base, new = body.nodes[f.load], body.nodes[f.new]  # type: ignore[attr-defined]
+    base, new = body.nodes[f.load], body.nodes[f.new]
     b = Builder(body.extents)
-    where = base.args[f.axis]  # type: ignore[attr-defined]
-    roots = inline(b, Expr(body.nodes, (where, f.start), body.extents), b.coords(), b.load)  # type: ignore[attr-defined]
+    where = base.args[f.axis]
+    roots = inline(b, Expr(body.nodes, (where, f.start), body.extents), b.coords(), b.load)
     terms, _ = b.linear(roots[0])
     moving = [
-        (b.nodes[a].attr, k) for a, k in terms.items()
-        if b.nodes[a].op == "coord" and (b.nodes[a].attr >= rank or extents[b.nodes[a].attr].value != 1)  # type: ignore[operator, index]
+        (b.nodes[a].attr, k)
+        for a, k in terms.items()
+        if b.nodes[a].op == "coord" and (b.nodes[a].attr >= rank or extents[b.nodes[a].attr].value != 1)
     ]
     if len(moving) != 1 or moving[0][1] != 1:
         return False
-    coord: int = moving[0][0]  # type: ignore[assignment]
-    used = sorted({body.nodes[i].attr for i in _coords(body, base.args)} | {coord})  # type: ignore[type-var]
+    coord = int(moving[0][0])
+    used = sorted({body.nodes[i].attr for i in _coords(body, base.args)} | {coord})
     fresh = {body.nodes[i].attr for i in _coords(body, new.args[1:])}
     if not fresh <= set(used):
         return False
     if dry:
         return True
-    lows = [*low, *[Term("0", value=0)] * len(op.rspace)]
-    sizes = [*extents, *[Term(str(e), value=e) for e in op.rspace]]
+    lows = [*low, *[fixed(0)] * len(op.rspace)]
+    sizes = [*extents, *[fixed(e) for e in op.rspace]]
     others = [c for c in used if c != coord]
-    length: int = f.length  # type: ignore[attr-defined]
-    coords: list[Term] = [Term("0", value=0)] * len(lows)
+    length = f.length
+    coords: list[Term] = [fixed(0)] * len(lows)
     terms_of, decode = frame.coordinates(
-        "n", [Term("0", value=0), *[lows[c] for c in others]],
-        [Term(str(length), value=length), *[sizes[c] for c in others]], ["j", *[f"i{c}" for c in others]],
+        "n",
+        [fixed(0), *[lows[c] for c in others]],
+        [fixed(length), *[sizes[c] for c in others]],
+        ["j", *[f"i{c}" for c in others]],
     )
     for c, term in zip(others, terms_of[1:], strict=True):
         coords[c] = term
     for c in range(len(lows)):
         if c not in used:
             coords[c] = lows[c]
-    s = Scalars(Expr(body.nodes, (where, f.start), body.extents), coords, loader(arrays), prefix="w")  # type: ignore[attr-defined]
+    s = Scalars(Expr(body.nodes, (where, f.start), body.extents), coords, loader(arrays), prefix="w")
     offset_term, start_term = s.results()
     name = f"i{coord}"
     lines = [*decode, *s.lines]
@@ -170,10 +176,10 @@ def _patch(frame: Frame, op: Nest, f: object, arrays: list[Array], low: list[Ter
     pair = Scalars(Expr(body.nodes, (*base.args, *new.args[1:]), body.extents), coords, loader(arrays), prefix="x")
     places = pair.results()
     lines += pair.lines
-    into, source = arrays[base.attr], arrays[new.attr]  # type: ignore[index]
+    into, source = arrays[base.attr], arrays[new.attr]
     lines.append(into.store(places[: len(base.args)], source.load(places[len(base.args) :])))
     frame.line(f"// new rows, in the place of those the update will overwrite  {op.source.line.rpartition('/')[2]}")
-    count = product([Term(str(length), value=length), *[sizes[c] for c in others]])
+    count = product([fixed(length), *[sizes[c] for c in others]])
     frame.line(f"map(c, {count.text}, [&](int n) {{")
     for text in lines:
         frame.line(f"  {text}")

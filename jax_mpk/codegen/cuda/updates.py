@@ -6,10 +6,11 @@ import numpy as np
 
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.routine import Frame, product
-from jax_mpk.codegen.cuda.scalars import Scalars
+from jax_mpk.codegen.cuda.scalars import Scalars, Term
 from jax_mpk.codegen.cuda.texts import loader, rounded, title
 from jax_mpk.graph.ir import Update
 from jax_mpk.graph.regions import update_boxes, update_written
+from jax_mpk.graph.windows import is_uniform
 
 
 def emit_update(frame: Frame, member: int, op: Update) -> None:
@@ -44,12 +45,7 @@ def emit_update(frame: Frame, member: int, op: Update) -> None:
     *at, inside = index.results()
     tests = [] if inside.text == "true" else [str(inside)]
     for d, term in enumerate(at):
-        if (
-            term.value is None
-            or low[d].value is None
-            or extents[d].value is None
-            or not (low[d].value <= term.value < low[d].value + extents[d].value)
-        ):
+        if not _contains(low[d], extents[d], term):
             tests.append(f"{term} >= {low[d]} && {term} < {low[d]} + {extents[d]}")
     head = "update_each" if _is_injective(op) else "update_in_order"
     value = Scalars(op.value, coords, loader(operands))
@@ -81,18 +77,23 @@ def emit_update(frame: Frame, member: int, op: Update) -> None:
     frame.line("    });")
 
 
+def _contains(low: Term, extent: Term, at: Term) -> bool:
+    """Whether a coordinate is known to lie in a range."""
+    if low.value is None or extent.value is None or at.value is None:
+        return False
+    return low.value <= at.value < low.value + extent.value
+
+
 def _is_injective(op: Update) -> bool:
     """Whether no two updates go to the same element: each coordinate is one target index, plus something fixed."""
-    from jax_mpk.graph.windows import is_uniform
-
     expr = op.index
     seen: set[int] = set()
     for root in expr.results[:-1]:
         node = expr.nodes[root]
         if node.op == "coord":
-            seen.add(node.attr)  # type: ignore[arg-type]
+            seen.add(node.attr)
         elif node.op == "add":
             for this, other in (node.args, node.args[::-1]):
                 if expr.nodes[this].op == "coord" and is_uniform(expr, other):
-                    seen.add(expr.nodes[this].attr)  # type: ignore[arg-type]
+                    seen.add(expr.nodes[this].attr)
     return all(d in seen for d, extent in enumerate(op.space) if extent > 1)

@@ -1,0 +1,142 @@
+"""Which contractions stream, and what they then stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from jax_mpk.codegen.cuda.stream import STAGE_BYTES, Rows, cut_rows, match
+from jax_mpk.graph import dtypes
+from jax_mpk.graph.ir import Nest
+from jax_mpk.plan.ir import Plan
+from jax_mpk.runtime import nvrtc
+from tests.codegen.cuda.support import boxes_of, planned
+
+
+def matches(plan: Plan) -> list[tuple[Nest, np.ndarray, Rows | None]]:
+    """The contractions of a plan, their boxes, and how they stream."""
+    found = []
+    for number, routine in enumerate(plan.routines):
+        _, boxes = boxes_of(plan, number)
+        for m, member in enumerate(routine.members):
+            op = plan.ops[member.op]
+            if isinstance(op, Nest) and op.kind == "contract":
+                found.append((op, boxes[m], match(plan, op, boxes[m])))
+    return found
+
+
+def one(function: Callable[..., Any], *shapes: tuple[int, ...], dtype: Any = jnp.bfloat16, **options: Any):
+    plan = planned(function, *(jax.ShapeDtypeStruct(s, dtype) for s in shapes), **options)
+    (found,) = matches(plan)
+    return plan, *found
+
+
+def rows_of(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("bk,nk->bn", x, w)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("columns", [1, 3, 8])
+@pytest.mark.parametrize(("n", "k"), [(4096, 2048), (264, 4096), (1000, 24_576)])
+def test_every_row_is_streamed_once_for_each_group_of_columns(dtype, columns: int, n: int, k: int) -> None:
+    plan, op, boxes, rows = one(rows_of, (columns, k), (n, k), dtype=dtype)
+    assert rows is not None
+    assert plan.graph.values[op.operands[rows.weight]].shape == (n, k)
+    rank = len(op.space)
+    sizes = boxes[:, 1, :rank] - boxes[:, 0, :rank]
+    assert (sizes.prod(axis=1) == rows.rows * rows.count).all()
+    # Consecutive rows, in the order in which the code numbers them.
+    read = np.zeros(n, int)
+    for first, count in zip(rows.first, rows.rows, strict=True):
+        assert first % k == 0
+        read[first // k : first // k + count] += 1
+    assert (read == columns / rows.count).all()
+    item = dtypes.itemsize(plan.graph.values[op.operands[rows.weight]].dtype)
+    assert (rows.first * item % 16 == 0).all()
+    assert k // rows.parts * item * rows.chunk_rows <= STAGE_BYTES
+
+
+def test_batched_weights_and_several_axes() -> None:
+    """Heads: rows of several axes, as long as a task's rows lie behind each other."""
+    plan, op, _, rows = one(lambda x, w: jnp.einsum("td,hkd->thk", x, w), (1, 2048), (16, 64, 2048))
+    assert rows is not None and math.prod(plan.graph.values[op.operands[rows.weight]].shape) == rows.rows.sum() * 2048
+
+
+def computed(x: jax.Array, w: jax.Array) -> jax.Array:
+    w = w[::-1].cumsum(0)
+    return rows_of(x, w)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "dtype"),
+    [
+        pytest.param(lambda x, w: x @ w, ((1, 1024), (1024, 4096)), jnp.bfloat16, id="strided along the sum"),
+        pytest.param(rows_of, ((64, 1024), (4096, 1024)), jnp.bfloat16, id="many columns"),
+        pytest.param(rows_of, ((8, 1024), (4096, 1024)), jnp.bfloat16, id="more sums in a chunk than lanes"),
+        pytest.param(rows_of, ((1, 1024), (4096, 1024)), jnp.int32, id="integers"),
+        pytest.param(rows_of, ((1, 8), (264, 8)), jnp.bfloat16, id="few bytes"),
+        pytest.param(rows_of, ((1, 1020), (4096, 1020)), jnp.bfloat16, id="rows of an odd length"),
+        pytest.param(computed, ((1, 1024), (4096, 1024)), jnp.bfloat16, id="not an argument"),
+        pytest.param(
+            lambda x, w: jnp.einsum("bk,nk->bn", x, w[:, 1:1025]), ((1, 1024), (4096, 1032)), jnp.bfloat16, id="a slice"
+        ),
+    ],
+)
+def test_does_not_stream(function, shapes, dtype) -> None:
+    plan = planned(function, *(jax.ShapeDtypeStruct(s, dtype) for s in shapes))
+    assert [rows for _, _, rows in matches(plan)] == [None]
+
+
+def test_what_the_launch_overwrites_is_not_streamed() -> None:
+    """The producer waits for nobody: a buffer that any task writes must not reach the ring."""
+
+    def step(w: jax.Array, x: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = rows_of(x, w)
+        return lax.dynamic_update_slice(w, y[:, :1024] * 2, (at, 0)), y
+
+    bf16 = jnp.bfloat16
+    avals = (
+        jax.ShapeDtypeStruct((4096, 1024), bf16),
+        jax.ShapeDtypeStruct((1, 1024), bf16),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    ((_, _, kept),) = matches(planned(step, *avals))
+    ((_, _, donated),) = matches(planned(step, *avals, donated=frozenset({0})))
+    assert kept is not None and donated is None
+
+
+@given(st.integers(1, 1 << 15), st.sampled_from([2, 4]))
+@settings(deadline=None)
+def test_chunks(depth: int, item: int) -> None:
+    found = cut_rows(depth, item)
+    if found is None:
+        assert depth * item % 16 or depth * item > STAGE_BYTES
+        return
+    rows, parts = found
+    assert depth % parts == 0 and depth // parts * item % 16 == 0
+    assert 1 <= rows <= 16 and (rows == 1 or parts == 1)
+    assert rows * (depth // parts) * item <= STAGE_BYTES
+    assert parts == 1 or depth * item > STAGE_BYTES  # no more parts than needed
+    if parts == 1 and rows < 16:
+        assert (rows + 1) * depth * item > STAGE_BYTES
+
+
+def test_the_kernel_cuts_rows_alike() -> None:
+    lines = ['#include "jax_mpk.cuh"']
+    for item, name in ((2, "mpk::bf16"), (4, "mpk::f32")):
+        for depth in (*range(16, 20_000, 368), 1024, 4096, 8192, 12_288, 24_576):
+            found = cut_rows(depth, item)
+            if found is not None:
+                chunks = f"mpk::Chunks<{name}, {depth}, {STAGE_BYTES}>"
+                lines.append(f"static_assert({chunks}::kRows == {found[0]} && {chunks}::kParts == {found[1]});")
+    assert len(lines) > 50
+    nvrtc.compile_source("\n".join([*lines, 'extern "C" __global__ void nothing() {}']), "sm_90a")

@@ -1,9 +1,3 @@
-<<<<<<< HEAD
-"""Random programs as kernels on a GPU, against ``jax.jit`` there."""
-
-from __future__ import annotations
-
-=======
 """Megakernels on a GPU against ``jax.jit`` there: every kind of task, and random programs."""
 
 from __future__ import annotations
@@ -11,34 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 
->>>>>>> wth
 import jax
 import numpy as np
 import pytest
 
 import jax_mpk
-<<<<<<< HEAD
-from tests.random_programs.check import disagreement, reference
-from tests.random_programs.generate import generate
-
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("x64")]
-
-#: Programs of each family.
-EXACT, SMOOTH = 225, 75
-
-
-@pytest.mark.parametrize(
-    ("family", "seed"),
-    [*(("exact", seed) for seed in range(EXACT)), *(("smooth", seed) for seed in range(SMOOTH))],
-)
-def test_program(family: str, seed: int) -> None:
-    program = generate(seed, family)
-    expected = reference(program)
-    results = jax_mpk.megakernelize(program.function())(*expected.args)
-    wrong = disagreement(program, expected, [np.asarray(r) for r in jax.tree.leaves(results)])
-    assert wrong is None, f"{wrong}\n\n{program}"
-    jax.clear_caches()
-=======
 from tests.codegen.cuda_cases import CASES, Case
 from tests.codegen.test_cuda_emulation import check_case
 from tests.random_programs.check import disagreement, reference
@@ -104,4 +75,3 @@ def test_random_programs(family: str, first: int) -> None:
     jax.clear_caches()
     gc.collect()
     assert not failures, f"{len(failures)} of {CHUNK} programs\n" + "\n".join(failures)
->>>>>>> wth

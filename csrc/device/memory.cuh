@@ -57,6 +57,12 @@ __device__ __forceinline__ u64 nanoseconds() {
   return t;
 }
 
+// The first `count` threads of a CTA.
+template <int count>
+__device__ __forceinline__ void sync_threads() {
+  asm volatile("bar.sync 1, %0;" ::"n"(count) : "memory");
+}
+
 // -- shared memory --
 
 // All of a CTA's. Pointers made from it here, and not handed through calls, are known to be shared.
@@ -71,6 +77,9 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return static_cas
 __device__ __forceinline__ void barrier_init(u64* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
+
+// Bulk loads may name the barriers that were made so far.
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_arrive(u64* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
@@ -90,6 +99,15 @@ __device__ __forceinline__ bool barrier_done(u64* b, u32 parity) {
   return done != 0;
 }
 
+// The same without suspending the thread.
+__device__ __forceinline__ bool barrier_done_now(u64* b, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+  return done != 0;
+}
+
 // Streamed bytes are read once: they should not push activations out of the L2 cache.
 __device__ __forceinline__ u64 evict_first() {
   u64 policy;
@@ -103,6 +121,11 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, int bytes,
           shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy)
       : "memory");
+}
+
+// Brings bytes to the L2 cache: a multiple of 16.
+__device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // 4, 8 or 16 bytes from global to shared memory, in the background.

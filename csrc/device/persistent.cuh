@@ -22,8 +22,9 @@ constexpr int kWarp = 32;
 __device__ __forceinline__ int clamped(s32 index, int arms) { return min(max(index, 0), arms - 1); }
 
 // What code of tasks sees: the consumer side of a worker.
-template <class Shape>
+template <class Sizes>
 struct Context {
+  using Shape = Sizes;
   static constexpr int kWarps = Shape::kWarps, kThreads = kWarps * kWarp, kStageBytes = Shape::kStageBytes;
   static constexpr int kStages = Shape::kStages;
 
@@ -59,6 +60,12 @@ struct Context {
   __device__ static T* local(int byte) {
     return shared_at<T>(Shape::kScratch + byte);
   }
+  // Device memory for what is too large for scratch; each worker that needs some has its own.
+  template <class T>
+  __device__ T* memory(int slot, int byte) const {
+    return reinterpret_cast<T*>(static_cast<char*>(launch.state) + Shape::kMemory + s64(Shape::kMemoryBytes) * slot +
+                                byte);
+  }
   template <class T>
   __device__ static T* partials() {
     return shared_at<T>(Shape::kPartials);
@@ -75,7 +82,7 @@ struct Context {
   }
 
   // All consumer threads of this worker.
-  __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+  __device__ void sync() const { sync_threads<kThreads>(); }
 
   // -- schedule --
   __device__ __forceinline__ void segment(int s) {
@@ -105,6 +112,7 @@ struct Context {
     if (thread() == 0) control()[kDecision] = static_cast<u32>(*reinterpret_cast<const volatile T*>(at));
     sync();
     const u32 value = control()[kDecision];
+    sync();  // the next decision may follow at once
     if constexpr (Shape::kStages > 0) ring.decide(*this, value, decisions++);
     return static_cast<T>(value);
   }

@@ -12,11 +12,12 @@
 
 namespace mpk {
 
-// Consecutive bytes of a buffer that one task streams: see tables.py.
+// What the producer does for a task, see tables.py: consecutive bytes of a buffer that the task streams; or, where
+// chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the L2 cache.
 struct StreamJob {
   u32 buffer, chunk_bytes;
   u64 offset, bytes;
-  u64 reserved;
+  u32 rows, stride;
 };
 static_assert(sizeof(StreamJob) == 32);
 
@@ -27,27 +28,28 @@ struct Ring {
 
   __device__ static u64* full(u32 stage) { return shared_at<u64>(Shape::kBarriers) + stage; }
   __device__ static u64* empty(u32 stage) { return full(Shape::kStages + stage); }
-  // Decisions (loop predicates, branch indices) on their way to the producer: two slots, filled and taken.
+  // Decisions (loop predicates, branch indices) on their way to the producer: filled and taken.
   __device__ static u64* decided() { return full(2 * Shape::kStages); }
   __device__ static u64* taken() { return full(2 * Shape::kStages + 1); }
-  __device__ static volatile u32* decision(u32 n) {
-    return reinterpret_cast<volatile u32*>(full(2 * Shape::kStages + 2)) + n % 2;
-  }
+  __device__ static volatile u32* decision() { return reinterpret_cast<volatile u32*>(full(2 * Shape::kStages + 2)); }
 
   __device__ static void init() {
     if (threadIdx.x == 0) {
 #pragma unroll 1
       for (int i = 0; i < 2 * Shape::kStages + 2; ++i) barrier_init(full(i), 1);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      barriers_ready();
     }
   }
 
-  // How many chunks from the next one on it is to the first of a warp; beyond any task's for warps without a stage.
-  // A stage's chunks are all read by one warp, which is thus never a round ahead of its barrier: parity is enough.
+  // A warp reads every kStep-th chunk. All chunks of a stage are the same warp's, which is thus never a round ahead of
+  // the stage's barrier: parity is enough.
+  static constexpr int kStep = Shape::kReaders;
+  static_assert(kStep <= Shape::kWarps && Shape::kStages % kStep == 0);
+
+  // How many chunks from the next one on it is to a warp's first; beyond any task's for warps that read none.
   __device__ int mine(int warp) const {
-    static_assert(Shape::kStages <= Shape::kWarps);
-    const int at = next % Shape::kStages;
-    return warp >= Shape::kStages ? 1 << 30 : warp >= at ? warp - at : warp + Shape::kStages - at;
+    const int at = next % kStep;
+    return warp >= kStep ? 1 << 30 : warp >= at ? warp - at : warp + kStep - at;
   }
 
   // Where the bytes of chunk `number` are, when they have landed; -1: the launch gave up.
@@ -62,15 +64,16 @@ struct Ring {
   // One thread, after all its warp has read.
   __device__ void release(u32 number) const { barrier_arrive(empty(number % Shape::kStages)); }
 
-  // The producer follows this decision too; at most two are under way.
+  // The producer follows this decision too. It must have taken the one before: with two under way, parity would not
+  // tell whether both or none had been.
   template <class C>
   __device__ void decide(const C& c, u32 value, u32 n) const {
     if (c.thread() != 0) return;
-    if (n >= 2) {
-      c.watch().until([&] { return barrier_done(taken(), n & 1); },
+    if (n > 0) {
+      c.watch().until([&] { return barrier_done(taken(), (n - 1) & 1); },
                     [&] { c.watch().note(~0u, kWaitPredicate, n, 0, 0); });
     }
-    *decision(n) = value;
+    *decision() = value;
     barrier_arrive(decided());
   }
 };
@@ -96,9 +99,16 @@ struct Producer {
       if (base + lane < count) mine = jobs[base + lane];
 #pragma unroll 1
       for (u32 j = 0; j < min(32u, count - base); ++j) {
-        const u32 buffer = __shfl_sync(~0u, mine.buffer, j), chunk = __shfl_sync(~0u, mine.chunk_bytes, j);
-        const u64 offset = __shfl_sync(~0u, mine.offset, j), bytes = __shfl_sync(~0u, mine.bytes, j);
-        if (lane == 0) stream(static_cast<const char*>(launch.buffers[buffer]) + offset, bytes, chunk);
+        StreamJob job;
+        job.buffer = __shfl_sync(~0u, mine.buffer, j), job.chunk_bytes = __shfl_sync(~0u, mine.chunk_bytes, j);
+        job.offset = __shfl_sync(~0u, mine.offset, j), job.bytes = __shfl_sync(~0u, mine.bytes, j);
+        if (job.chunk_bytes == 0) {
+          job.rows = __shfl_sync(~0u, mine.rows, j), job.stride = __shfl_sync(~0u, mine.stride, j);
+#pragma unroll 1
+          for (u32 row = lane; row < job.rows; row += 32) prefetch(at(job) + u64(row) * job.stride, job.bytes);
+        } else if (lane == 0) {
+          stream(job);
+        }
       }
       __syncwarp();
       next = __shfl_sync(~0u, next, 0);
@@ -106,14 +116,15 @@ struct Producer {
   }
 
   __device__ void barrier() {}
-  __device__ bool running() const { return !aborted(); }
+  // All lanes go the same way, whenever each of them learns of an abort.
+  __device__ bool running() const { return !__any_sync(~0u, aborted()); }
 
   template <class T>
   __device__ T decide(int, u32) {
     using R = Ring<Shape>;
     const u32 n = decisions++;
-    if (!until([&] { return barrier_done(R::decided(), n & 1); })) return T(0);
-    const u32 value = *R::decision(n);
+    if (!__all_sync(~0u, until([&] { return barrier_done(R::decided(), n & 1); }))) return T(0);
+    const u32 value = *R::decision();
     __syncwarp();
     if (lane == 0) barrier_arrive(R::taken());
     return static_cast<T>(value);
@@ -142,19 +153,25 @@ struct Producer {
     return true;
   }
 
-  __device__ void stream(const char* from, u64 bytes, u32 chunk) {
+  __device__ const char* at(const StreamJob& job) const {
+    return static_cast<const char*>(launch.buffers[job.buffer]) + job.offset;
+  }
+
+  __device__ void stream(const StreamJob& job) {
     using R = Ring<Shape>;
-    for (u64 at = 0; at < bytes; at += chunk, ++next) {
+    const char* from = at(job);
+#pragma unroll 1
+    for (u64 done = 0; done < job.bytes; done += job.chunk_bytes, ++next) {
       const u32 stage = next % Shape::kStages, parity = next / Shape::kStages & 1;
-      if (!until([&] { return barrier_done(R::empty(stage), parity ^ 1); })) return;
+      if (!until([&] { return barrier_done_now(R::empty(stage), parity ^ 1); })) return;
       if (next >= Shape::kFlight) {
         const u32 old = next - Shape::kFlight;
         while (!barrier_done(R::full(old % Shape::kStages), old / Shape::kStages & 1)) {
         }
       }
-      const u32 size = static_cast<u32>(min(u64(chunk), bytes - at));
+      const u32 size = static_cast<u32>(min(u64(job.chunk_bytes), job.bytes - done));
       barrier_expect(R::full(stage), size);
-      bulk_load(shared_at<char>(Shape::kRing + stage * Shape::kStageBytes), from + at, size, R::full(stage), policy);
+      bulk_load(shared_at<char>(Shape::kRing + stage * Shape::kStageBytes), from + done, size, R::full(stage), policy);
     }
   }
 };

@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 
 from jax_mpk.graph.ir import Block, Graph, Nest, Op, Update, Value
-from jax_mpk.graph.rewrite import Slots, rewrite_loads
+from jax_mpk.graph.rewrite import Slots, map_blocks, rewrite_loads
 from jax_mpk.graph.scalar import Builder, inline
 from jax_mpk.graph.windows import WindowUpdate, factor, window_update
 
@@ -39,8 +39,8 @@ def fuse_updates(graph: Graph) -> Graph:
             ops.append(op)
         return Block(tuple(ops), block.results)
 
-    block = visit(graph.block)
-    return replace(graph, values=tuple(values), block=block)
+    fused = map_blocks(graph, visit)
+    return replace(fused, values=tuple(values))
 
 
 def _rows(values: list[Value], op: Update) -> tuple[list[Op], Update]:

@@ -1,15 +1,17 @@
-"""Puts short routines that nobody waits for, such as the writes to a cache, behind all others."""
+"""Puts routines that nobody waits for, such as the writes to a cache, behind all others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jax_mpk.graph.ir import reads
 from jax_mpk.plan.cluster import Routine
 
 
-def deferred(routines: Sequence[Routine], share: Sequence[int], longest: float) -> list[Routine]:
-    """The routines of a segment in an order that respects theirs, short ones last.
+def deferred(
+    routines: Sequence[Routine], share: Sequence[int], may_move: Callable[[Routine], bool]
+) -> tuple[list[Routine], list[Routine]]:
+    """The routines of a segment that stay, and those that come behind them all.
 
     Where they stand in program order they hold up their workers, and with them what waits for the next tasks of those.
     A routine is moved if no routine that stays reads or overwrites what it stores, or overwrites what it reads. Two
@@ -18,7 +20,7 @@ def deferred(routines: Sequence[Routine], share: Sequence[int], longest: float) 
     Args:
       routines: in program order.
       share: per value, a name for the storage it lives in.
-      longest: seconds that a routine may take to be moved.
+      may_move: whether a routine is one to move.
     """
     stay: list[Routine] = []
     move: list[Routine] = []
@@ -27,10 +29,10 @@ def deferred(routines: Sequence[Routine], share: Sequence[int], longest: float) 
     for routine in reversed(routines):
         stores = {share[v] for op in routine.ops for v in op.outputs if v not in routine.local}
         loads = {share[v] for op in routine.ops for v in reads(op) if v not in routine.local}
-        if routine.cut.seconds <= longest and stores.isdisjoint(touched) and loads.isdisjoint(written):
+        if may_move(routine) and stores.isdisjoint(touched) and loads.isdisjoint(written):
             move.append(routine)
         else:
             stay.append(routine)
             touched |= loads | stores
             written |= stores
-    return stay[::-1] + move[::-1]
+    return stay[::-1], move[::-1]

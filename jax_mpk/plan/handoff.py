@@ -54,8 +54,19 @@ class Handoffs:
         self.waits: list[list[int]] = []  # per task of the segment
         self.signals: list[list[int]] = []
         self.events = first_event
+        self._closed = 0
+        self._last = np.zeros(0, np.int64)
         self._event_of: dict[bytes, int] = {}
         self._event_clock: dict[int, np.ndarray] = {}
+
+    def close(self) -> None:
+        """What is added from now on waits, if it must wait for anything before, for all of it at once.
+
+        A signal holds its worker up, so that a few late tasks are not worth many early signals: each worker's last task
+        so far speaks for all of them.
+        """
+        self._closed = len(self.waits)
+        self._last = np.array([queue[-1] - self.first_task for queue in self.queues if queue], np.int64)
 
     def add(self, workers: np.ndarray, touched: list[Access]) -> int:
         """Adds one routine's tasks; returns its number within the segment."""
@@ -109,7 +120,13 @@ class Handoffs:
         order = sorted(found)
         members = np.concatenate([self.start_task[r] + np.arange(found[r].shape[1]) for r in order])
         needs = np.concatenate([found[r] for r in order], axis=1)
-        used = needs.any(axis=0)
+        early = members < self._closed
+        if needs[:, early].any():
+            waits = np.any(needs[:, early], axis=1, keepdims=True).repeat(len(self._last), axis=1)
+            members = np.concatenate([self._last, members[~early]])
+            needs = np.concatenate([waits, needs[:, ~early]], axis=1)
+        used = np.flatnonzero(needs.any(axis=0))
+        used = used[np.argsort(members[used], kind="stable")]
         return members[used], np.ascontiguousarray(needs[:, used])
 
     def _overlap(self, a: Access, b: Access) -> np.ndarray:

@@ -19,6 +19,7 @@ class Placer:
 
     def __init__(self, target: Target):
         self.workers = target.workers
+        self.shortest = target.handoff
         self.load = np.zeros(target.workers)
         self._home: dict[int, int] = {}  # value → worker, for values written by a single task
 
@@ -34,7 +35,8 @@ class Placer:
             # Leave idle the workers that have most to do already, but keep the order.
             busiest = np.argsort(self.load, kind="stable")[:tasks]
             workers = np.sort(busiest).astype(np.int32)
-        np.add.at(self.load, workers, routine.cut.seconds)
+        # Even the shortest task holds its worker up for a while: many of them are spread, too.
+        np.add.at(self.load, workers, np.maximum(routine.cut.seconds, self.shortest))
         return workers
 
     def _single(self, routine: Routine) -> int:

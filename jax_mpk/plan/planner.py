@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, blocks, reads, walk
+from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, Update, blocks, reads, walk
 from jax_mpk.plan import ir
 from jax_mpk.plan.access import Access, accesses
 from jax_mpk.plan.cluster import Clusterer, Routine
@@ -108,22 +108,35 @@ class _Planner:
     def _segment(self, ops: list[Op]) -> ir.Segment:
         clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned, self.share)
         placer = Placer(self.target)
-        routines = clusterer.run(ops, _after(ops, self.share))
-        if self.target.workers > 1:
-            routines = deferred(routines, self.share, self.target.handoff)
+        early, late = deferred(clusterer.run(ops, _after(ops, self.share)), self.share, self._may_wait)
+        routines = early + late
         touched = [accesses(routine, self.tiler.in_place) for routine in routines]
-        places = [placer.place(routine) for routine in routines]
+        places = [placer.place(routine) for routine in early]
+        # Loads are equal enough by now; late routines are spread among themselves.
+        placer = Placer(self.target)
+        places += [placer.place(routine) for routine in late]
         self.tagged |= self._tagged(touched, places)
         first_task, first_event = len(self.task_rows), self.events
         handoffs = Handoffs(self.target.workers, self.share, self.shapes, self.tagged, first_task, first_event)
-        for routine, workers, found in zip(routines, places, touched, strict=True):
+        long = [k for k, routine in enumerate(early) if not self._is_short(routine)]
+        for number, (routine, workers, found) in enumerate(zip(routines, places, touched, strict=True)):
             handoffs.add(workers, found)
+            if late and number == max(long, default=-1):
+                handoffs.close()
             self._emit(routine, workers, found)
         self.waits += handoffs.waits
         self.signals += handoffs.signals
         self.events = handoffs.events
         self.segments.append((handoffs, touched))
         return ir.Segment(tuple(np.array(q, np.int32) for q in handoffs.queues))
+
+    def _may_wait(self, routine: Routine) -> bool:
+        """Whether a routine is a short update in place, such as a write to a cache."""
+        makers = (op for op in routine.ops if not set(op.outputs) <= set(routine.local))
+        return self._is_short(routine) and all(isinstance(op, Update) and self.tiler.in_place(op) for op in makers)
+
+    def _is_short(self, routine: Routine) -> bool:
+        return routine.cut.seconds <= self.target.handoff
 
     def _tagged(self, touched: list[list[Access]], places: list[np.ndarray]) -> set[int]:
         """Values of a segment that tagged words can hand over, where program order does not: the cheapest way first."""

@@ -119,7 +119,7 @@ __device__ __forceinline__ void stream_rows(C& c, const X* x, int x_stride, int 
   f32* partials = c.template partials<f32>();
   const int x_byte = static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0)));
 #pragma unroll 1
-  for (int j = c.ring.mine(c.warp()); j < chunks; j += C::kStages) {
+  for (int j = c.ring.mine(c.warp()); j < chunks; j += Ring<typename C::Shape>::kStep) {
     const int chunk = c.ring.wait(c, c.ring.next + j);
     if (chunk < 0) break;
     const int part = G::kParts == 1 ? 0 : j % G::kParts * G::kDepth * static_cast<int>(sizeof(X));

@@ -11,35 +11,43 @@ from jax_mpk._version import __version__
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
+from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots, scratch_bytes
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
-from jax_mpk.codegen.cuda.moves import emit_cumulative, emit_sort, emit_update
 from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES
 from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
+from jax_mpk.codegen.cuda.updates import emit_update
+from jax_mpk.errors import UnsupportedError
 from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
 from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
 
 ENTRY = "jax_mpk_kernel"
-#: Most stages of the ring, and chunks in flight: docs/experiments.md.
-_STAGES, _FLIGHT, _FEWEST_STAGES = 11, 3, 4
+#: Most stages of the ring, fewest, and chunks in flight: docs/experiments.md.
+_STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 4
+#: More warps than this are not needed to keep up with memory.
+_ENOUGH_READERS = 8
 #: Dynamic shared memory of a CTA on sm_90.
 _SHARED_BYTES = 232_448
+#: Of that, about as much as all but the ring and scratch takes.
+_OTHER_BYTES = 8 << 10
+
+
+_Made = tuple[list[Code], list[int], dict[tuple[str, ...], int], State, Tables, dict[str, int]]
 
 
 def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
     """The program of a verified plan. The same plan gives the same text, byte for byte.
 
     Raises:
+      UnsupportedError: the plan has members that only the CPU executor runs.
       ValueError: a task does not fit the device (shared memory, 32-bit extents).
     """
-    codes = routine_codes(plan)
-    bodies: dict[tuple[str, ...], int] = {}
-    case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
-    count = len(segments(plan.schedule))
-    state = state_layout(plan, count)
-    tables = build_tables(plan, state, case, codes)
-    shape = _shape(plan, codes, state, tables, count)
+    # What streams needs a ring beside the scratch of all tasks; where there is no room for one, nothing streams.
+    made = _made(plan, streams=True) or _made(plan, streams=False)
+    if made is None:
+        raise ValueError(f"a task needs more than the {_SHARED_BYTES} bytes of shared memory that an SM has")
+    _, case, bodies, state, tables, shape = made
     shape["kTrace"] = state.size if trace else 0
     text = _source(plan, shape, case, bodies)
     producer = 1 if shape["kStages"] else 0
@@ -59,21 +67,42 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
     )
 
 
-def routine_codes(plan: Plan) -> list[Code]:
-    """What becomes of each routine."""
+def _made(plan: Plan, *, streams: bool) -> _Made | None:
+    """Everything of a program but its text; None if it needs more shared memory than there is."""
+    codes = routine_codes(plan, streams=streams)
+    bodies: dict[tuple[str, ...], int] = {}
+    case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
+    count = len(segments(plan.schedule))
+    memory = max((code.memory for code in codes), default=0)
+    state = state_layout(plan, count, memory, int(memory_slots(plan).max(initial=-1)) + 1)
+    tables = build_tables(plan, state, case, codes)
+    shape = _shape(plan, codes, state, tables, count)
+    return None if shape is None else (codes, case, bodies, state, tables, shape)
+
+
+def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
+    """What becomes of each routine; ``streams``: whether constant rows may stream."""
     table = plan.tasks.table
     order = np.argsort(table["routine"], kind="stable")
     edges = np.searchsorted(table["routine"][order], np.arange(len(plan.routines) + 1))
     staging = Staging(plan)
+    slots = memory_slots(plan)
     out = []
     for number, (routine, (a, b)) in enumerate(zip(plan.routines, pairwise(edges), strict=True)):
         tasks = order[a:b]
         first = table["box"][tasks].astype(np.int64)
         boxes = np.stack([plan.tasks.boxes[first + m] for m in range(len(routine.members))])
         if any(member.stage != WHOLE for member in routine.members):
-            raise NotImplementedError("split reductions as stages are planned for the CPU executor only")
+            raise UnsupportedError(
+                f"{_label(plan, number)}: a reduction whose parts are tasks of their own (PARTIAL and FINISH members) "
+                "has no code for GPUs; split the reduced axis in the graph instead, as plan/split_reduce.py does"
+            )
         ops = inline_members(plan, routine, boxes)
-        frame = Frame(plan, routine, ops, boxes, staging.of(number, tasks), copies(plan, routine, ops, boxes))
+        memory = slots[table["worker"][tasks]]
+        copied = copies(plan, routine, ops, boxes)
+        room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0)
+        room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
+        frame = Frame(plan, routine, ops, boxes, staging.of(number, tasks), copied, memory, room=room, streams=streams)
         for m, op in enumerate(ops):
             if op is None:
                 continue
@@ -90,8 +119,8 @@ def routine_codes(plan: Plan) -> list[Code]:
     return out
 
 
-def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int]:
-    """Sizes and offsets: the members of `Shape` in the generated text."""
+def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int] | None:
+    """Sizes and offsets: the members of `Shape` in the generated text; None if there is too little shared memory."""
     at = 0
     out: dict[str, int] = {}
 
@@ -105,11 +134,11 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     place("kSlots", 2 * tables.task_words * 4)
     place("kPartials", max(code.partials for code in codes) if codes else 0)
     place("kScratch", max(code.scratch for code in codes) if codes else 0)
-    streams = any(code.streams for code in codes)
+    streams = any(stream.chunk_bytes for code in codes for stream in code.streams)
     room = (_SHARED_BYTES - at) // STAGE_BYTES
     if at > _SHARED_BYTES or (streams and room < _FEWEST_STAGES):
-        raise ValueError(f"a task needs {at} bytes of shared memory, too many of {_SHARED_BYTES}")
-    stages = min(_STAGES, room) if streams else 0
+        return None
+    stages, readers = _ring(min(_STAGES, room)) if streams else (0, 1)
     out["kRing"] = at
     return {
         "kWorkers": plan.target.workers,
@@ -117,6 +146,8 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kSegments": segment_count,
         "kResultCount": len(plan.graph.results),
         "kEvents": state.events,
+        "kMemory": state.memory,
+        "kMemoryBytes": state.memory_bytes,
         "kQueues": tables.queues,
         "kStreams": tables.streams,
         "kResults": tables.results,
@@ -124,6 +155,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kTaskWords": tables.task_words,
         "kJobs": tables.jobs,
         "kStages": stages,
+        "kReaders": readers,
         "kStageBytes": STAGE_BYTES,
         "kFlight": min(_FLIGHT, max(stages - 1, 1)),
         **out,
@@ -136,6 +168,13 @@ def _task_labels(plan: Plan) -> tuple[tuple[int, str], ...]:
     routine = plan.tasks.table["routine"]
     first = np.flatnonzero(np.diff(routine, prepend=-1))
     return tuple((int(task), _label(plan, int(routine[task]))) for task in first)
+
+
+def _ring(room: int) -> tuple[int, int]:
+    """Stages of the ring and warps that read them: all of these have equally many, and few warps have none."""
+    choices = [(stages, readers) for stages in range(1, room + 1) for readers in range(1, WARPS + 1)]
+    even = [(stages, readers) for stages, readers in choices if stages % readers == 0]
+    return max(even, key=lambda c: (c[0] * min(c[1], _ENOUGH_READERS), c[1]))
 
 
 def _label(plan: Plan, routine: int) -> str:
@@ -207,7 +246,8 @@ class _Schedule:
     def lines(self, schedule: Schedule) -> list[str]:
         out: list[str] = []
         for k, item in enumerate(schedule):
-            if k:
+            # Loops end with a barrier of their own: behind their last round, or before the predicate that ends them.
+            if k and not isinstance(schedule[k - 1], LoopNode):
                 out.append("role.barrier();")
             if isinstance(item, Segment):
                 out.append(f"role.segment({self._next});")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.routine import Frame, product
 from jax_mpk.codegen.cuda.scalars import Load, Scalars, Term
 from jax_mpk.codegen.cuda.stream import stream_rows
-from jax_mpk.codegen.cuda.texts import accumulator, accumulators, group, loader, made, rounded, stores, title
+from jax_mpk.codegen.cuda.texts import accumulator, accumulators, group, loader, made, partials, rounded, stores, title
 from jax_mpk.codegen.cuda.tile import tile
+from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Combine, Nest
+from jax_mpk.graph.scalar import Expr
 
 #: All threads share an output of at least this depth, if there are at most so many.
 _TOGETHER_DEPTH, _TOGETHER_OUTPUTS = 512, 8
-#: Bytes to join the parts of one output that several warps have: 64 for each of 16 warps.
-_PARTIALS = 64 * 16
 
 
 def emit_map(frame: Frame, member: int, op: Nest) -> None:
@@ -58,36 +59,51 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     spread = "Spread::kRuns" if op.combine.kind == "generic" else "Spread::kStrided"
     if depth >= _TOGETHER_DEPTH and most <= _TOGETHER_OUTPUTS:
         frame.line(f"reduce_together<{acc}, {spread}>(")
-        frame.code.partials = max(frame.code.partials, _PARTIALS)
+        frame.code.partials = max(frame.code.partials, partials(op.acc))
     else:
         frame.line(f"reduce<{acc}, {group(most, depth)}, {spread}>(")
     frame.line(f"    c, {product(extents).text}, {depth},")
-    body = _body(op, [*coords, *inner], loader(operands))
+    at = [*coords, *inner]
+    body = accumulated(op.body, op.combine, op.acc, at, loader(operands), at[rank].text)
     frame.lines_of(f"[&](int n, int r) -> {acc} {{", [*decode, *decode_inner, *body], "},")
-    frame.lines_of(f"[&]({acc} a, {acc} b) -> {acc} {{", _combine(op), "},")
+    frame.lines_of(f"[&]({acc} a, {acc} b) -> {acc} {{", combined(op.combine, op.acc), "},")
     finish = stores(op.epilogue, coords, loader(operands), outputs, lambda node: accumulator(op.acc, "a", node))
     frame.lines_of(f"[&](int n, {acc} a) {{", [*decode, *finish], "});")
 
 
-def _body(op: Nest, coords: list[Term], load: Load) -> list[str]:
-    """Statements of a reduction's body, ending in a return."""
-    s = Scalars(op.body, coords, load)
-    values = [
-        rounded(term, op.body.nodes[root].dtype, dtype)
-        for term, root, dtype in zip(s.results(), op.body.results, op.acc)
-    ]
-    assert op.combine is not None
-    if op.combine.kind in ("argmax", "argmin"):
-        values.append(coords[len(op.space)].text)
-    return [*s.lines, f"return {made(op.acc, values)};"]
+def accumulated(
+    expr: Expr,
+    combine: Combine,
+    acc: Sequence[str],
+    coords: Sequence[Term],
+    load: Load,
+    position: str,
+    *,
+    from_zero: bool = False,
+) -> list[str]:
+    """Statements that compute what a body contributes to the accumulators, ending in a return.
+
+    Args:
+      expr: the body.
+      combine: how contributions join.
+      acc: types of the accumulators.
+      coords: the body's coordinates.
+      load: text of a load.
+      position: along the reduced axis.
+      from_zero: sums start from +0, which shows where all terms are -0.
+    """
+    s = Scalars(expr, coords, load)
+    values = [rounded(term, expr.nodes[root].dtype, dtype) for term, root, dtype in zip(s.results(), expr.results, acc)]
+    if from_zero and combine.kind == "sum" and dtypes.is_float(acc[0]):
+        values = [f"0 + {values[0]}"]
+    if combine.kind in ("argmax", "argmin"):
+        values.append(position)
+    return [*s.lines, f"return {made(acc, values)};"]
 
 
-def _combine(op: Nest) -> list[str]:
+def combined(combine: Combine, acc: Sequence[str]) -> list[str]:
     """Statements that join accumulators a and b, ending in a return."""
-    assert op.combine is not None
-    expr = bodies.combiner(op.combine, tuple(op.acc))
-    s = Scalars(expr, [], lambda *_: "", lambda node: accumulator(op.acc, "a" if node.op == "acc" else "b", node))
-    values = [
-        rounded(term, expr.nodes[root].dtype, dtype) for term, root, dtype in zip(s.results(), expr.results, op.acc)
-    ]
-    return [*s.lines, f"return {made(op.acc, values)};"]
+    expr = bodies.combiner(combine, tuple(acc))
+    s = Scalars(expr, [], lambda *_: "", lambda node: accumulator(acc, "a" if node.op == "acc" else "b", node))
+    values = [rounded(term, expr.nodes[root].dtype, dtype) for term, root, dtype in zip(s.results(), expr.results, acc)]
+    return [*s.lines, f"return {made(acc, values)};"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ FIRST_WORD = 5
 #: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
 WARPS = 11
 _ALIGN = 128
+
+Brought = TypeVar("Brought", Staged, Copied)
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,22 @@ class Operand:
 
 @dataclass(frozen=True)
 class Stream:
-    """Consecutive bytes of an input that a task streams.
+    """What the producer does for a task: `StreamJob` in csrc/device/ring.cuh.
 
     Attributes:
       storage: the input.
-      chunk_bytes: size of all chunks but the last.
-      first, size: int64 [tasks]: bytes.
+      chunk_bytes: size of all chunks but the last; 0: nothing streams, rows are brought to the L2 cache.
+      first, size: int64 [tasks]: first byte; bytes in all, or of one row.
+      rows: int64 [tasks] rows.
+      stride: bytes from row to row.
     """
 
     storage: int
     chunk_bytes: int
     first: np.ndarray
     size: np.ndarray
+    rows: np.ndarray
+    stride: int
 
 
 @dataclass
@@ -63,6 +70,7 @@ class Code:
       words: number of words, the first ones included.
       scratch: bytes of scratch.
       partials: bytes that members need to join the parts of one output.
+      memory: bytes of device memory a worker needs for what does not fit in scratch.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -72,6 +80,7 @@ class Code:
     words: int = FIRST_WORD
     scratch: int = 0
     partials: int = 0
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,9 @@ class Frame:
       boxes: int64 [members, tasks, 2, rank].
       staged: tagged values to bring to scratch first.
       copied: other values to copy there meanwhile.
+      memory: int64 [tasks]: number of the device memory that a task may use, or -1.
+      room: bytes of scratch for local values and for what is brought there. What does not fit is read where it is.
+      streams: weights may stream.
     """
 
     def __init__(
@@ -113,10 +125,16 @@ class Frame:
         boxes: np.ndarray,
         staged: Sequence[Staged],
         copied: Sequence[Copied],
+        memory: np.ndarray,
+        *,
+        room: int,
+        streams: bool,
     ):
         self.plan = plan
         self.routine = routine
         self.boxes = boxes
+        self.memory = memory
+        self.streams = streams
         self.ops = [op for op in ops if op is not None]
         self.code = Code(scratch=max([0, *self._local_ends(plan, routine)]))
         self.values = plan.graph.values
@@ -127,14 +145,16 @@ class Frame:
         self._since: list[tuple[tuple[int, int] | int, bool]] = []  # bytes or storage, written: since the last sync
         self._brought: dict[int, Staged | Copied] = {}
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
+        room -= self.code.scratch
+        waited = self._fitting([s for s in staged if any(s.value in op.operands for op in self.ops)], room)
+        copied = self._fitting(copied, room - sum(map(self._brought_bytes, waited)))
         for copy in copied:
             self._copy(copy)
-        waited = [s for s in staged if any(s.value in op.operands for op in self.ops)]
         for value, warps in zip(waited, self._shares(waited), strict=True):
             self._stage(value, *warps)
         if copied:
             self.line("copies_wait();")
-        if copied or staged:
+        if copied or waited:
             self.line("c.sync();")
             self._since.clear()
         self.line("c.stamp(1);")
@@ -282,6 +302,23 @@ class Frame:
 
     # -- what is brought to scratch first ------------------------------------------------------------------------
 
+    def _brought_bytes(self, what: Staged | Copied) -> int:
+        """Most scratch that a value takes."""
+        value = self.values[what.value]
+        extents = [int(e) for e in (what.hi - what.lo).max(axis=0)] if value.shape else []
+        if extents and isinstance(what, Copied):
+            extents[-1] += what.pad
+        return math.prod(extents) * dtypes.itemsize(value.dtype) + _ALIGN
+
+    def _fitting(self, values: Sequence[Brought], room: int) -> list[Brought]:
+        """Those of the values that fit into so many bytes, small ones first."""
+        chosen = set()
+        for k in sorted(range(len(values)), key=lambda k: self._brought_bytes(values[k])):
+            room -= self._brought_bytes(values[k])
+            if room >= 0:
+                chosen.add(k)
+        return [value for k, value in enumerate(values) if k in chosen]
+
     def _bring(self, what: Staged | Copied, pad: int = 0) -> tuple[Array, list[Term]]:
         """Scratch for a value's box: the array and the box's extents."""
         value = self.values[what.value]
@@ -353,6 +390,7 @@ class Frame:
         target, size = self._bring(what, what.pad)
         rows = self._rows(what, size, target)
         self.line(f"// copies {value.dtype}[{','.join(map(str, value.shape))}] meanwhile")
+        self._prefetch(what)
         unit = what.unit // dtypes.itemsize(value.dtype)
         self.line(f"copy_rows(c, {rows.count.text}, {rows.length} / {unit}, [&](int n, int k) {{")
         for text in rows.lines:
@@ -361,6 +399,23 @@ class Frame:
         from_text = " + ".join(t for t in (source, rows.start, rows.source) if t != "0")
         self.line(f"  copy_async<{what.unit}>({to_text} + k * {unit}, {from_text} + k * {unit});")
         self.line("});")
+
+    def _prefetch(self, what: Copied) -> None:
+        """Has the producer bring rows that lie in device memory to the L2 cache, long before the task copies them."""
+        run = self._run_axes(what, self._brought_at[what.value][1])
+        shape = self.values[what.value].shape
+        item = dtypes.itemsize(self.values[what.value].dtype)
+        strides = row_major(shape)
+        sizes = what.hi - what.lo
+        storage = int(self.plan.value_storage[what.value])
+        moving = [d for d in range(run) if (sizes[:, d] != 1).any()]
+        size = sizes[:, run:].prod(axis=1) * item
+        if self.plan.storages[storage].kind == "workspace" or what.unit != 16 or len(moving) > 1:
+            return
+        rows = sizes[:, moving[0]] if moving else np.ones(len(size), np.int64)
+        stride = strides[moving[0]] * item if moving else 0
+        first = what.lo @ np.array(strides, np.int64) * item
+        self.code.streams.append(Stream(storage, 0, first, size, np.where(size > 0, rows, 0), stride))
 
     # -- where threads meet ------------------------------------------------------------------------------------
 

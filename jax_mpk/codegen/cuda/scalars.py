@@ -179,7 +179,7 @@ class Scalars:
             if text is not None:
                 if common and node.dtype == INDEX and not wide:
                     return Term(f"int({text})", True)
-                return Term(text, text.startswith("op_"), wide)
+                return Term(text, op in ("max", "min"), wide)
         if op in _COMPARE or (source == "b1" and op in ("and", "or", "xor")):
             left, right = (Term(self._arg(i, a), self._terms[a].atomic) for a in args)
             return Term(f"{left} {_INFIX[op]} {right}", False)

@@ -17,7 +17,7 @@ from jax_mpk.graph.ir import Graph, Nest
 from jax_mpk.plan.ir import Plan
 
 #: Bytes of a stage of the ring; a chunk fits into one.
-STAGE_BYTES = 16 << 10
+STAGE_BYTES = 8 << 10
 #: Most rows of a chunk, and most parts of a row: `Chunks` in csrc/device/tasks/contract.cuh.
 _MOST_ROWS, _MOST_PARTS = 16, 32
 #: Most columns of the other factor: beyond, matrix instructions would be worth it.
@@ -141,7 +141,7 @@ def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
 def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction as ``stream_rows``; False where it is not one."""
     found = match(frame.plan, op, frame.boxes[member])
-    if found is None:
+    if found is None or not frame.streams:
         return False
     rank, depth = len(op.space), math.prod(op.rspace)
     x = frame.array(op.operands[found.other])
@@ -189,7 +189,8 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     item = dtypes.itemsize(dtype)
     chunk = depth // found.parts * item * found.chunk_rows
     storage = int(frame.plan.value_storage[weight])
-    frame.code.streams.append(Stream(storage, chunk, found.first * item, found.rows * depth * item))
+    once = np.ones(len(found.rows), np.int64)
+    frame.code.streams.append(Stream(storage, chunk, found.first * item, found.rows * depth * item, once, 0))
     if found.parts > 1:
         frame.code.partials = max(frame.code.partials, int(found.rows.max()) * found.parts * found.count * 4)
     return True

@@ -27,11 +27,15 @@ class State:
     Attributes:
       events: byte of the first counter.
       tagged: per storage the byte of its tagged words, or -1.
+      memory: byte of the first memory that a worker has for what does not fit in its scratch.
+      memory_bytes: of each of them.
       size: bytes in all.
     """
 
     events: int
     tagged: tuple[int, ...]
+    memory: int
+    memory_bytes: int
     size: int
 
 
@@ -73,8 +77,8 @@ def segments(schedule: Schedule) -> list[Segment]:
     return out
 
 
-def state_layout(plan: Plan, segment_count: int) -> State:
-    """A call site's state: header, sequences of the segments, counters, tagged words."""
+def state_layout(plan: Plan, segment_count: int, memory_bytes: int, memories: int) -> State:
+    """A call site's state: header, sequences of the segments, counters, tagged words, memories of workers."""
     events = _aligned(HEADER_BYTES + 4 * segment_count)
     at = _aligned(events + EVENT_BYTES * plan.events)
     itemsize = {}
@@ -89,7 +93,8 @@ def state_layout(plan: Plan, segment_count: int) -> State:
         tagged.append(at)
         # Payload and tag: twice the bytes, and four at least.
         at = _aligned(at + storage.nbytes // itemsize[s] * max(4, 2 * itemsize[s]))
-    return State(events, tuple(tagged), at)
+    memory_bytes = _aligned(memory_bytes)
+    return State(events, tuple(tagged), at, memory_bytes, at + memory_bytes * memories)
 
 
 def _aligned(n: int) -> int:
@@ -162,6 +167,7 @@ def _assembled(plan: Plan, table: np.ndarray, codes: Sequence[Code]) -> Tables:
                 job = np.zeros(4, np.uint64)
                 job.view(np.uint32)[:2] = buffer, s.chunk_bytes
                 job[1], job[2] = unit * UNIT + int(s.first[k]), int(s.size[k])
+                job.view(np.uint32)[6:] = s.rows[k], s.stride
                 jobs.append(job)
     order: list[int] = []
     queues: list[tuple[int, int]] = []

@@ -68,6 +68,11 @@ def made(types: Sequence[str], values: Sequence[str]) -> str:
     return values[0] if len(types) == 1 else f"{accumulators(types)}({', '.join(values)})"
 
 
+def partials(types: Sequence[str]) -> int:
+    """Bytes to join what all warps have of one output: accumulators take up to 8 bytes each."""
+    return 16 * 8 * len(types)
+
+
 def group(outputs: int, depth: int) -> int:
     """Lanes that share an output."""
     found = 1

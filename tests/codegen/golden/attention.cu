@@ -12,6 +12,8 @@ struct Shape {
     kSegments = 1,
     kResultCount = 3,
     kEvents = 512,
+    kMemory = 33792,
+    kMemoryBytes = 0,
     kQueues = 0,
     kStreams = 320,
     kResults = 640,
@@ -19,14 +21,15 @@ struct Shape {
     kTaskWords = 28,
     kJobs = 3520,
     kStages = 0,
-    kStageBytes = 16384,
+    kReaders = 1,
+    kStageBytes = 8192,
     kFlight = 1,
     kBarriers = 0,
-    kControl = 256,
-    kSlots = 384,
-    kPartials = 640,
-    kScratch = 640,
-    kRing = 20352,
+    kControl = 512,
+    kSlots = 640,
+    kPartials = 896,
+    kScratch = 896,
+    kRing = 20608,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
@@ -174,52 +177,8 @@ __device__ __forceinline__ void routine_0(C& c) {
       });
 }
 
-// functions.py:53 dynamic_update_slice  (routines 1)
+// functions.py:60 convert_element_type  (routines 1)
 __device__ __forceinline__ void routine_1(C& c) {
-  c.stamp(1);
-  const int at0 = c.box(5);
-  s32* const g0 = c.template global<s32>(6);
-  bf16* const g1 = c.template global<bf16>(8);
-  bf16* const g2 = c.template global<bf16>(10);
-  // update bf16[512,2,64]  functions.py:53
-  update_each(
-      c, 64,
-      [&](int n) -> s64 {
-        const int u2 = n;
-        const s32 p0 = g0[0];
-        return op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) >= 0 && op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) < 0 + 512 && at0 >= at0 && at0 < at0 + 1 && u2 >= 0 && u2 < 0 + 64 ? s64(op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) * 128 + at0 * 64 + u2) : -1;
-      },
-      [&](int n) {
-        const int u2 = n;
-        const s32 p0 = g0[0];
-        g2[op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) * 128 + at0 * 64 + u2] = g1[at0 * 64 + u2];
-      });
-}
-
-// functions.py:54 dynamic_update_slice  (routines 2)
-__device__ __forceinline__ void routine_2(C& c) {
-  c.stamp(1);
-  const int at0 = c.box(5);
-  s32* const g0 = c.template global<s32>(6);
-  bf16* const g1 = c.template global<bf16>(8);
-  bf16* const g2 = c.template global<bf16>(10);
-  // update bf16[512,2,64]  functions.py:54
-  update_each(
-      c, 64,
-      [&](int n) -> s64 {
-        const int u2 = n;
-        const s32 p0 = g0[0];
-        return op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) >= 0 && op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) < 0 + 512 && at0 >= at0 && at0 < at0 + 1 && u2 >= 0 && u2 < 0 + 64 ? s64(op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) * 128 + at0 * 64 + u2) : -1;
-      },
-      [&](int n) {
-        const int u2 = n;
-        const s32 p0 = g0[0];
-        g2[op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) * 128 + at0 * 64 + u2] = g1[at0 * 64 + u2];
-      });
-}
-
-// functions.py:60 convert_element_type  (routines 3)
-__device__ __forceinline__ void routine_3(C& c) {
   s32* const g0 = c.template global<s32>(5);
   s32* const s0 = c.template local<s32>(384);
   // copies s32[] meanwhile
@@ -328,6 +287,50 @@ __device__ __forceinline__ void routine_3(C& c) {
     const int i1 = at2 + n;
     g4[at3 * 64 + i1] = convert<bf16>(l4[(at3 / 2) * 4 + (at3 % 2) * 4 + i1 - o2]);
   });
+}
+
+// functions.py:53 dynamic_update_slice  (routines 2)
+__device__ __forceinline__ void routine_2(C& c) {
+  c.stamp(1);
+  const int at0 = c.box(5);
+  s32* const g0 = c.template global<s32>(6);
+  bf16* const g1 = c.template global<bf16>(8);
+  bf16* const g2 = c.template global<bf16>(10);
+  // update bf16[512,2,64]  functions.py:53
+  update_each(
+      c, 64,
+      [&](int n) -> s64 {
+        const int u2 = n;
+        const s32 p0 = g0[0];
+        return op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) >= 0 && op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) < 0 + 512 && at0 >= at0 && at0 < at0 + 1 && u2 >= 0 && u2 < 0 + 64 ? s64(op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) * 128 + at0 * 64 + u2) : -1;
+      },
+      [&](int n) {
+        const int u2 = n;
+        const s32 p0 = g0[0];
+        g2[op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) * 128 + at0 * 64 + u2] = g1[at0 * 64 + u2];
+      });
+}
+
+// functions.py:54 dynamic_update_slice  (routines 3)
+__device__ __forceinline__ void routine_3(C& c) {
+  c.stamp(1);
+  const int at0 = c.box(5);
+  s32* const g0 = c.template global<s32>(6);
+  bf16* const g1 = c.template global<bf16>(8);
+  bf16* const g2 = c.template global<bf16>(10);
+  // update bf16[512,2,64]  functions.py:54
+  update_each(
+      c, 64,
+      [&](int n) -> s64 {
+        const int u2 = n;
+        const s32 p0 = g0[0];
+        return op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) >= 0 && op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) < 0 + 512 && at0 >= at0 && at0 < at0 + 1 && u2 >= 0 && u2 < 0 + 64 ? s64(op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) * 128 + at0 * 64 + u2) : -1;
+      },
+      [&](int n) {
+        const int u2 = n;
+        const s32 p0 = g0[0];
+        g2[op_min(op_max(int((p0 < 0) ? op_add(p0, 512) : p0), 0), 511) * 128 + at0 * 64 + u2] = g1[at0 * 64 + u2];
+      });
 }
 
 template <class Any>

@@ -1,4 +1,4 @@
-"""Code of the members that move elements: updates, scans along an axis, sorts."""
+"""Code of updates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.routine import Frame, product
 from jax_mpk.codegen.cuda.scalars import Scalars, Term
 from jax_mpk.codegen.cuda.texts import loader, rounded, title
-from jax_mpk.graph.ir import Cumulative, Sort, Update
+from jax_mpk.graph.ir import Update
 from jax_mpk.graph.regions import update_boxes, update_written
 from jax_mpk.graph.windows import is_uniform
 
@@ -97,11 +97,3 @@ def _is_injective(op: Update) -> bool:
                 if expr.nodes[this].op == "coord" and is_uniform(expr, other):
                     seen.add(expr.nodes[this].attr)
     return all(d in seen for d, extent in enumerate(op.space) if extent > 1)
-
-
-def emit_cumulative(frame: Frame, member: int, op: Cumulative) -> None:
-    raise NotImplementedError("cumulative on CUDA")
-
-
-def emit_sort(frame: Frame, member: int, op: Sort) -> None:
-    raise NotImplementedError("sort on CUDA")

@@ -1,0 +1,93 @@
+// csrc/device/memory.cuh on a CPU. Whatever may be a wait lets other threads run.
+#pragma once
+
+#include "types.cuh"
+
+namespace mpk {
+
+template <class T>
+T load_relaxed(const T* p) {
+  machine::yield();
+  return *p;
+}
+inline u32 load_acquire(const u32* p) { return load_relaxed(p); }
+template <class T, int count>
+void load_relaxed(const T* p, T (&v)[count]) {
+  machine::yield();
+  for (int k = 0; k < count; ++k) v[k] = p[k];
+}
+template <class T>
+void store_relaxed(T* p, T v) {
+  *p = v;
+}
+inline void add_release(u32* p, u32 v) { *p += v; }
+inline u32 add_acq_rel(u32* p, u32 v) { return atomicAdd(p, v); }
+inline u64 nanoseconds() { return machine::now(); }
+template <int count>
+void sync_threads() {
+  machine::sync(count);
+}
+
+template <class T>
+T* shared_at(int byte) {
+  return reinterpret_cast<T*>(machine::self->cta->shared + byte);
+}
+inline u32 shared_address(const void* p) {
+  return static_cast<u32>(static_cast<const char*>(p) - machine::self->cta->shared);
+}
+
+// An mbarrier: its phase ends when all have arrived and all bytes have landed.
+struct Barrier {
+  u8 phase, arrivals, pending;
+  s32 bytes;
+
+  void check() {
+    if (pending == 0 && bytes == 0) phase ^= 1, pending = arrivals;
+  }
+};
+static_assert(sizeof(Barrier) == 8);
+inline void barrier_init(u64* b, int arrivals) {
+  *reinterpret_cast<Barrier*>(b) = {0, static_cast<u8>(arrivals), static_cast<u8>(arrivals), 0};
+}
+inline void barriers_ready() {}
+inline void barrier_expect(u64* b, int bytes) {
+  auto* barrier = reinterpret_cast<Barrier*>(b);
+  if (barrier->pending == 0) std::fprintf(stderr, "more arrivals than a barrier expects\n"), std::abort();
+  barrier->bytes += bytes;
+  --barrier->pending;
+  barrier->check();
+}
+inline void barrier_arrive(u64* b) { barrier_expect(b, 0); }
+inline bool barrier_done(u64* b, u32 parity) {
+  machine::yield();
+  return reinterpret_cast<Barrier*>(b)->phase != parity;
+}
+inline bool barrier_done_now(u64* b, u32 parity) { return barrier_done(b, parity); }
+inline void prefetch(const void* from, u32 bytes) {
+  if ((reinterpret_cast<u64>(from) | bytes) % 16 != 0) std::fprintf(stderr, "a prefetch is not aligned\n"), std::abort();
+}
+inline u64 evict_first() { return 0; }
+inline void bulk_load(void* to, const void* from, int bytes, u64* b, u64) {
+  if ((reinterpret_cast<u64>(to) | reinterpret_cast<u64>(from) | static_cast<u64>(bytes)) % 16 != 0) {
+    std::fprintf(stderr, "a bulk load is not aligned\n"), std::abort();
+  }
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+  auto* barrier = reinterpret_cast<Barrier*>(b);
+  barrier->bytes -= bytes;
+  barrier->check();
+}
+
+// Nothing has arrived before the wait.
+template <int bytes>
+void copy_async(void* to, const void* from) {
+  if ((reinterpret_cast<u64>(to) | reinterpret_cast<u64>(from)) % bytes != 0) {
+    std::fprintf(stderr, "a copy is not aligned\n"), std::abort();
+  }
+  machine::self->copies.push_back({to, from, bytes});
+}
+inline void copies_wait() {
+  for (const machine::Copy& c : machine::self->copies) std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+  machine::self->copies.clear();
+}
+
+}  // namespace mpk

@@ -1,0 +1,59 @@
+"""Kernels give the results of ``jax.jit``: run on a CPU, every thread of every worker a fiber."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests.codegen import cuda_emulation
+from tests.codegen.cuda_cases import CASES, Case
+from tests.codegen.test_cuda_compiles import plan_of
+from tests.random_programs.check import disagreement, reference
+from tests.random_programs.generate import generate as random_program
+
+pytestmark = [
+    pytest.mark.usefixtures("x64"),
+    pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="needs a C++ compiler"),
+]
+#: Random programs of each family.
+PROGRAMS = 24
+#: Workers of a launch, by turns.
+WORKERS = (1, 2, 3, 5)
+
+
+def check_case(case: Case, got: list[Any], args: list[Any]) -> None:
+    """Compares a case's results with those of ``jax.jit``."""
+    expected = [np.asarray(r) for r in jax.tree.leaves(jax.jit(case.fn)(*args))]
+    assert len(got) == len(expected)
+    for have, want in zip(got, expected):
+        have = np.asarray(have)
+        assert (have.shape, have.dtype) == (want.shape, want.dtype)
+        if case.rough and want.dtype.kind not in "biu":
+            unit = float(np.finfo(want.dtype).eps) if want.dtype.kind == "f" else 2.0**-8
+            scale = np.max(np.abs(want.astype(np.float64)), initial=0.0)
+            np.testing.assert_allclose(have.astype(np.float64), want.astype(np.float64), 16 * unit, 16 * unit * scale)
+        else:
+            np.testing.assert_array_equal(have, want)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: Case) -> None:
+    args = case.arguments()
+    plan, inputs = plan_of(case.fn, args, workers=4)
+    check_case(case, cuda_emulation.run(plan, inputs, launches=2), args)
+
+
+@pytest.mark.parametrize("family", ["exact", "smooth"])
+@pytest.mark.parametrize("seed", range(PROGRAMS))
+def test_random_program(family: str, seed: int) -> None:
+    program = random_program(seed, family)
+    try:
+        expected = reference(program)
+    except jax.errors.JaxRuntimeError:
+        pytest.skip("jax.jit refuses it")
+    plan, inputs = plan_of(program.function(), expected.args, workers=WORKERS[seed % len(WORKERS)])
+    got = cuda_emulation.run(plan, inputs, launches=1 + seed % 2, seed=seed)
+    assert disagreement(program, expected, got) is None

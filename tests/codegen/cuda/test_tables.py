@@ -33,13 +33,15 @@ from tests.plan import graphs
 
 NAMES = [*SAMPLES, "carries", "contraction", "in_place", "nested", "while"]
 JOB_WORDS = 8
+#: What workers get for what does not fit in scratch, in these tests.
+MEMORY_BYTES, MEMORIES = 1000, 3
 
 
 @functools.cache
 def made(name: str) -> tuple[Plan, list[Code], State, Tables]:
     planned = plan(name) if name in SAMPLES else make_plan(fuse(graphs.case(name).graph), targets.H100)
     codes = routine_codes(planned)
-    state = state_layout(planned, len(segments(planned.schedule)))
+    state = state_layout(planned, len(segments(planned.schedule)), MEMORY_BYTES, MEMORIES)
     return planned, codes, state, build_tables(planned, state, case_of(codes), codes)
 
 
@@ -140,13 +142,14 @@ def test_streams_follow_the_queue(name: str) -> None:
                 offset, size = job[2:6].view(np.uint64)
                 assert (job[0], job[1]) == (buffer, stream.chunk_bytes)
                 assert (offset, size) == (unit * UNIT + stream.first[task], stream.size[task])
+                assert (job[6], job[7]) == (stream.rows[task], stream.stride)
                 assert offset % 16 == 0 and size % 16 == 0
     assert end or name != "streamed"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state(name: str) -> None:
-    """Header, sequences, counters, tagged words: aligned, one behind the other."""
+    """Header, sequences, counters, tagged words, memories of workers: aligned, one behind the other."""
     planned, _, state, _ = made(name)
     taken = [(0, HEADER_BYTES + 4 * len(segments(planned.schedule)))]
     taken.append((state.events, state.events + EVENT_BYTES * planned.events))
@@ -159,7 +162,9 @@ def test_state(name: str) -> None:
             taken.append((at, at + planned.storages[storage].nbytes // item * word))
     assert all(a % 256 == 0 for a, _ in taken)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
-    assert taken[-1][1] <= state.size
+    assert taken[-1][1] <= state.memory and state.memory % 256 == state.memory_bytes % 256 == 0
+    assert MEMORY_BYTES <= state.memory_bytes
+    assert state.size == state.memory + MEMORIES * state.memory_bytes
 
 
 @pytest.mark.parametrize("dtype", dtypes.ALL)

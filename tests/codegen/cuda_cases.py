@@ -196,7 +196,9 @@ CASES: list[Case] = [
         True,
     ),
     Case(
-        "update_slice", lambda x, u, i: lax.dynamic_update_slice(x, u, (i, 0)), ["30x8 uint8", "4x8 uint8", "int32=5"]
+        "update_slice",
+        lambda x, u, i: lax.dynamic_update_slice_in_dim(x, u, i, 0),
+        ["30x8 uint8", "4x8 uint8", "int32=5"],
     ),
     *(
         Case(f"scatter_{mode}", _scatter(mode), [f"40x5 {t}", "17 int32", f"17x5 {t}"], ["update_in_order("])

@@ -69,9 +69,8 @@ def test_branch_with_an_arm_that_does_nothing() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_nested(seed: int) -> None:
     def inner(j: Any, y: Any, x: Any) -> Any:
-        return lax.switch(
-            j + seed, [lambda y: y @ x, lambda y: lax.fori_loop(0, j, lambda _, z: z @ z, y), jnp.tanh], y
-        )
+        arms = [lambda y: y @ x, lambda y: lax.fori_loop(0, j, lambda _, z: z @ z, y), jnp.tanh]
+        return lax.switch(j + seed, arms, y)
 
     def outer(i: Any, x: Any) -> Any:
         return lax.fori_loop(0, i, lambda j, y: inner(j, y, x), x)

@@ -77,7 +77,7 @@ def segments(schedule: Schedule) -> list[Segment]:
     return out
 
 
-def state_layout(plan: Plan, segment_count: int, memory_bytes: int, memories: int) -> State:
+def state_layout(plan: Plan, segment_count: int, memory_bytes: int = 0, memories: int = 0) -> State:
     """A call site's state: header, sequences of the segments, counters, tagged words, memories of workers."""
     events = _aligned(HEADER_BYTES + 4 * segment_count)
     at = _aligned(events + EVENT_BYTES * plan.events)

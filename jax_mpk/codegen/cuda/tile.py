@@ -12,7 +12,8 @@ from jax_mpk.codegen.cuda.routine import Frame, product
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset
 from jax_mpk.codegen.cuda.stream import factors
 from jax_mpk.codegen.cuda.texts import group, loader, stores, title
-from jax_mpk.graph.ir import Nest
+from jax_mpk.graph.fuse_maps import programs
+from jax_mpk.graph.ir import Nest, reads
 from jax_mpk.graph.scalar import Builder, Expr, inline
 from jax_mpk.graph.windows import Factor
 from jax_mpk.graph.windows import factor as find_factor
@@ -37,7 +38,8 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     low, extents, most = frame.box(member, rank)
     if most == 0 or any(e.value is None for e in extents):
         return False
-    if not all(_patch(frame, op, f, arrays, low, extents, dry=True) for f in found if f is not None and f.new >= 0):
+    windowed = [f for f in found if f is not None and f.new >= 0]
+    if not all(_alone(frame, op, f) and _patch(frame, op, f, arrays, low, extents, dry=True) for f in windowed):
         return False
     code = factors(frame.plan.graph, op, {s: arrays[s].strides for s in slots})
     if code is None:
@@ -58,7 +60,6 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
                 outer = k
     if not dot and outer < 0:
         return False
-    windowed = [f for f in found if f is not None and f.new >= 0]
     if windowed:
         patched = [arrays[op.body.nodes[f.load].attr] for f in windowed]
         frame.meet(arrays, patched)
@@ -104,6 +105,14 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     unrolled += [*(f"  {text}" for text in finish), "}"]
     frame.lines_of(f"[&](int n, const Pack<{WIDTH}>& a) {{", [*decode, *unrolled], "});")
     return True
+
+
+def _alone(frame: Frame, op: Nest, factor: Factor) -> bool:
+    """Whether a factor's old rows are read by it only: others would find the new rows in their place."""
+    slot = op.body.nodes[factor.load].attr
+    loads = [expr.nodes[i].attr for expr in programs(op) for i in expr.loads()]
+    readers = [other for other in frame.ops if op.operands[slot] in reads(other)]
+    return loads.count(slot) == 1 and len(readers) == 1
 
 
 def _multiples(strides: tuple[int, ...], but: set[int]) -> bool:

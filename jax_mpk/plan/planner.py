@@ -118,10 +118,11 @@ class _Planner:
         self.tagged |= self._tagged(touched, places)
         first_task, first_event = len(self.task_rows), self.events
         handoffs = Handoffs(self.target.workers, self.share, self.shapes, self.tagged, first_task, first_event)
-        long = [k for k, routine in enumerate(early) if not self._is_short(routine)]
+        last = max((k for k, routine in enumerate(early) if not self._is_short(routine)), default=-1)
         for number, (routine, workers, found) in enumerate(zip(routines, places, touched, strict=True)):
             handoffs.add(workers, found)
-            if late and number == max(long, default=-1):
+            # Where something short follows anyway, late routines may wait for all before it: that costs no phase.
+            if late and number == last < len(early) - 1:
                 handoffs.close()
             self._emit(routine, workers, found)
         self.waits += handoffs.waits

@@ -10,20 +10,6 @@
 
 namespace mpk {
 
-template <class Acc>
-__device__ __forceinline__ Acc shuffle_up(const Acc& a, int by) {
-  constexpr int kWords = (sizeof(Acc) + 3) / 4;
-  union Bits {
-    u32 words[kWords];
-    Acc acc;
-    __device__ Bits() {}
-  } in, out;
-  in.acc = a;
-#pragma unroll
-  for (int k = 0; k < kWords; ++k) out.words[k] = __shfl_up_sync(~0u, in.words[k], by);
-  return out.acc;
-}
-
 // Positions [first, last) of a line, behind `before` where there is something before them.
 template <class Acc, class Body, class Combine, class Finish>
 __device__ __forceinline__ void scan_run(int line, int first, int last, bool later, Acc before, Body& body,

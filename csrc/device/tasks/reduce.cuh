@@ -29,9 +29,9 @@ struct Accumulators<First> {
   }
 };
 
-// Another lane's accumulators.
-template <class Acc>
-__device__ __forceinline__ Acc shuffle_down(const Acc& a, int by) {
+// Another lane's accumulators: `shuffle` brings its words, one at a time.
+template <class Acc, class Shuffle>
+__device__ __forceinline__ Acc shuffled(const Acc& a, Shuffle&& shuffle) {
   constexpr int kWords = (sizeof(Acc) + 3) / 4;
   union Bits {
     u32 words[kWords];
@@ -40,8 +40,18 @@ __device__ __forceinline__ Acc shuffle_down(const Acc& a, int by) {
   } in, out;
   in.acc = a;
 #pragma unroll
-  for (int k = 0; k < kWords; ++k) out.words[k] = __shfl_down_sync(~0u, in.words[k], by);
+  for (int k = 0; k < kWords; ++k) out.words[k] = shuffle(in.words[k]);
   return out.acc;
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc shuffle_down(const Acc& a, int by) {
+  return shuffled(a, [by](u32 word) { return __shfl_down_sync(~0u, word, by); });
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc shuffle_up(const Acc& a, int by) {
+  return shuffled(a, [by](u32 word) { return __shfl_up_sync(~0u, word, by); });
 }
 
 // Combines `group` neighbouring lanes in the order of the lanes; the first has the result.

@@ -33,7 +33,7 @@ _SHARED_BYTES = 232_448
 _OTHER_BYTES = 8 << 10
 
 
-_Made = tuple[list[Code], list[int], dict[tuple[str, ...], int], State, Tables, dict[str, int]]
+_Made = tuple[list[int], dict[tuple[str, ...], int], State, Tables, dict[str, int]]
 
 
 def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
@@ -47,7 +47,7 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
     made = _made(plan, streams=True) or _made(plan, streams=False)
     if made is None:
         raise ValueError(f"a task needs more than the {_SHARED_BYTES} bytes of shared memory that an SM has")
-    _, case, bodies, state, tables, shape = made
+    case, bodies, state, tables, shape = made
     shape["kTrace"] = state.size if trace else 0
     text = _source(plan, shape, case, bodies)
     producer = 1 if shape["kStages"] else 0
@@ -77,7 +77,7 @@ def _made(plan: Plan, *, streams: bool) -> _Made | None:
     state = state_layout(plan, count, memory, int(memory_slots(plan).max(initial=-1)) + 1)
     tables = build_tables(plan, state, case, codes)
     shape = _shape(plan, codes, state, tables, count)
-    return None if shape is None else (codes, case, bodies, state, tables, shape)
+    return None if shape is None else (case, bodies, state, tables, shape)
 
 
 def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:

@@ -161,7 +161,7 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     weight = op.operands[found.weight]
     arrays = [frame.array(v) if v != weight else None for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
-    frame.meet([a for a in arrays if a is not None], outputs)
+    frame.meet([a for a in arrays if a is not None], outputs, joins=found.parts > 1)
     at = [
         f"{t} * {factor.strides[d]}"
         for d, t in enumerate(low)

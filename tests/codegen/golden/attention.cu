@@ -29,7 +29,7 @@ struct Shape {
     kSlots = 640,
     kPartials = 896,
     kScratch = 896,
-    kRing = 20608,
+    kRing = 20864,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
@@ -44,13 +44,13 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const s0 = c.template local<bf16>(768);
   const int o0 = at0 * 64;
   // copies bf16[4,64] meanwhile
-  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
+  copy_rows<8>(c, 1, 8, [&](int n, int k) {
     copy_async<16>(s0 + k * 8, g0 + at0 * 64 + k * 8);
   });
   s32* const g1 = c.template global<s32>(8);
   s32* const s1 = c.template local<s32>(896);
   // copies s32[] meanwhile
-  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
+  copy_rows<1>(c, 1, 1, [&](int n, int k) {
     copy_async<4>(s1 + k * 1, g1 + k * 1);
   });
   bf16* const g2 = c.template global<bf16>(10);
@@ -58,7 +58,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const s2 = c.template local<bf16>(1024);
   const int o1 = at1 * 64;
   // copies bf16[2,64] meanwhile
-  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
+  copy_rows<8>(c, 1, 8, [&](int n, int k) {
     copy_async<16>(s2 + k * 8, g2 + at1 * 64 + k * 8);
   });
   bf16* const g3 = c.template global<bf16>(13);
@@ -66,20 +66,20 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const s3 = c.template local<bf16>(1152);
   const int o2 = at2 * 72 + at1 * 72;
   // copies bf16[512,2,64] meanwhile
-  copy_rows(c, 64, 64 / 8, [&](int n, int k) {
+  copy_rows<8>(c, 64, 8, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s3 + n0 * 72 + k * 8, g3 + at2 * 128 + at1 * 64 + n0 * 128 + k * 8);
   });
   bf16* const g4 = c.template global<bf16>(16);
   bf16* const s4 = c.template local<bf16>(10368);
   // copies bf16[2,64] meanwhile
-  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
+  copy_rows<8>(c, 1, 8, [&](int n, int k) {
     copy_async<16>(s4 + k * 8, g4 + at1 * 64 + k * 8);
   });
   bf16* const g5 = c.template global<bf16>(18);
   bf16* const s5 = c.template local<bf16>(10496);
   // copies bf16[512,2,64] meanwhile
-  copy_rows(c, 64, 64 / 8, [&](int n, int k) {
+  copy_rows<8>(c, 64, 8, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s5 + n0 * 72 + k * 8, g5 + at2 * 128 + at1 * 64 + n0 * 128 + k * 8);
   });
@@ -87,6 +87,8 @@ __device__ __forceinline__ void routine_0(C& c) {
   c.sync();
   c.stamp(1);
   const int at3 = c.box(20);
+  f32* const c1 = c.template local<f32>(19712);
+  const int o3 = at1 * 64 + at3 * 64 + at2;
   const auto g6 = c.template tagged<f32>(21);
   // new rows, in the place of those the update will overwrite  functions.py:56
   map(c, 64, [&](int n) {
@@ -108,11 +110,11 @@ __device__ __forceinline__ void routine_0(C& c) {
       [&](f32 a, f32 b) { return a + b; },
       [&](int n, f32 a) {
         const int i2 = at2 + n;
-        g6.put(at1 * 1024 + at3 * 512 + i2, a * 0.125f);
+        g6.put(at1 * 1024 + at3 * 512 + i2, c1[at1 * 64 + at3 * 64 + i2 - o3] = a * 0.125f);
       });
   const int at4 = c.box(22);
   f32* const l4 = c.template local<f32>(384);
-  const int o3 = at4 + at1 + at3;
+  const int o4 = at4 + at1 + at3;
   c.sync();
   // reduce f32[8,2,2] over 64  functions.py:58
   reduce<f32, 32, Spread::kStrided>(
@@ -120,24 +122,24 @@ __device__ __forceinline__ void routine_0(C& c) {
       [&](int n, int r) -> f32 {
         const int r0 = r;
         const int t0 = (at4 * 64) + r0;
-        const f32 t1 = (convert<s32>(t0) <= s1[0]) ? g6.own(at1 * 1024 + at3 * 512 + t0) : bitcast<f32>(u32(0xff800000u));
+        const f32 t1 = (convert<s32>(t0) <= s1[0]) ? c1[at1 * 64 + at3 * 64 + t0 - o3] : bitcast<f32>(u32(0xff800000u));
         return t1;
       },
       [&](f32 a, f32 b) -> f32 {
         return op_max(a, b);
       },
       [&](int n, f32 a) {
-        l4[at4 + at1 + at3 - o3] = op_max(a, -3.4028235e+38f);
+        l4[at4 + at1 + at3 - o4] = op_max(a, -3.4028235e+38f);
       });
   f32* const l5 = c.template local<f32>(448);
-  const int o4 = at4 * 64 + at1 * 64 + at3 * 64;
+  const int o5 = at4 * 64 + at1 * 64 + at3 * 64;
   c.sync();
   // map f32[8,2,2,64]  functions.py:58
   map(c, 64, [&](int n) {
     const int i3 = n;
     const int t0 = (at4 * 64) + i3;
-    const f32 t1 = (convert<s32>(t0) <= s1[0]) ? g6.own(at1 * 1024 + at3 * 512 + t0) : bitcast<f32>(u32(0xff800000u));
-    l5[at4 * 64 + at1 * 64 + at3 * 64 + i3 - o4] = op_exp(t1 - l4[at4 + at1 + at3 - o3]);
+    const f32 t1 = (convert<s32>(t0) <= s1[0]) ? c1[at1 * 64 + at3 * 64 + t0 - o3] : bitcast<f32>(u32(0xff800000u));
+    l5[at4 * 64 + at1 * 64 + at3 * 64 + i3 - o5] = op_exp(t1 - l4[at4 + at1 + at3 - o4]);
   });
   const auto g7 = c.template tagged<f32>(23);
   c.sync();
@@ -146,7 +148,7 @@ __device__ __forceinline__ void routine_0(C& c) {
       c, 1, 64,
       [&](int n, int r) -> f32 {
         const int r0 = r;
-        return l5[at4 * 64 + at1 * 64 + at3 * 64 + r0 - o4];
+        return l5[at4 * 64 + at1 * 64 + at3 * 64 + r0 - o5];
       },
       [&](f32 a, f32 b) -> f32 {
         return a + b;
@@ -155,25 +157,31 @@ __device__ __forceinline__ void routine_0(C& c) {
         g7.put(at4 * 4 + at1 * 2 + at3, a);
       });
   const auto g8 = c.template tagged<f32>(24);
+  // new rows, in the place of those the update will overwrite  functions.py:59
+  map(c, 64, [&](int n) {
+    const int i3 = n;
+    const s32 w0 = s1[0];
+    const int i4 = op_min(op_max(int((w0 < 0) ? op_add(w0, 512) : w0), 0), 511) + 0 - ((at4 * 64) + 0);
+    if (i4 < 0 || i4 >= 0 + 64) return;
+    s5[((at4 * 64) + i4) * 72 + at1 * 72 + i3 - o2] = s4[at1 * 64 + i3 - o1];
+  });
+  c.sync();
   // contract f32[8,2,2,64] over 64  functions.py:59
-  reduce<f32, 4, Spread::kStrided>(
-      c, 64, 64,
-      [&](int n, int r) -> f32 {
+  reduce<Pack<8>, 32, Spread::kStrided>(
+      c, 8, 64,
+      [&](int n, int r) -> Pack<8> {
         const int i3 = n;
         const int r0 = r;
-        const int t0 = (at4 * 64) + r0;
-        const s32 t1 = s1[0];
-        const int t2 = op_min(op_max(int((t1 < 0) ? op_add(t1, 512) : t1), 0), 511);
-        const b1 t3 = (t0 >= t2) & (t0 < (t2 + 1));
-        const bf16 t4 = t3 ? (t3 ? s4[at1 * 64 + i3 - o1] : bf16{}) : s5[t0 * 72 + at1 * 72 + i3 - o2];
-        return l5[at4 * 64 + at1 * 64 + at3 * 64 + r0 - o4] * convert<f32>(t4);
+        return scaled<8>(s5 + at4 * 4608 + at1 * 72 + i3 * 8 + r0 * 72 - o2, *(l5 + at4 * 64 + at1 * 64 + at3 * 64 + r0 - o5));
       },
-      [&](f32 a, f32 b) -> f32 {
-        return a + b;
-      },
-      [&](int n, f32 a) {
+      [&](const Pack<8>& a, const Pack<8>& b) { return a + b; },
+      [&](int n, const Pack<8>& a) {
         const int i3 = n;
-        g8.put(at4 * 256 + at1 * 128 + at3 * 64 + i3, a);
+        #pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int i = i3 * 8 + e;
+          g8.put(at4 * 256 + at1 * 128 + at3 * 64 + i, a.e[e]);
+        }
       });
 }
 
@@ -182,7 +190,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   s32* const g0 = c.template global<s32>(5);
   s32* const s0 = c.template local<s32>(384);
   // copies s32[] meanwhile
-  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
+  copy_rows<1>(c, 1, 1, [&](int n, int k) {
     copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
   const auto g1 = c.template tagged<f32>(7);

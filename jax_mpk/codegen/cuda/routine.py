@@ -331,6 +331,12 @@ class Frame:
         self.code.scratch = at + size
         return at
 
+    def scratch_array(self, dtype: str, count: int) -> Array:
+        """A vector in scratch that only the current member uses."""
+        return self._in_scratch(
+            f"v{self.code.scratch}", dtype, self.scratch(count * dtypes.itemsize(dtype)), (count,), [fixed(0)]
+        )
+
     # -- what is brought to scratch first ------------------------------------------------------------------------
 
     def _brought_bytes(self, what: Staged | Copied) -> int:
@@ -461,14 +467,20 @@ class Frame:
           joins: it uses the partials.
           alike: every thread writes the same, and reads it without a barrier.
         """
-        new = [(place, False) for a in reads for place in _places(a)]
-        new += [(place, True) for a in writes for place in _places(a)]
+        new = _touched(reads, writes)
         if joins:
             new.append((_PARTIALS, True))
-        if any((w or wrote) and _overlap(a, b) for a, wrote in self._since for b, w in new):
+        if self._meets(new):
             self.line("c.sync();")
             self._since.clear()
         self._since += [(place, wrote and not alike) for place, wrote in new]
+
+    def would_meet(self, reads: Sequence[Array], writes: Sequence[Array]) -> bool:
+        """Whether ``meet`` would put a barrier there."""
+        return self._meets(_touched(reads, writes))
+
+    def _meets(self, new: Sequence[tuple[_Place, bool]]) -> bool:
+        return any((w or wrote) and _overlap(a, b) for a, wrote in self._since for b, w in new)
 
     def met(self) -> None:
         """What was written last ended with a barrier."""
@@ -489,6 +501,10 @@ def product(terms: Sequence[Term]) -> Term:
 
 def _places(a: Array) -> list[_Place]:
     return [a.storage if a.bytes is None else a.bytes, *(_places(a.copy) if a.copy is not None else [])]
+
+
+def _touched(reads: Sequence[Array], writes: Sequence[Array]) -> list[tuple[_Place, bool]]:
+    return [(p, False) for a in reads for p in _places(a)] + [(p, True) for a in writes for p in _places(a)]
 
 
 def _overlap(a: _Place, b: _Place) -> bool:

@@ -47,7 +47,7 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     rank, depth = len(op.space), math.prod(op.rspace)
     low, extents, most = frame.box(member, rank)
     together = depth >= _TOGETHER_DEPTH and most <= _TOGETHER_OUTPUTS
-    if not together and (factors := _factors(op)) is not None and tile(frame, member, factors):
+    if (factors := _factors(op)) is not None and tile(frame, member, factors):
         return
     operands = [frame.array(v) for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]

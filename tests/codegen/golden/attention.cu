@@ -44,13 +44,13 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const s0 = c.template local<bf16>(768);
   const int o0 = at0 * 64;
   // copies bf16[4,64] meanwhile
-  copy_rows<8>(c, 1, 8, [&](int n, int k) {
+  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
     copy_async<16>(s0 + k * 8, g0 + at0 * 64 + k * 8);
   });
   s32* const g1 = c.template global<s32>(8);
   s32* const s1 = c.template local<s32>(896);
   // copies s32[] meanwhile
-  copy_rows<1>(c, 1, 1, [&](int n, int k) {
+  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
     copy_async<4>(s1 + k * 1, g1 + k * 1);
   });
   bf16* const g2 = c.template global<bf16>(10);
@@ -58,7 +58,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const s2 = c.template local<bf16>(1024);
   const int o1 = at1 * 64;
   // copies bf16[2,64] meanwhile
-  copy_rows<8>(c, 1, 8, [&](int n, int k) {
+  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
     copy_async<16>(s2 + k * 8, g2 + at1 * 64 + k * 8);
   });
   bf16* const g3 = c.template global<bf16>(13);
@@ -66,20 +66,20 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const s3 = c.template local<bf16>(1152);
   const int o2 = at2 * 72 + at1 * 72;
   // copies bf16[512,2,64] meanwhile
-  copy_rows<8>(c, 64, 8, [&](int n, int k) {
+  copy_rows(c, 64, 64 / 8, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s3 + n0 * 72 + k * 8, g3 + at2 * 128 + at1 * 64 + n0 * 128 + k * 8);
   });
   bf16* const g4 = c.template global<bf16>(16);
   bf16* const s4 = c.template local<bf16>(10368);
   // copies bf16[2,64] meanwhile
-  copy_rows<8>(c, 1, 8, [&](int n, int k) {
+  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
     copy_async<16>(s4 + k * 8, g4 + at1 * 64 + k * 8);
   });
   bf16* const g5 = c.template global<bf16>(18);
   bf16* const s5 = c.template local<bf16>(10496);
   // copies bf16[512,2,64] meanwhile
-  copy_rows<8>(c, 64, 8, [&](int n, int k) {
+  copy_rows(c, 64, 64 / 8, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s5 + n0 * 72 + k * 8, g5 + at2 * 128 + at1 * 64 + n0 * 128 + k * 8);
   });
@@ -167,21 +167,17 @@ __device__ __forceinline__ void routine_0(C& c) {
   });
   c.sync();
   // contract f32[8,2,2,64] over 64  functions.py:59
-  reduce<Pack<8>, 32, Spread::kStrided>(
+  reduce_packs<8, 32>(
       c, 8, 64,
       [&](int n, int r) -> Pack<8> {
         const int i3 = n;
         const int r0 = r;
         return scaled<8>(s5 + at4 * 4608 + at1 * 72 + i3 * 8 + r0 * 72 - o2, *(l5 + at4 * 64 + at1 * 64 + at3 * 64 + r0 - o5));
       },
-      [&](const Pack<8>& a, const Pack<8>& b) { return a + b; },
-      [&](int n, const Pack<8>& a) {
+      [&](int n, int e, f32 sum) {
         const int i3 = n;
-        #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int i = i3 * 8 + e;
-          g8.put(at4 * 256 + at1 * 128 + at3 * 64 + i, a.e[e]);
-        }
+        const int i = i3 * 8 + e;
+        g8.put(at4 * 256 + at1 * 128 + at3 * 64 + i, sum);
       });
 }
 
@@ -190,7 +186,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   s32* const g0 = c.template global<s32>(5);
   s32* const s0 = c.template local<s32>(384);
   // copies s32[] meanwhile
-  copy_rows<1>(c, 1, 1, [&](int n, int k) {
+  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
     copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
   const auto g1 = c.template tagged<f32>(7);
@@ -199,14 +195,14 @@ __device__ __forceinline__ void routine_1(C& c) {
   f32* const s1 = c.template local<f32>(512);
   const int o0 = at0 * 512 + at1 * 512;
   // waits for f32[2,2,512]
-  stage(c, g1, at0 * 1024 + at1 * 512, 512, s1, 0, 9);
+  stage<true>(c, g1, at0 * 1024 + at1 * 512, 512, s1, 0, 9);
   const auto g2 = c.template tagged<f32>(10);
   f32* const s2 = c.template local<f32>(2560);
   const int o1 = at0 + at1;
   // waits for f32[8,2,2]
   for (int n = 0; n < 8; ++n) {
     const int n0 = n;
-    stage(c, g2, at0 * 2 + at1 + n0 * 4, 1, s2 + n0 * 1, 9, 1);
+    stage<true>(c, g2, at0 * 2 + at1 + n0 * 4, 1, s2 + n0 * 1, 9, 1);
   }
   const auto g3 = c.template tagged<f32>(11);
   const int at2 = c.box(12);
@@ -215,7 +211,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   // waits for f32[8,2,2,64]
   for (int n = 0; n < 8; ++n) {
     const int n0 = n;
-    stage(c, g3, at0 * 128 + at1 * 64 + at2 + n0 * 256, 4, s3 + n0 * 4, 10, 1);
+    stage<true>(c, g3, at0 * 128 + at1 * 64 + at2 + n0 * 256, 4, s3 + n0 * 4, 10, 1);
   }
   copies_wait();
   c.sync();

@@ -1,0 +1,132 @@
+"""How many keys a mask leaves: which part of a cache attention has to read is known at run time only.
+
+A mask is recognised where scores become −inf, or a number next to it, for every key beyond a position:
+
+    select(key <= position, score, −inf)        score + select(key <= position, 0, −inf)
+
+The weights of all such keys are exactly 0 as long as one key in front of them is live; where none is, every key counts.
+"""
+
+from __future__ import annotations
+
+from jax_mpk.graph import dtypes
+from jax_mpk.graph.dtypes import INDEX
+from jax_mpk.graph.scalar import Builder
+
+#: What a masked score is at most. Next to any score that f32 arithmetic gives it, e^(masked − best) is 0.
+_MASKED = -1e30
+#: Least factor that leaves it so.
+_SCALE = 1e-4
+
+
+def live_keys(b: Builder, scores: int, axis: int, fixed: set[int]) -> int | None:
+    """A node that bounds the keys whose weights can differ from 0, or None where there is none.
+
+    Args:
+      b: holds the program; the node is added to it.
+      scores: node of the scores, all maps in it computed in place.
+      axis: the coordinate of the keys.
+      fixed: coordinates that the bound may depend on; where it depends on others, it is that of their last position.
+
+    Returns:
+      An index node: the keys from there on have a weight of 0. At least 1 and at most the number of keys.
+    """
+    return _Bounds(b, axis, fixed).of_scores(scores)
+
+
+class _Bounds:
+    def __init__(self, b: Builder, axis: int, fixed: set[int]):
+        self.b = b
+        self.axis = axis
+        self.key = b.coord(axis)
+        self.fixed = fixed
+
+    def of_scores(self, i: int) -> int | None:
+        """The bound behind which node ``i`` is masked."""
+        node = self.b.nodes[i]
+        if node.op == "convert" and dtypes.is_float(self.b.nodes[node.args[0]].dtype):
+            return self.of_scores(node.args[0])
+        if node.op == "add":
+            return self._first(node.args, self.of_scores)
+        if node.op in ("mul", "div"):  # by a scale, say
+            choices = (node.args, node.args[::-1]) if node.op == "mul" else (node.args,)
+            return next((self.of_scores(value) for value, scale in choices if self._is_scale(scale)), None)
+        if node.op != "select":
+            return None
+        pred, yes, no = node.args
+        if self._is_masked(no):
+            return self._of_predicate(pred, True)
+        if self._is_masked(yes):
+            return self._of_predicate(pred, False)
+        return None
+
+    def _first(self, args: tuple[int, ...], of) -> int | None:  # type: ignore[no-untyped-def]
+        return next((found for a in args if (found := of(a)) is not None), None)
+
+    def _is_masked(self, i: int) -> bool:
+        node = self.b.nodes[i]
+        if node.op == "convert":
+            return self._is_masked(node.args[0])
+        return node.op == "const" and dtypes.is_float(node.dtype) and dtypes.from_bits(node.attr, node.dtype) <= _MASKED
+
+    def _is_zero(self, i: int) -> bool:
+        node = self.b.nodes[i]
+        return node.op == "const" and dtypes.from_bits(node.attr, node.dtype) == 0
+
+    def _is_scale(self, i: int) -> bool:
+        """Whether a masked score multiplied with, or divided by, this is still one."""
+        node = self.b.nodes[i]
+        if node.op != "const" or not dtypes.is_float(node.dtype):
+            return False
+        return bool(_SCALE <= dtypes.from_bits(node.attr, node.dtype) <= 1 / _SCALE)
+
+    def _of_predicate(self, i: int, truth: bool) -> int | None:
+        """The bound of the keys for which a predicate can have a truth value."""
+        node = self.b.nodes[i]
+        if node.op == "not":
+            return self._of_predicate(node.args[0], not truth)
+        if node.op == ("and" if truth else "or"):
+            return self._first(node.args, lambda a: self._of_predicate(a, truth))
+        if node.op in ("ne", "eq") and self._is_zero(node.args[1]):  # a mask held as a number
+            held = self.b.nodes[node.args[0]]
+            if held.op == "convert" and self.b.nodes[held.args[0]].dtype == "b1":
+                return self._of_predicate(held.args[0], truth == (node.op == "ne"))
+            return None
+        op = node.op if truth else {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le"}.get(node.op, "")
+        if op in ("ge", "gt"):
+            return self._limit(node.args[1], node.args[0], op == "ge")
+        return self._limit(*node.args, op == "le") if op in ("le", "lt") else None
+
+    def _limit(self, key: int, most: int, inclusive: bool) -> int | None:
+        """The bound of key + constant <= most (or <)."""
+        b = self.b
+        terms, shift = b.linear(self._index(key))
+        if terms != {self.key: 1} or not dtypes.is_int(b.nodes[most].dtype) or b.nodes[most].dtype == "u64":
+            return None
+        last = self._last(self._index(most))
+        if last is None:
+            return None
+        keys = b.index(b.extents[self.axis])
+        count = b.add(last, b.index(int(inclusive) - shift))
+        some = b.op("gt", count, b.index(0))
+        return b.op("select", some, b.clamp(b.index(1), count, keys), keys)
+
+    def _index(self, i: int) -> int:
+        return self.b.convert(i, INDEX)
+
+    def _last(self, i: int) -> int | None:
+        """The largest value of an index over the coordinates that are not fixed; None where it is not known."""
+        b = self.b
+        terms, constant = b.linear(i)
+        out = b.index(constant)
+        for atom, scale in terms.items():
+            node = b.nodes[atom]
+            if node.op == "coord" and node.attr not in self.fixed:
+                if node.attr == self.axis:
+                    return None
+                out = b.add(out, b.index(max(scale, 0) * (b.extents[node.attr] - 1)))
+                continue
+            if any(n.op == "coord" and n.attr not in self.fixed for n in b.build(atom).nodes):
+                return None
+            out = b.add(out, b.mul(atom, b.index(scale)))
+        return out

@@ -17,8 +17,8 @@ from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest, Op
 from jax_mpk.graph.rewrite import Slots, inline_map
 from jax_mpk.graph.scalar import Builder, Expr, Node, inline
-from jax_mpk.plan.live import live_keys
 from jax_mpk.graph.windows import factor
+from jax_mpk.plan.live import live_keys
 
 #: A softmax is searched for in a program of no more nodes than this.
 _MOST_NODES = 4000
@@ -40,8 +40,8 @@ class Attention:
       rounded: type the user rounds that l to, or None.
       totals: the sums whose results ``out``'s epilogue reads, by value; their accumulator is l.
       softmax: the map that computes ``weights``.
-      live: how many keys the mask leaves, over ``out.space`` and reading ``operands``: all those behind have a weight of
-        0. It depends on rows that choose values only. None where no mask is recognised.
+      live: how many keys the mask leaves, over ``out.space`` and reading ``operands``: all behind have a weight of 0. It
+        depends on rows that choose values only. None where no mask is recognised.
     """
 
     out: Nest

@@ -9,6 +9,8 @@ The weights of all such keys are exactly 0 as long as one key in front of them i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.dtypes import INDEX
 from jax_mpk.graph.scalar import Builder
@@ -60,14 +62,16 @@ class _Bounds:
             return self._of_predicate(pred, False)
         return None
 
-    def _first(self, args: tuple[int, ...], of) -> int | None:  # type: ignore[no-untyped-def]
+    def _first(self, args: tuple[int, ...], of: Callable[[int], int | None]) -> int | None:
         return next((found for a in args if (found := of(a)) is not None), None)
 
     def _is_masked(self, i: int) -> bool:
         node = self.b.nodes[i]
         if node.op == "convert":
             return self._is_masked(node.args[0])
-        return node.op == "const" and dtypes.is_float(node.dtype) and dtypes.from_bits(node.attr, node.dtype) <= _MASKED
+        if node.op != "const" or not dtypes.is_float(node.dtype):
+            return False
+        return bool(float(dtypes.from_bits(node.attr, node.dtype)) <= _MASKED)  # type: ignore[arg-type]
 
     def _is_zero(self, i: int) -> bool:
         node = self.b.nodes[i]
@@ -78,7 +82,7 @@ class _Bounds:
         node = self.b.nodes[i]
         if node.op != "const" or not dtypes.is_float(node.dtype):
             return False
-        return bool(_SCALE <= dtypes.from_bits(node.attr, node.dtype) <= 1 / _SCALE)
+        return bool(_SCALE <= float(dtypes.from_bits(node.attr, node.dtype)) <= 1 / _SCALE)  # type: ignore[arg-type]
 
     def _of_predicate(self, i: int, truth: bool) -> int | None:
         """The bound of the keys for which a predicate can have a truth value."""
@@ -95,7 +99,7 @@ class _Bounds:
         op = node.op if truth else {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le"}.get(node.op, "")
         if op in ("ge", "gt"):
             return self._limit(node.args[1], node.args[0], op == "ge")
-        return self._limit(*node.args, op == "le") if op in ("le", "lt") else None
+        return self._limit(node.args[0], node.args[1], op == "le") if op in ("le", "lt") else None
 
     def _limit(self, key: int, most: int, inclusive: bool) -> int | None:
         """The bound of key + constant <= most (or <)."""

@@ -249,6 +249,8 @@ def _factor(op: Nest, root: int, loops: Lowered, uniform: _Uniform, rank: int) -
         return None
     if found.new < 0:
         return Factor(load.attr, constant, strides)
+    if not is_uniform(body, found.start):
+        return None
     where, shift = loops.linear(load.args[found.axis])
     if len(where) != 1:
         return None

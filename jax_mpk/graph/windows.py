@@ -43,7 +43,8 @@ class Factor:
       load: position of the load (of the base, if windowed) in the body.
       new: position of the load of the new rows, or -1.
       axis: axis of the base the window lies on, or -1.
-      start: position of the node that gives the window's first index (no coordinates in it), or -1.
+      start: position of the node that gives the window's first index, or -1; it does not depend on what moves along
+        the axis.
       length: extent of the window, or 0.
       bound: position of the predicate outside which the factor is 0, or -1.
     """
@@ -110,7 +111,9 @@ def factor(expr: Expr, result: int) -> Factor | None:
     if where not in indices or not is_affine(expr, indices):
         return None
     axis = indices.index(where)
-    if not is_uniform(expr, start) or not is_affine(expr, tuple(a for k, a in enumerate(fresh.args[1:]) if k != axis)):
+    if _coords(expr, where) & _coords(expr, start) or not is_affine(
+        expr, tuple(a for k, a in enumerate(fresh.args[1:]) if k != axis)
+    ):
         return None
     length = _distance(expr, start, high.args[1])
     return None if length is None else Factor(base, new, axis, start, length, bound)
@@ -167,6 +170,11 @@ def is_identity(expr: Expr, args: tuple[int, ...], space: tuple[int, ...]) -> bo
 def is_uniform(expr: Expr, i: int) -> bool:
     """Whether a node depends on no coordinate."""
     return all(node.op != "coord" for node in expr.only(i).nodes)
+
+
+def _coords(expr: Expr, i: int) -> set[int]:
+    """Coordinates that a node depends on."""
+    return {node.attr for node in expr.only(i).nodes if node.op == "coord"}
 
 
 def _coord_and_rest(expr: Expr, i: int) -> tuple[int | None, int | None]:

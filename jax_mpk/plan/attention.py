@@ -40,8 +40,8 @@ class Attention:
       rounded: type the user rounds that l to, or None.
       totals: the sums whose results ``out``'s epilogue reads, by value; their accumulator is l.
       softmax: the map that computes ``weights``.
-      live: how many keys the mask leaves, over ``out.space`` and reading ``operands``: all behind have a weight of 0. It
-        depends on rows that choose values only. None where no mask is recognised.
+      live: how many keys the mask leaves, over ``out.space`` and reading ``operands``: all behind have a weight of 0.
+        It depends on rows that choose values only. None where no mask is recognised.
     """
 
     out: Nest

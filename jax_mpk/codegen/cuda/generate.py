@@ -12,6 +12,7 @@ from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots, scratch_bytes
+from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame
 from jax_mpk.codegen.cuda.staging import Staging
@@ -99,11 +100,19 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
             )
         ops = inline_members(plan, routine, boxes)
         memory = slots[table["worker"][tasks]]
-        copied = copies(plan, routine, ops, boxes)
         room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0)
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
-        frame = Frame(plan, routine, ops, boxes, staging.of(number, tasks), copied, memory, room=room, streams=streams)
-        for m, op in enumerate(ops):
+        staged = staging.of(number, tasks)
+        far: set[int] = set()  # values with live parts that do not fit into scratch
+        while True:
+            live = live_members(plan, routine, ops, boxes, far)
+            copied = copies(plan, routine, live, boxes)
+            frame = Frame(plan, routine, live, boxes, staged, copied, memory, room=room, streams=streams)
+            left = {v for v in live.shifts if not frame.brings(v)}
+            if not left:
+                break
+            far |= left
+        for m, op in enumerate(live.ops):
             if op is None:
                 continue
             if isinstance(op, Update):

@@ -36,8 +36,10 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     if any(arrays[s].kind != "local" or arrays[s].dtype not in _TYPES for s in slots):
         return False
     low, extents, most = frame.box(member, rank)
-    if most == 0 or any(e.value is None for e in extents):
+    live = frame.live.limits[member]
+    if most == 0 or any(e.value is None and d not in live for d, e in enumerate(extents)):
         return False
+    count = frame.live_count(member, rank)
     windowed = [f for f in found if f is not None and f.new >= 0]
     if not all(_alone(frame, op, f) and _patch(frame, op, f, arrays, low, extents, dry=True) for f in windowed):
         return False
@@ -51,9 +53,9 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     depth = math.prod(op.rspace)
     starts = [_aligned(frame, member, op, s, arrays[s.slot]) for s in sides]
     dot = op.rspace[-1] % WIDTH == 0 and all(s.strides[last] == 1 for s in sides) and all(starts)
-    dot &= all(_multiples(s.strides, {last}) for s in sides)
+    dot &= all(_multiples(s.strides, {last}) for s in sides) and count is None
     outer = -1
-    if not dot and along and extents[along[-1]].known % WIDTH == 0:
+    if not dot and along and extents[along[-1]].value is not None and extents[along[-1]].known % WIDTH == 0:
         for k, s in enumerate(sides):
             d = along[-1]
             if s.strides[d] == 1 and sides[1 - k].strides[d] == 0 and starts[k] and _multiples(s.strides, {d}):
@@ -93,8 +95,12 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     group_coords[d] = first
     inner, decode_inner = frame.whole("r", op.rspace)
     texts = [_at(s, arrays[s.slot], [*group_coords, *inner]) for s in sides]
-    frame.line(f"reduce<Pack<{WIDTH}>, {group(most // WIDTH, depth)}, Spread::kStrided>(")
-    frame.line(f"    c, {product(wide).text}, {depth},")
+    if count is None:
+        frame.line(f"reduce<Pack<{WIDTH}>, {group(most // WIDTH, depth)}, Spread::kStrided>(")
+        frame.line(f"    c, {product(wide).text}, {depth},")
+    else:
+        frame.line(f"reduce_live<Pack<{WIDTH}>, {group(most // WIDTH, depth)}>(")
+        frame.line(f"    c, {product(wide).text}, {count.text}, Pack<{WIDTH}>{{}},")
     body = f"return scaled<{WIDTH}>({texts[outer]}, *({texts[1 - outer]}));"
     frame.lines_of(f"[&](int n, int r) -> Pack<{WIDTH}> {{", [*decode, *decode_inner, body], "},")
     frame.line(f"    [&](const Pack<{WIDTH}>& a, const Pack<{WIDTH}>& b) {{ return a + b; }},")

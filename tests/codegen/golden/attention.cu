@@ -29,7 +29,7 @@ struct Shape {
     kSlots = 640,
     kPartials = 896,
     kScratch = 896,
-    kRing = 20608,
+    kRing = 11392,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
@@ -39,141 +39,148 @@ using C = Context<Shape>;
 
 // functions.py:59 hgt,thd->hgd dot_general  (routines 0)
 __device__ __forceinline__ void routine_0(C& c) {
-  bf16* const g0 = c.template global<bf16>(5);
-  const int at0 = c.box(7);
-  bf16* const s0 = c.template local<bf16>(768);
-  const int o0 = at0 * 64;
-  // copies bf16[4,64] meanwhile
-  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
-    copy_async<16>(s0 + k * 8, g0 + at0 * 64 + k * 8);
-  });
-  s32* const g1 = c.template global<s32>(8);
-  s32* const s1 = c.template local<s32>(896);
+  const int at0 = c.box(5);
+  s32* const g0 = c.template global<s32>(6);
+  const s64 u0 = s64(int(g0[0])) + s64(1);
+  const int u1 = (u0 > s64(0)) ? int(op_min(op_max(u0, s64(1)), s64(512))) : 512;
+  const int u2 = (u1 + 7) / 8;
+  const int u3 = at0 * u2;
+  const int live0 = u3;
+  const int live1 = op_min(op_max(u1 + (u3 * (-1)), 0), u2);
+  s32* const s0 = c.template local<s32>(768);
   // copies s32[] meanwhile
   copy_rows(c, 1, 1 / 1, [&](int n, int k) {
-    copy_async<4>(s1 + k * 1, g1 + k * 1);
+    copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
-  bf16* const g2 = c.template global<bf16>(10);
-  const int at1 = c.box(12);
+  bf16* const g1 = c.template global<bf16>(8);
+  const int at1 = c.box(10);
+  bf16* const s1 = c.template local<bf16>(896);
+  const int o0 = at1 * 64;
+  // copies bf16[4,64] meanwhile
+  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
+    copy_async<16>(s1 + k * 8, g1 + at1 * 64 + k * 8);
+  });
+  bf16* const g2 = c.template global<bf16>(11);
+  const int at2 = c.box(13);
   bf16* const s2 = c.template local<bf16>(1024);
-  const int o1 = at1 * 64;
+  const int o1 = at2 * 64;
   // copies bf16[2,64] meanwhile
   copy_rows(c, 1, 64 / 8, [&](int n, int k) {
-    copy_async<16>(s2 + k * 8, g2 + at1 * 64 + k * 8);
+    copy_async<16>(s2 + k * 8, g2 + at2 * 64 + k * 8);
   });
-  bf16* const g3 = c.template global<bf16>(13);
-  const int at2 = c.box(15);
+  bf16* const g3 = c.template global<bf16>(14);
   bf16* const s3 = c.template local<bf16>(1152);
-  const int o2 = at2 * 72 + at1 * 72;
-  // copies bf16[512,2,64] meanwhile
-  copy_rows(c, 64, 64 / 8, [&](int n, int k) {
-    const int n0 = n;
-    copy_async<16>(s3 + n0 * 72 + k * 8, g3 + at2 * 128 + at1 * 64 + n0 * 128 + k * 8);
+  // copies bf16[2,64] meanwhile
+  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
+    copy_async<16>(s3 + k * 8, g3 + at2 * 64 + k * 8);
   });
   bf16* const g4 = c.template global<bf16>(16);
-  bf16* const s4 = c.template local<bf16>(10368);
-  // copies bf16[2,64] meanwhile
-  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
-    copy_async<16>(s4 + k * 8, g4 + at1 * 64 + k * 8);
-  });
-  bf16* const g5 = c.template global<bf16>(18);
-  bf16* const s5 = c.template local<bf16>(10496);
+  bf16* const s4 = c.template local<bf16>(1280);
+  const int o2 = at2 * 72;
   // copies bf16[512,2,64] meanwhile
-  copy_rows(c, 64, 64 / 8, [&](int n, int k) {
+  copy_rows(c, live1, 64 / 8, [&](int n, int k) {
     const int n0 = n;
-    copy_async<16>(s5 + n0 * 72 + k * 8, g5 + at2 * 128 + at1 * 64 + n0 * 128 + k * 8);
+    copy_async<16>(s4 + n0 * 72 + k * 8, g4 + at2 * 64 + live0 * 128 + n0 * 128 + k * 8);
   });
   copies_wait();
   c.sync();
   c.stamp(1);
+  bf16* const g5 = c.template global<bf16>(18);
   const int at3 = c.box(20);
   const auto g6 = c.template tagged<f32>(21);
-  // new rows, in the place of those the update will overwrite  functions.py:56
-  map(c, 64, [&](int n) {
-    const int i3 = n;
-    const s32 w0 = s1[0];
-    const int i2 = op_min(op_max(int((w0 < 0) ? op_add(w0, 512) : w0), 0), 511) + 0 - (0);
-    if (i2 < at2 || i2 >= at2 + 64) return;
-    s3[i2 * 72 + at1 * 72 + i3 - o2] = s2[at1 * 64 + i3 - o1];
-  });
-  c.sync();
-  // contract f32[2,2,512] over 64  functions.py:56
-  reduce<f32, 4, Spread::kStrided>(
-      c, 64, 8,
-      [&](int n, int r) -> f32 {
-        const int i2 = at2 + n;
-        const int r0 = r;
-        return dot<8>(s0 + at1 * 128 + at3 * 64 + r0 * 8 - o0, s3 + at1 * 72 + i2 * 72 + r0 * 8 - o2);
-      },
-      [&](f32 a, f32 b) { return a + b; },
-      [&](int n, f32 a) {
-        const int i2 = at2 + n;
-        g6.put(at1 * 1024 + at3 * 512 + i2, a * 0.125f);
-      });
-  const int at4 = c.box(22);
-  f32* const l4 = c.template local<f32>(384);
-  const int o3 = at4 + at1 + at3;
-  c.sync();
-  // reduce f32[8,2,2] over 64  functions.py:58
-  reduce<f32, 32, Spread::kStrided>(
-      c, 1, 64,
-      [&](int n, int r) -> f32 {
-        const int r0 = r;
-        const int t0 = (at4 * 64) + r0;
-        const f32 t1 = (convert<s32>(t0) <= s1[0]) ? g6.own(at1 * 1024 + at3 * 512 + t0) : bitcast<f32>(u32(0xff800000u));
-        return t1;
-      },
-      [&](f32 a, f32 b) -> f32 {
-        return op_max(a, b);
-      },
-      [&](int n, f32 a) {
-        l4[at4 + at1 + at3 - o3] = op_max(a, -3.4028235e+38f);
-      });
-  f32* const l5 = c.template local<f32>(448);
-  const int o4 = at4 * 64 + at1 * 64 + at3 * 64;
-  c.sync();
-  // map f32[8,2,2,64]  functions.py:58
-  map(c, 64, [&](int n) {
-    const int i3 = n;
-    const int t0 = (at4 * 64) + i3;
-    const f32 t1 = (convert<s32>(t0) <= s1[0]) ? g6.own(at1 * 1024 + at3 * 512 + t0) : bitcast<f32>(u32(0xff800000u));
-    l5[at4 * 64 + at1 * 64 + at3 * 64 + i3 - o4] = op_exp(t1 - l4[at4 + at1 + at3 - o3]);
-  });
-  const auto g7 = c.template tagged<f32>(23);
-  c.sync();
-  // reduce f32[8,2,2] over 64  functions.py:58
-  reduce<f32, 32, Spread::kStrided>(
-      c, 1, 64,
-      [&](int n, int r) -> f32 {
-        const int r0 = r;
-        return l5[at4 * 64 + at1 * 64 + at3 * 64 + r0 - o4];
-      },
-      [&](f32 a, f32 b) -> f32 {
-        return a + b;
-      },
-      [&](int n, f32 a) {
-        g7.put(at4 * 4 + at1 * 2 + at3, a);
-      });
-  const auto g8 = c.template tagged<f32>(24);
-  // contract f32[8,2,2,64] over 64  functions.py:59
+  // contract f32[8,2,2,64] over 64  functions.py:56
   reduce<f32, 4, Spread::kStrided>(
       c, 64, 64,
       [&](int n, int r) -> f32 {
         const int i3 = n;
         const int r0 = r;
-        const int t0 = (at4 * 64) + r0;
-        const s32 t1 = s1[0];
-        const int t2 = op_min(op_max(int((t1 < 0) ? op_add(t1, 512) : t1), 0), 511);
-        const b1 t3 = (t0 >= t2) & (t0 < (t2 + 1));
-        const bf16 t4 = t3 ? (t3 ? s4[at1 * 64 + i3 - o1] : bf16{}) : s5[t0 * 72 + at1 * 72 + i3 - o2];
-        return l5[at4 * 64 + at1 * 64 + at3 * 64 + r0 - o4] * convert<f32>(t4);
+        const s32 t0 = s0[0];
+        const s64 t1 = s64(int(t0)) + s64(1);
+        const int t2 = (t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(512))) : 512;
+        const int t3 = (t2 + 7) / 8;
+        const int t4 = at0 * t3;
+        const int t5 = i3 + t4;
+        const b1 t6 = i3 < op_min(op_max(t2 + (t4 * (-1)), 0), t3);
+        const int t7 = op_min(op_max(int((t0 < 0) ? op_add(t0, 512) : t0), 0), 511);
+        const b1 t8 = (t5 >= t7) & (t5 < (t7 + 1));
+        const bf16 t9 = t8 ? ((t6 & t8) ? s2[at2 * 64 + r0 - o1] : bf16{}) : (t6 ? g5[t5 * 128 + at2 * 64 + r0] : bf16{});
+        return convert<f32>(s1[((at2 * 2) + at3) * 64 + r0 - o0]) * convert<f32>(t9);
       },
       [&](f32 a, f32 b) -> f32 {
         return a + b;
       },
       [&](int n, f32 a) {
         const int i3 = n;
-        g8.put(at4 * 256 + at1 * 128 + at3 * 64 + i3, a);
+        g6.put(at0 * 256 + at2 * 128 + at3 * 64 + i3, a * 0.125f);
+      });
+  f32* const l4 = c.template local<f32>(384);
+  const int o3 = at0 + at2 + at3;
+  c.sync();
+  // reduce f32[8,2,2] over 64  functions.py:58
+  reduce_live<f32, 32>(
+      c, 1, live1, bitcast<f32>(u32(0xff800000u)),
+      [&](int n, int r) -> f32 {
+        const int r0 = r;
+        const s32 t0 = s0[0];
+        const s64 t1 = s64(int(t0)) + s64(1);
+        const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(512))) : 512) + 7) / 8;
+        const f32 t3 = (convert<s32>(r0 + (at0 * t2)) <= t0) ? g6.own(at0 * 256 + at2 * 128 + at3 * 64 + r0) : bitcast<f32>(u32(0xff800000u));
+        return t3;
+      },
+      [&](f32 a, f32 b) -> f32 {
+        return op_max(a, b);
+      },
+      [&](int n, f32 a) {
+        l4[at0 + at2 + at3 - o3] = op_max(a, -3.4028235e+38f);
+      });
+  f32* const l5 = c.template local<f32>(448);
+  const int o4 = at0 * 64 + at2 * 64 + at3 * 64;
+  c.sync();
+  // map f32[8,2,2,64]  functions.py:58
+  map(c, live1, [&](int n) {
+    const int i3 = n;
+    const s32 t0 = s0[0];
+    const s64 t1 = s64(int(t0)) + s64(1);
+    const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(512))) : 512) + 7) / 8;
+    const f32 t3 = (convert<s32>(i3 + (at0 * t2)) <= t0) ? g6.own(at0 * 256 + at2 * 128 + at3 * 64 + i3) : bitcast<f32>(u32(0xff800000u));
+    l5[at0 * 64 + at2 * 64 + at3 * 64 + i3 - o4] = op_exp(t3 - l4[at0 + at2 + at3 - o3]);
+  });
+  const auto g7 = c.template tagged<f32>(22);
+  c.sync();
+  // reduce f32[8,2,2] over 64  functions.py:58
+  reduce_live<f32, 32>(
+      c, 1, live1, 0.0f,
+      [&](int n, int r) -> f32 {
+        const int r0 = r;
+        return l5[at0 * 64 + at2 * 64 + at3 * 64 + r0 - o4];
+      },
+      [&](f32 a, f32 b) -> f32 {
+        return a + b;
+      },
+      [&](int n, f32 a) {
+        g7.put(at0 * 4 + at2 * 2 + at3, a);
+      });
+  const auto g8 = c.template tagged<f32>(23);
+  // contract f32[8,2,2,64] over 64  functions.py:59
+  reduce_live<f32, 4>(
+      c, 64, live1, 0.0f,
+      [&](int n, int r) -> f32 {
+        const int i3 = n;
+        const int r0 = r;
+        const s32 t0 = s0[0];
+        const s64 t1 = s64(int(t0)) + s64(1);
+        const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(512))) : 512) + 7) / 8;
+        const int t3 = ((at0 * t2) * (-1)) + op_min(op_max(int((t0 < 0) ? op_add(t0, 512) : t0), 0), 511);
+        const b1 t4 = (r0 >= t3) & (r0 < (t3 + 1));
+        const bf16 t5 = t4 ? (t4 ? s3[at2 * 64 + i3 - o1] : bf16{}) : s4[r0 * 72 + at2 * 72 + i3 - o2];
+        return l5[at0 * 64 + at2 * 64 + at3 * 64 + r0 - o4] * convert<f32>(t5);
+      },
+      [&](f32 a, f32 b) -> f32 {
+        return a + b;
+      },
+      [&](int n, f32 a) {
+        const int i3 = n;
+        g8.put(at0 * 256 + at2 * 128 + at3 * 64 + i3, a);
       });
 }
 
@@ -189,9 +196,12 @@ __device__ __forceinline__ void routine_1(C& c) {
   const int at0 = c.box(8);
   const int at1 = c.box(9);
   f32* const s1 = c.template local<f32>(512);
-  const int o0 = at0 * 512 + at1 * 512;
-  // waits for f32[2,2,512]
-  stage(c, g1, at0 * 1024 + at1 * 512, 512, s1, 0, 9);
+  const int o0 = at0 * 64 + at1 * 64;
+  // waits for f32[8,2,2,64]
+  for (int n = 0; n < 8; ++n) {
+    const int n0 = n;
+    stage(c, g1, at0 * 128 + at1 * 64 + n0 * 256, 64, s1 + n0 * 64, 0, 9);
+  }
   const auto g2 = c.template tagged<f32>(10);
   f32* const s2 = c.template local<f32>(2560);
   const int o1 = at0 + at1;
@@ -219,9 +229,14 @@ __device__ __forceinline__ void routine_1(C& c) {
       [&](int n, int r) -> f32 {
         const int i0 = n;
         const int r0 = r;
-        const int t0 = (i0 * 64) + r0;
-        const f32 t1 = (convert<s32>(t0) <= s0[0]) ? s1[at0 * 512 + at1 * 512 + t0 - o0] : bitcast<f32>(u32(0xff800000u));
-        return t1;
+        const s32 t0 = s0[0];
+        const s64 t1 = s64(int(t0)) + s64(1);
+        const int t2 = (t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(512))) : 512;
+        const int t3 = (t2 + 7) / 8;
+        const int t4 = i0 * t3;
+        const f32 t5 = (convert<s32>(r0 + t4) <= t0) ? s1[i0 * 64 + at0 * 64 + at1 * 64 + r0 - o0] : bitcast<f32>(u32(0xff800000u));
+        const f32 t6 = (r0 < op_min(op_max(t2 + (t4 * (-1)), 0), t3)) ? t5 : bitcast<f32>(u32(0xff800000u));
+        return t6;
       },
       [&](f32 a, f32 b) -> f32 {
         return op_max(a, b);

@@ -118,44 +118,44 @@ __device__ __forceinline__ void put_vector(T* to, const Word (&w)[count]) {
   for (int e = 0; e < count; ++e) to[e] = Tagged<T>::payload(w[e]);
 }
 
-// Brings `count` consecutive elements to shared memory, when they have arrived: thread `thread` of `threads`. Many
-// loads are under way at a time, as one alone takes as long as all of them; while something is missing, each thread
-// looks at one word only, since more would slow down those who write. Not inlined: tasks have many such places.
+// Brings `count` consecutive elements to shared memory, when they have arrived: thread `thread` of `threads`. Several
+// loads are always under way, as one alone takes as long as all of them; while something is missing, each thread looks
+// at one word only, since more would slow down those who write. Not inlined: tasks have many such places.
 template <class T>
 __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> from, u64 first, int count, int to_byte,
                                             int thread, int threads) {
   using Word = typename Tagged<T>::Word;
-  constexpr int kVector = Tagged<T>::kVector, kBatch = 6;
+  constexpr int kVector = Tagged<T>::kVector, kAhead = 6;
   T* to = shared_at<T>(to_byte);
   const int head = min(count, static_cast<int>((kVector - first % kVector) % kVector));
   const int vectors = (count - head) / kVector;
   const Word* words = from.words + first + head;
+  int next = thread;
 #pragma unroll 1
-  for (int base = thread; base < vectors; base += kBatch * threads) {
-    Word w[kBatch][kVector];
-    int missing;
-    watch.until(
-        [&] {
-          missing = -1;
+  while (next < vectors) {
+    Word w[kAhead][kVector];
 #pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-            if (base + k * threads < vectors) load_relaxed(words + (base + k * threads) * kVector, w[k]);
-          }
+    for (int k = 0; k < kAhead; ++k) {
+      if (next + k * threads < vectors) load_relaxed(words + (next + k * threads) * kVector, w[k]);
+    }
+    bool missing = false;
+#pragma unroll 1
+    while (next < vectors && !missing) {
 #pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-            bool all = true;
+      for (int k = 0; k < kAhead; ++k) {
+        if (next >= vectors || missing) continue;
 #pragma unroll
-            for (int e = 0; e < kVector; ++e) all &= from.tagged(w[k][e]);
-            if (!all && base + k * threads < vectors) missing = base + k * threads;
-          }
-          if (missing < 0) return true;
-          return !watch.until([&] { return from.tagged(load_relaxed(words + missing * kVector)); },
-                              [&] { watch.note(task, kWaitTag, from.tag, from.tag, 0, first + head + missing * kVector); });
-        },
-        [] {});
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      if (base + k * threads < vectors) put_vector<T>(to + head + (base + k * threads) * kVector, w[k]);
+        for (int e = 0; e < kVector; ++e) missing |= !from.tagged(w[k][e]);
+        if (missing) continue;
+        put_vector<T>(to + head + next * kVector, w[k]);
+        if (next + kAhead * threads < vectors) load_relaxed(words + (next + kAhead * threads) * kVector, w[k]);
+        next += threads;
+      }
+    }
+    // Then all are loaded again.
+    if (missing && !watch.until([&] { return from.tagged(load_relaxed(words + next * kVector)); },
+                                [&] { watch.note(task, kWaitTag, from.tag, from.tag, 0, first + head + next * kVector); })) {
+      return;
     }
   }
   const int rest = count - vectors * kVector;

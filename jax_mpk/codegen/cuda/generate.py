@@ -19,6 +19,7 @@ from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES
 from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
+from jax_mpk.codegen.cuda.views import take_views
 from jax_mpk.errors import UnsupportedError
 from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
 from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
@@ -99,6 +100,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
                 "has no code for GPUs; split the reduced axis in the graph instead, as plan/split_reduce.py does"
             )
         ops = inline_members(plan, routine, boxes)
+        views = take_views(plan, routine, ops, boxes)
         memory = slots[table["worker"][tasks]]
         room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0)
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
@@ -107,7 +109,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
         while True:
             live = live_members(plan, routine, ops, boxes, far)
             copied = copies(plan, routine, live, boxes)
-            frame = Frame(plan, routine, live, boxes, staged, copied, memory, room=room, streams=streams)
+            frame = Frame(plan, routine, live, boxes, staged, copied, memory, views, room=room, streams=streams)
             left = {v for v in live.shifts if not frame.brings(v)}
             if not left:
                 break

@@ -44,16 +44,19 @@ def emit_contract(frame: Frame, member: int, op: Nest) -> None:
 
 def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     assert op.combine is not None and op.epilogue is not None
-    rank = len(op.space)
+    rank, depth = len(op.space), math.prod(op.rspace)
     low, extents, most = frame.box(member, rank)
+    count = frame.live_count(member, rank)
+    together = count is None and depth >= _TOGETHER_DEPTH and most <= _TOGETHER_OUTPUTS
+    if not together and (factors := _factors(op)) is not None and tile(frame, member, factors):
+        return
     operands = [frame.array(v) for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
-    frame.meet(operands, outputs)
+    everyone = together and all(a.kind == "local" for a in outputs)
+    frame.meet(operands, outputs, joins=together, alike=everyone)
     frame.line(title(frame, op))
     if most == 0:
         return
-    depth = math.prod(op.rspace)
-    count = frame.live_count(member, rank)
     coords, decode = frame.coordinates("n", low, extents, [f"i{d}" for d in range(rank)])
     inner, decode_inner = frame.whole("r", op.rspace)
     acc = accumulators(op.acc)
@@ -61,8 +64,8 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     if count is not None:
         frame.line(f"reduce_live<{acc}, {group(most, depth)}>(")
         frame.line(f"    c, {product(extents).text}, {count.text}, {nothing(op.combine, acc)},")
-    elif depth >= _TOGETHER_DEPTH and most <= _TOGETHER_OUTPUTS:
-        frame.line(f"reduce_together<{acc}, {spread}>(")
+    elif together:
+        frame.line(f"reduce_together<{acc}, {spread}, {'true' if everyone else 'false'}>(")
         frame.code.partials = max(frame.code.partials, partials(op.acc))
     else:
         frame.line(f"reduce<{acc}, {group(most, depth)}, {spread}>(")
@@ -74,6 +77,16 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     frame.lines_of(f"[&]({acc} a, {acc} b) -> {acc} {{", combined(op.combine, op.acc), "},")
     finish = stores(op.epilogue, coords, loader(operands), outputs, lambda node: accumulator(op.acc, "a", node))
     frame.lines_of(f"[&](int n, {acc} a) {{", [*decode, *finish], "});")
+    if together and not everyone:
+        frame.met()
+
+
+def _factors(op: Nest) -> Nest | None:
+    """A sum of products in f32 as a contraction."""
+    product = op.body.result()
+    if op.combine != Combine("sum") or op.acc != ("f32",) or product.op != "mul" or product.dtype != "f32":
+        return None
+    return replace(op, kind="contract", combine=None, body=Expr(op.body.nodes, product.args, op.body.extents))
 
 
 def nothing(combine: Combine, acc: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from jax_mpk.codegen.cuda.arrays import Array, is_wide, row_major
 from jax_mpk.codegen.cuda.live import Live
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed
 from jax_mpk.codegen.cuda.staging import Copied, Staged
+from jax_mpk.codegen.cuda.views import View
 from jax_mpk.graph import dtypes
 from jax_mpk.plan.ir import Plan, Routine
 
@@ -22,7 +23,13 @@ FIRST_WORD = 5
 WARPS = 11
 _ALIGN = 128
 
+#: Largest copy in scratch of a tagged value that its task reads again: a load from device memory takes a microsecond.
+_COPY_BYTES = 4 << 10
+
 Brought = TypeVar("Brought", Staged, Copied)
+#: Bytes of scratch, a storage, or `_PARTIALS`.
+_Place = tuple[int, int] | int
+_PARTIALS = -2
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ class Frame:
       staged: tagged values to bring to scratch first.
       copied: other values to copy there meanwhile.
       memory: int64 [tasks]: number of the device memory that a task may use, or -1.
+      views: local values that lie as another one.
       room: bytes of scratch for local values and for what is brought there. What does not fit is read where it is.
       streams: weights may stream.
     """
@@ -126,6 +134,7 @@ class Frame:
         staged: Sequence[Staged],
         copied: Sequence[Copied],
         memory: np.ndarray,
+        views: Mapping[int, View],
         *,
         room: int,
         streams: bool,
@@ -134,6 +143,7 @@ class Frame:
         self.routine = routine
         self.boxes = boxes
         self.memory = memory
+        self.views = views
         self.streams = streams
         self.live = live
         self.ops = [op for op in live.ops if op is not None]
@@ -141,9 +151,11 @@ class Frame:
         self.values = plan.graph.values
         self._local = {v: k for k, v in enumerate(routine.local_values)}
         self._maker = {v: m for m, op in enumerate(live.ops) if op is not None for v in op.outputs}
+        self._maker |= {view.target: self._maker[v] for v, view in views.items()}
         self._numbers: dict[bytes, Term] = {}
         self._names: dict[tuple[str, int], str] = {}
-        self._since: list[tuple[tuple[int, int] | int, bool]] = []  # bytes or storage, written: since the last sync
+        self._since: list[tuple[_Place, bool]] = []  # what, and whether it was written: since the last sync
+        self._copies: dict[int, Array | None] = {}
         self._brought: dict[int, Staged | Copied] = {}
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
         self._scalars = self._live_scalars()
@@ -272,6 +284,8 @@ class Frame:
     def array(self, v: int, *, store: bool = False) -> Array:
         """Value ``v`` as the next member reads or writes it."""
         value = self.values[v]
+        if v in self.views:
+            return replace(self.array(self.views[v].target), strides=self.views[v].strides, shape=value.shape)
         if v in self._local:
             k = self._local[v]
             extents = self.routine.local_extents[k]
@@ -284,11 +298,28 @@ class Frame:
             return self._in_scratch(f"s{list(self._brought).index(v)}", value.dtype, at, extents, low)
         storage = int(self.plan.value_storage[v])
         tagged = self.plan.storages[storage].tagged
+        copy = self._copy_of(v) if tagged and v in self._maker else None
+        if copy is not None and not store:
+            return copy
         kind = "global" if not tagged else "own" if store or v in self._maker else "tagged"
         name = self._pointer(storage, value.dtype, tagged)
         return Array(
-            kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape
+            kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape, copy
         )
+
+    def _copy_of(self, v: int) -> Array | None:
+        """Scratch for what a task stores of tagged value ``v``, if its other members read that."""
+        if v not in self._copies:
+            value, box = self.values[v], self.boxes[self._maker[v]]
+            rank = len(value.shape)
+            extents = tuple(int(e) for e in (box[:, 1, :rank] - box[:, 0, :rank]).max(axis=0, initial=0))
+            size = math.prod(extents) * dtypes.itemsize(value.dtype)
+            self._copies[v] = None
+            if any(v in op.operands for op in self.ops) and 0 < size <= _COPY_BYTES:
+                low = [self.number(box[:, 0, d]) for d in range(rank)]
+                name = f"c{len(self._copies)}"
+                self._copies[v] = self._in_scratch(name, value.dtype, self.scratch(size), extents, low)
+        return self._copies[v]
 
     def low_corner(self, v: int) -> np.ndarray:
         """int64 [tasks, rank]: what lies first in scratch of a value that is there."""
@@ -332,6 +363,12 @@ class Frame:
         at = -(-self.code.scratch // _ALIGN) * _ALIGN
         self.code.scratch = at + size
         return at
+
+    def scratch_array(self, dtype: str, count: int) -> Array:
+        """A vector in scratch that only the current member uses."""
+        return self._in_scratch(
+            f"v{self.code.scratch}", dtype, self.scratch(count * dtypes.itemsize(dtype)), (count,), [fixed(0)]
+        )
 
     # -- what is brought to scratch first ------------------------------------------------------------------------
 
@@ -430,7 +467,8 @@ class Frame:
         self.line(f"// copies {value.dtype}[{','.join(map(str, value.shape))}] meanwhile")
         self._prefetch(what)
         unit = what.unit // dtypes.itemsize(value.dtype)
-        self.line(f"copy_rows(c, {rows.count.text}, {rows.length} / {unit}, [&](int n, int k) {{")
+        each = rows.length.value // unit if rows.length.value is not None else 0
+        self.line(f"copy_rows<{each}>(c, {rows.count.text}, {each or f'{rows.length} / {unit}'}, [&](int n, int k) {{")
         for text in rows.lines:
             self.line(f"  {text}")
         to_text = " + ".join(t for t in (target.name, rows.target) if t != "0")
@@ -459,13 +497,34 @@ class Frame:
 
     # -- where threads meet ------------------------------------------------------------------------------------
 
-    def meet(self, reads: Sequence[Array], writes: Sequence[Array]) -> None:
-        """A barrier, if what comes next touches what earlier code of the routine wrote, or overwrites what it read."""
-        new = [(_place(a), False) for a in reads] + [(_place(a), True) for a in writes]
-        if any((w or wrote) and _overlap(a, b) for a, wrote in self._since for b, w in new):
+    def meet(
+        self, reads: Sequence[Array], writes: Sequence[Array], *, joins: bool = False, alike: bool = False
+    ) -> None:
+        """A barrier, if what comes next touches what earlier code of the routine wrote, or overwrites what it read.
+
+        Args:
+          reads, writes: what comes next.
+          joins: it uses the partials.
+          alike: every thread writes the same, and reads it without a barrier.
+        """
+        new = _touched(reads, writes)
+        if joins:
+            new.append((_PARTIALS, True))
+        if self._meets(new):
             self.line("c.sync();")
             self._since.clear()
-        self._since += new
+        self._since += [(place, wrote and not alike) for place, wrote in new]
+
+    def would_meet(self, reads: Sequence[Array], writes: Sequence[Array]) -> bool:
+        """Whether ``meet`` would put a barrier there."""
+        return self._meets(_touched(reads, writes))
+
+    def _meets(self, new: Sequence[tuple[_Place, bool]]) -> bool:
+        return any((w or wrote) and _overlap(a, b) for a, wrote in self._since for b, w in new)
+
+    def met(self) -> None:
+        """What was written last ended with a barrier."""
+        self._since.clear()
 
 
 def product(terms: Sequence[Term]) -> Term:
@@ -480,11 +539,15 @@ def product(terms: Sequence[Term]) -> Term:
     return Term(" * ".join(texts), len(texts) == 1)
 
 
-def _place(a: Array) -> tuple[int, int] | int:
-    return a.storage if a.bytes is None else a.bytes
+def _places(a: Array) -> list[_Place]:
+    return [a.storage if a.bytes is None else a.bytes, *(_places(a.copy) if a.copy is not None else [])]
 
 
-def _overlap(a: tuple[int, int] | int, b: tuple[int, int] | int) -> bool:
+def _touched(reads: Sequence[Array], writes: Sequence[Array]) -> list[tuple[_Place, bool]]:
+    return [(p, False) for a in reads for p in _places(a)] + [(p, True) for a in writes for p in _places(a)]
+
+
+def _overlap(a: _Place, b: _Place) -> bool:
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
     return a[0] < b[1] and b[0] < a[1]

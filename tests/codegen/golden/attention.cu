@@ -29,7 +29,7 @@ struct Shape {
     kSlots = 640,
     kPartials = 896,
     kScratch = 896,
-    kRing = 11392,
+    kRing = 11648,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
@@ -49,7 +49,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   const int live1 = op_min(op_max(u1 + (u3 * (-1)), 0), u2);
   s32* const s0 = c.template local<s32>(768);
   // copies s32[] meanwhile
-  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
+  copy_rows<1>(c, 1, 1, [&](int n, int k) {
     copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
   bf16* const g1 = c.template global<bf16>(8);
@@ -57,7 +57,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const s1 = c.template local<bf16>(896);
   const int o0 = at1 * 64;
   // copies bf16[4,64] meanwhile
-  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
+  copy_rows<8>(c, 1, 8, [&](int n, int k) {
     copy_async<16>(s1 + k * 8, g1 + at1 * 64 + k * 8);
   });
   bf16* const g2 = c.template global<bf16>(11);
@@ -65,20 +65,20 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const s2 = c.template local<bf16>(1024);
   const int o1 = at2 * 64;
   // copies bf16[2,64] meanwhile
-  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
+  copy_rows<8>(c, 1, 8, [&](int n, int k) {
     copy_async<16>(s2 + k * 8, g2 + at2 * 64 + k * 8);
   });
   bf16* const g3 = c.template global<bf16>(14);
   bf16* const s3 = c.template local<bf16>(1152);
   // copies bf16[2,64] meanwhile
-  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
+  copy_rows<8>(c, 1, 8, [&](int n, int k) {
     copy_async<16>(s3 + k * 8, g3 + at2 * 64 + k * 8);
   });
   bf16* const g4 = c.template global<bf16>(16);
   bf16* const s4 = c.template local<bf16>(1280);
   const int o2 = at2 * 72;
   // copies bf16[512,2,64] meanwhile
-  copy_rows(c, live1, 64 / 8, [&](int n, int k) {
+  copy_rows<8>(c, live1, 8, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s4 + n0 * 72 + k * 8, g4 + at2 * 64 + live0 * 128 + n0 * 128 + k * 8);
   });
@@ -87,6 +87,8 @@ __device__ __forceinline__ void routine_0(C& c) {
   c.stamp(1);
   bf16* const g5 = c.template global<bf16>(18);
   const int at3 = c.box(20);
+  f32* const c1 = c.template local<f32>(10496);
+  const int o3 = at0 * 64 + at2 * 64 + at3 * 64;
   const auto g6 = c.template tagged<f32>(21);
   // contract f32[8,2,2,64] over 64  functions.py:56
   reduce<f32, 4, Spread::kStrided>(
@@ -111,10 +113,10 @@ __device__ __forceinline__ void routine_0(C& c) {
       },
       [&](int n, f32 a) {
         const int i3 = n;
-        g6.put(at0 * 256 + at2 * 128 + at3 * 64 + i3, a * 0.125f);
+        g6.put(at0 * 256 + at2 * 128 + at3 * 64 + i3, c1[at0 * 64 + at2 * 64 + at3 * 64 + i3 - o3] = a * 0.125f);
       });
   f32* const l4 = c.template local<f32>(384);
-  const int o3 = at0 + at2 + at3;
+  const int o4 = at0 + at2 + at3;
   c.sync();
   // reduce f32[8,2,2] over 64  functions.py:58
   reduce_live<f32, 32>(
@@ -124,17 +126,16 @@ __device__ __forceinline__ void routine_0(C& c) {
         const s32 t0 = s0[0];
         const s64 t1 = s64(int(t0)) + s64(1);
         const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(512))) : 512) + 7) / 8;
-        const f32 t3 = (convert<s32>(r0 + (at0 * t2)) <= t0) ? g6.own(at0 * 256 + at2 * 128 + at3 * 64 + r0) : bitcast<f32>(u32(0xff800000u));
+        const f32 t3 = (convert<s32>(r0 + (at0 * t2)) <= t0) ? c1[at0 * 64 + at2 * 64 + at3 * 64 + r0 - o3] : bitcast<f32>(u32(0xff800000u));
         return t3;
       },
       [&](f32 a, f32 b) -> f32 {
         return op_max(a, b);
       },
       [&](int n, f32 a) {
-        l4[at0 + at2 + at3 - o3] = op_max(a, -3.4028235e+38f);
+        l4[at0 + at2 + at3 - o4] = op_max(a, -3.4028235e+38f);
       });
   f32* const l5 = c.template local<f32>(448);
-  const int o4 = at0 * 64 + at2 * 64 + at3 * 64;
   c.sync();
   // map f32[8,2,2,64]  functions.py:58
   map(c, live1, [&](int n) {
@@ -142,8 +143,8 @@ __device__ __forceinline__ void routine_0(C& c) {
     const s32 t0 = s0[0];
     const s64 t1 = s64(int(t0)) + s64(1);
     const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(512))) : 512) + 7) / 8;
-    const f32 t3 = (convert<s32>(i3 + (at0 * t2)) <= t0) ? g6.own(at0 * 256 + at2 * 128 + at3 * 64 + i3) : bitcast<f32>(u32(0xff800000u));
-    l5[at0 * 64 + at2 * 64 + at3 * 64 + i3 - o4] = op_exp(t3 - l4[at0 + at2 + at3 - o3]);
+    const f32 t3 = (convert<s32>(i3 + (at0 * t2)) <= t0) ? c1[at0 * 64 + at2 * 64 + at3 * 64 + i3 - o3] : bitcast<f32>(u32(0xff800000u));
+    l5[at0 * 64 + at2 * 64 + at3 * 64 + i3 - o3] = op_exp(t3 - l4[at0 + at2 + at3 - o4]);
   });
   const auto g7 = c.template tagged<f32>(22);
   c.sync();
@@ -152,7 +153,7 @@ __device__ __forceinline__ void routine_0(C& c) {
       c, 1, live1, 0.0f,
       [&](int n, int r) -> f32 {
         const int r0 = r;
-        return l5[at0 * 64 + at2 * 64 + at3 * 64 + r0 - o4];
+        return l5[at0 * 64 + at2 * 64 + at3 * 64 + r0 - o3];
       },
       [&](f32 a, f32 b) -> f32 {
         return a + b;
@@ -161,26 +162,34 @@ __device__ __forceinline__ void routine_0(C& c) {
         g7.put(at0 * 4 + at2 * 2 + at3, a);
       });
   const auto g8 = c.template tagged<f32>(23);
+  // new rows, in the place of those the update will overwrite  functions.py:59
+  map(c, 64, [&](int n) {
+    const int i3 = n;
+    const s32 w0 = s0[0];
+    const s64 w1 = s64(int(w0)) + s64(1);
+    const int w2 = (((w1 > s64(0)) ? int(op_min(op_max(w1, s64(1)), s64(512))) : 512) + 7) / 8;
+    const int w3 = ((at0 * w2) * (-1)) + op_min(op_max(int((w0 < 0) ? op_add(w0, 512) : w0), 0), 511);
+    const int i4 = w3 + 0 - (0);
+    if (i4 < 0 || i4 >= 0 + 64) return;
+    s4[i4 * 72 + at2 * 72 + i3 - o2] = s3[at2 * 64 + i3 - o1];
+  });
+  c.sync();
   // contract f32[8,2,2,64] over 64  functions.py:59
-  reduce_live<f32, 4>(
-      c, 64, live1, 0.0f,
-      [&](int n, int r) -> f32 {
+  reduce_live<Pack<8>, 32>(
+      c, 8, live1, Pack<8>{},
+      [&](int n, int r) -> Pack<8> {
         const int i3 = n;
         const int r0 = r;
-        const s32 t0 = s0[0];
-        const s64 t1 = s64(int(t0)) + s64(1);
-        const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(512))) : 512) + 7) / 8;
-        const int t3 = ((at0 * t2) * (-1)) + op_min(op_max(int((t0 < 0) ? op_add(t0, 512) : t0), 0), 511);
-        const b1 t4 = (r0 >= t3) & (r0 < (t3 + 1));
-        const bf16 t5 = t4 ? (t4 ? s3[at2 * 64 + i3 - o1] : bf16{}) : s4[r0 * 72 + at2 * 72 + i3 - o2];
-        return l5[at0 * 64 + at2 * 64 + at3 * 64 + r0 - o4] * convert<f32>(t5);
+        return scaled<8>(s4 + at2 * 72 + i3 * 8 + r0 * 72 - o2, *(l5 + at0 * 64 + at2 * 64 + at3 * 64 + r0 - o3));
       },
-      [&](f32 a, f32 b) -> f32 {
-        return a + b;
-      },
-      [&](int n, f32 a) {
+      [&](const Pack<8>& a, const Pack<8>& b) { return a + b; },
+      [&](int n, const Pack<8>& a) {
         const int i3 = n;
-        g8.put(at0 * 256 + at2 * 128 + at3 * 64 + i3, a);
+        #pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int i = i3 * 8 + e;
+          g8.put(at0 * 256 + at2 * 128 + at3 * 64 + i, a.e[e]);
+        }
       });
 }
 
@@ -189,7 +198,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   s32* const g0 = c.template global<s32>(5);
   s32* const s0 = c.template local<s32>(384);
   // copies s32[] meanwhile
-  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
+  copy_rows<1>(c, 1, 1, [&](int n, int k) {
     copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
   const auto g1 = c.template tagged<f32>(7);

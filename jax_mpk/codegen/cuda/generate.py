@@ -14,7 +14,7 @@ from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots, scratch_bytes
 from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
-from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame
+from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame, too_large
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES
 from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
@@ -43,12 +43,15 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
 
     Raises:
       UnsupportedError: the plan has members that only the CPU executor runs.
-      ValueError: a task does not fit the device (shared memory, 32-bit extents).
+      TaskTooLargeError: a task does not fit the device (shared memory, 32-bit extents).
     """
     # What streams needs a ring beside the scratch of all tasks; where there is no room for one, nothing streams.
     made = _made(plan, streams=True) or _made(plan, streams=False)
     if made is None:
-        raise ValueError(f"a task needs more than the {_SHARED_BYTES} bytes of shared memory that an SM has")
+        needs = [code.scratch + code.partials for code in routine_codes(plan, streams=False)]
+        most = int(np.argmax(needs))
+        reason = f"its scratch takes {needs[most]} of the {_SHARED_BYTES} bytes of shared memory that an SM has"
+        raise too_large(plan, plan.routines[most], reason)
     case, bodies, state, tables, shape = made
     shape["kTrace"] = state.size if trace else 0
     text = _source(plan, shape, case, bodies)

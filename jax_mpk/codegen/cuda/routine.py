@@ -14,6 +14,7 @@ from jax_mpk.codegen.cuda.live import Live
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed
 from jax_mpk.codegen.cuda.staging import Copied, Staged
 from jax_mpk.codegen.cuda.views import View
+from jax_mpk.errors import TaskTooLargeError, task_too_large
 from jax_mpk.graph import dtypes
 from jax_mpk.plan.ir import Plan, Routine
 
@@ -109,6 +110,12 @@ class _Rows:
     lines: list[str]
 
 
+def too_large(plan: Plan, routine: Routine, reason: str) -> TaskTooLargeError:
+    """The error for a routine whose tasks the generated code cannot hold."""
+    source = plan.ops[routine.members[-1].op].source
+    return task_too_large(source.primitive, source.line, reason)
+
+
 class Frame:
     """Writes what members of a routine share.
 
@@ -199,7 +206,7 @@ class Frame:
         found = self._numbers.get(key)
         if found is None:
             if np.abs(column).max() > 2**31 - 1:
-                raise ValueError("a task's box reaches beyond 2^31 elements along an axis")
+                raise too_large(self.plan, self.routine, "its box reaches beyond 2^31 elements along an axis")
             name = f"at{len(self._numbers)}"
             self.line(f"const int {name} = c.box({self.code.words});")
             self.code.columns.append((self.code.words, column))
@@ -241,7 +248,7 @@ class Frame:
         sizes = np.maximum(boxes[:, 1, :rank] - boxes[:, 0, :rank], 0)
         most = int(sizes.prod(axis=1).max(initial=0))
         if most > 2**31 - 1:
-            raise ValueError("a task has more than 2^31 elements")
+            raise too_large(self.plan, self.routine, "it has more than 2^31 elements")
         return low, [self.live_count(member, d) or self.number(sizes[:, d]) for d in range(rank)], most
 
     def coordinates(

@@ -16,7 +16,7 @@ from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES
-from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
+from jax_mpk.codegen.cuda.tables import UNIT, State, Tables, buffer_of, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.errors import UnsupportedError
 from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
@@ -64,6 +64,7 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
         arguments=len(plan.graph.inputs),
         results=len(plan.graph.results),
         labels=_task_labels(plan),
+        values=_value_names(plan, state),
     )
 
 
@@ -168,6 +169,12 @@ def _task_labels(plan: Plan) -> tuple[tuple[int, str], ...]:
     routine = plan.tasks.table["routine"]
     first = np.flatnonzero(np.diff(routine, prepend=-1))
     return tuple((int(task), _label(plan, int(routine[task]))) for task in first)
+
+
+def _value_names(plan: Plan, state: State) -> tuple[tuple[int, str], ...]:
+    """Names of tagged values, as plans print them: (where the words begin, name)."""
+    tagged = [(state.tagged[s] // UNIT, f"%{v}") for v, s in enumerate(plan.value_storage.tolist()) if s >= 0]
+    return tuple(sorted(entry for entry in tagged if entry[0] >= 0))
 
 
 def _ring(room: int) -> tuple[int, int]:

@@ -292,6 +292,7 @@ def test_bad_options() -> None:
         megakernelize(lambda x: x + 1, target="h100-sxm")(1.0)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("target", ["cpu-1", "cpu-2", "cpu-3", "cpu-8", "cpu-64", "cpu-8+tagged", "cpu+tagged"])
 def test_any_number_of_workers(target) -> None:
     def f(x, w):
@@ -325,6 +326,7 @@ def module_level(x, n):
     return x * n
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))], ids=["copy", "deepcopy", "pickle"]
 )

@@ -109,7 +109,7 @@ def _wrapping(size: int = 64) -> tuple[Any, list[Any]]:
     return plan, inputs
 
 
-def _runs() -> list[tuple[int, int]]:
+def runs() -> list[tuple[int, int]]:
     """Arms and trips of launches: every arm, loops without a trip among others."""
     return [(k % 3, (0, 3, 0, 1)[k % 4]) for k in range(10)]
 
@@ -127,7 +127,7 @@ def test_tags_wrap() -> None:
     plan, inputs = _wrapping()
     lost = next(case for case in FAULTY if case.kind == TAG)
     kernel = Kernel(plan, late(faulty(plan, lost.text, lost.instead, cuda_emulation.device_folder())))
-    for seed, (arm, trips) in enumerate(_runs()):
+    for seed, (arm, trips) in enumerate(runs()):
         _check(kernel, inputs, seed, arm, trips)
     results, record = kernel.launch([*inputs[:2], OFF, OFF, ON], deadline=DEADLINE)
     assert record is not None and record.kind == TAG and record.element == ELEMENT
@@ -135,7 +135,7 @@ def test_tags_wrap() -> None:
     assert (record.expected, record.seen) == (6, 5)
     assert all(map(is_poisoned, results))
     kernel.reset()
-    for seed, (arm, trips) in enumerate(_runs()):
+    for seed, (arm, trips) in enumerate(runs()):
         _check(kernel, inputs, seed, arm, trips)
 
 
@@ -155,9 +155,9 @@ def test_sequences_beyond_32_bits() -> None:
         (storage,) = (s for s, at in enumerate(layout.tagged) if at == place * UNIT)
         words = kernel.state[place * UNIT :][: 2 * plan.storages[storage].nbytes].view(np.uint64)
         words[:] = stale  # f32 0.0, and the tag of the run before
-    for seed, (arm, trips) in enumerate(_runs()):
+    for seed, (arm, trips) in enumerate(runs()):
         _check(kernel, inputs, seed, arm, trips)
-    assert kernel.state[HEADER_BYTES:][:8].view(np.uint64)[0] == before + len(_runs())
+    assert kernel.state[HEADER_BYTES:][:8].view(np.uint64)[0] == before + len(runs())
 
 
 @pytest.mark.parametrize("first", [0, FIRST_SEQUENCE, 2**32 - 2, 2**48 - 3, 2**64 - 65540])

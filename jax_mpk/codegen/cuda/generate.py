@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_mpk._version import __version__
+from jax_mpk.codegen.cuda.architectures import check_architecture, check_streams
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
@@ -41,8 +42,10 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
 
     Raises:
       UnsupportedError: the plan has members that only the CPU executor runs.
+      TargetError: there is no code for the target's architecture, or none for a kind of task.
       ValueError: a task does not fit the device (shared memory, 32-bit extents).
     """
+    check_architecture(plan.target)
     # What streams needs a ring beside the scratch of all tasks; where there is no room for one, nothing streams.
     made = _made(plan, streams=True) or _made(plan, streams=False)
     if made is None:
@@ -71,6 +74,8 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
 def _made(plan: Plan, *, streams: bool) -> _Made | None:
     """Everything of a program but its text; None if it needs more shared memory than there is."""
     codes = routine_codes(plan, streams=streams)
+    streaming = [r for r, code in enumerate(codes) if any(stream.chunk_bytes for stream in code.streams)]
+    check_streams(plan.target, [_label(plan, r) for r in streaming])
     bodies: dict[tuple[str, ...], int] = {}
     case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
     count = len(segments(plan.schedule))

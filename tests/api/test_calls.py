@@ -211,7 +211,7 @@ def test_traced_anew_when_jax_is_configured_otherwise() -> None:
     with jax.enable_x64(True):
         assert f(x)[1].dtype == jnp.int64
     assert len(traces) == 2
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("high"):
         f(x)
     assert len(traces) == 3
     f(x)
@@ -276,6 +276,7 @@ def test_bad_arguments_raise_what_jit_raises() -> None:
         megakernelize(3)
 
 
+@pytest.mark.cpu
 def test_bad_options() -> None:
     for options in (
         {"on_unsupported": "ignore"},

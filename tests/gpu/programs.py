@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,12 +12,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-import jax_mpk
 from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.plan.ir import Plan
-from jax_mpk.runtime import cuda
+from jax_mpk.runtime import cuda, targets
 from jax_mpk.runtime.native import CUDA_TARGET
 from models.decoder import Cache, DecoderConfig, init_cache, step_functions
+from tests.codegen.test_cuda_compiles import plan_of
 from tests.models.support import random_decoder
 
 DECODER = DecoderConfig(
@@ -34,6 +35,7 @@ DECODER = DecoderConfig(
 def call(program: CudaProgram, results: Sequence[jax.ShapeDtypeStruct], **options: Any) -> Callable[..., Any]:
     """A function of arrays that runs a program."""
     blob = cuda.build(program)
+
     workspace = [jax.ShapeDtypeStruct((program.workspace_bytes,), np.uint8)] if program.workspace_bytes else []
 
     def run(*args: jax.Array) -> list[jax.Array]:
@@ -43,10 +45,11 @@ def call(program: CudaProgram, results: Sequence[jax.ShapeDtypeStruct], **option
 
 
 def planned(fn: Callable[..., Any], *args: Any) -> tuple[Plan, list[jax.ShapeDtypeStruct]]:
-    """The plan of a function for the GPU that is there, and what it returns."""
-    lowered = jax_mpk.megakernelize(fn).lower(*args)
+    """The plan of a function for the GPU that is there, unused arguments included, and what it returns."""
+    plan, inputs = plan_of(fn, list(args), **dataclasses.asdict(targets.resolve("cuda")))
+    assert len(inputs) == len(args)
     results = jax.tree.leaves(jax.eval_shape(fn, *args))
-    return lowered.plan, [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
+    return plan, [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
 
 
 def decoder() -> tuple[Callable[..., Any], nnx.State]:

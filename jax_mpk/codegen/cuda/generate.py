@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_mpk._version import __version__
+from jax_mpk.codegen.cuda.architectures import check_architecture, check_streams
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
@@ -17,7 +18,7 @@ from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame, too_large
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES
-from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
+from jax_mpk.codegen.cuda.tables import UNIT, State, Tables, buffer_of, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.codegen.cuda.views import take_views
 from jax_mpk.errors import UnsupportedError
@@ -43,8 +44,10 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
 
     Raises:
       UnsupportedError: the plan has members that only the CPU executor runs.
+      TargetError: there is no code for the target's architecture, or none for a kind of task.
       TaskTooLargeError: a task does not fit the device (shared memory, 32-bit extents).
     """
+    check_architecture(plan.target)
     # What streams needs a ring beside the scratch of all tasks; where there is no room for one, nothing streams.
     made = _made(plan, streams=True) or _made(plan, streams=False)
     if made is None:
@@ -69,12 +72,15 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
         arguments=len(plan.graph.inputs),
         results=len(plan.graph.results),
         labels=_task_labels(plan),
+        values=_value_names(plan, state),
     )
 
 
 def _made(plan: Plan, *, streams: bool) -> _Made | None:
     """Everything of a program but its text; None if it needs more shared memory than there is."""
     codes = routine_codes(plan, streams=streams)
+    streaming = [r for r, code in enumerate(codes) if any(stream.chunk_bytes for stream in code.streams)]
+    check_streams(plan.target, [_label(plan, r) for r in streaming])
     bodies: dict[tuple[str, ...], int] = {}
     case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
     count = len(segments(plan.schedule))
@@ -182,6 +188,12 @@ def _task_labels(plan: Plan) -> tuple[tuple[int, str], ...]:
     routine = plan.tasks.table["routine"]
     first = np.flatnonzero(np.diff(routine, prepend=-1))
     return tuple((int(task), _label(plan, int(routine[task]))) for task in first)
+
+
+def _value_names(plan: Plan, state: State) -> tuple[tuple[int, str], ...]:
+    """Names of tagged values, as plans print them: (where the words begin, name)."""
+    tagged = [(state.tagged[s] // UNIT, f"%{v}") for v, s in enumerate(plan.value_storage.tolist()) if s >= 0]
+    return tuple(sorted(entry for entry in tagged if entry[0] >= 0))
 
 
 def _ring(room: int) -> tuple[int, int]:

@@ -36,6 +36,8 @@ class Target:
       task_overhead: seconds a task costs beyond its bytes and flops.
       granule: elements along the last axis of a weight tile below which loads lose bandwidth.
       tagged_bytes: size of the largest value that is handed over by tagged words; 0: none ever is.
+      live_keys: attention reads only the keys that its mask leaves, in chunks cut at run time; else every chunk has its
+        place and all keys are read.
       contracted_last: a contraction streams its weight best with the contracted axes innermost; else row-major order
         is as good as any.
     """
@@ -53,6 +55,7 @@ class Target:
     granule: int
     tagged_bytes: int
     contracted_last: bool = False
+    live_keys: bool = False
 
 
 @dataclass(frozen=True)

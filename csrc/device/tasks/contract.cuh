@@ -66,7 +66,7 @@ __device__ __forceinline__ void widen(const T* from, f32 (&to)[count]) {
 }
 
 // `packs` times `count` neighbouring outputs, each pack by `group` lanes: the sum of body(pack, r) over depth positions.
-// finish(pack, element, sum) once for every output.
+// finish(pack, element, sum) once for every output. There may be no positions at all.
 template <int count, int group, class C, class Body, class Finish>
 __device__ __forceinline__ void reduce_packs(const C& c, int packs, int depth, Body&& body, Finish&& finish) {
   const int part = c.thread() % group;
@@ -74,7 +74,8 @@ __device__ __forceinline__ void reduce_packs(const C& c, int packs, int depth, B
 #pragma unroll 1
   for (int n = c.thread(); n < rounded; n += C::kThreads) {
     const int pack = min(n / group, packs - 1);
-    Pack<count> acc = body(pack, part);
+    Pack<count> acc = {};
+    if (part < depth) acc = body(pack, part);
 #pragma unroll 2
     for (int r = part + group; r < depth; r += group) acc = acc + body(pack, r);
     if constexpr (group >= count) {

@@ -87,6 +87,23 @@ __device__ __forceinline__ void reduce(const C& c, int outputs, int depth, Body&
   }
 }
 
+// The same over `depth` positions that are known to be live when the task starts, maybe none; `nothing` changes no sum.
+template <class Acc, int group, class C, class Body, class Combine, class Finish>
+__device__ __forceinline__ void reduce_live(const C& c, int outputs, int depth, Acc nothing, Body&& body,
+                                            Combine&& combine, Finish&& finish) {
+  const int part = c.thread() % group;
+  const int rounded = (outputs * group + kWarp - 1) / kWarp * kWarp;
+#pragma unroll 1
+  for (int n = c.thread(); n < rounded; n += C::kThreads) {
+    const int output = min(n / group, outputs - 1);
+    Acc acc = nothing;
+#pragma unroll 4
+    for (int r = part; r < depth; r += group) acc = combine(acc, body(output, r));
+    acc = across_lanes<group>(acc, combine);
+    if (part == 0 && n / group < outputs) finish(output, acc);
+  }
+}
+
 // Each output by all threads; depth is at least their number. `everyone`: every thread finishes, to the same effect, and
 // there is no barrier behind; else the first thread does.
 template <class Acc, Spread spread, bool everyone, class C, class Body, class Combine, class Finish>

@@ -10,11 +10,12 @@ from typing import TypeVar
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array, is_wide, row_major
-from jax_mpk.codegen.cuda.scalars import Term, fixed
+from jax_mpk.codegen.cuda.live import Live
+from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed
 from jax_mpk.codegen.cuda.staging import Copied, Staged
 from jax_mpk.codegen.cuda.views import View
+from jax_mpk.errors import TaskTooLargeError, task_too_large
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Op
 from jax_mpk.plan.ir import Plan, Routine
 
 #: Words of a task before those its code reads: `TaskWords` in csrc/device/persistent.cuh.
@@ -109,13 +110,19 @@ class _Rows:
     lines: list[str]
 
 
+def too_large(plan: Plan, routine: Routine, reason: str) -> TaskTooLargeError:
+    """The error for a routine whose tasks the generated code cannot hold."""
+    source = plan.ops[routine.members[-1].op].source
+    return task_too_large(source.primitive, source.line, reason)
+
+
 class Frame:
     """Writes what members of a routine share.
 
     Args:
       plan: the plan.
       routine: the routine.
-      ops: its operators; None: nothing to do for that member.
+      live: its members, and which positions of theirs are live.
       boxes: int64 [members, tasks, 2, rank].
       staged: tagged values to bring to scratch first.
       copied: other values to copy there meanwhile.
@@ -129,7 +136,7 @@ class Frame:
         self,
         plan: Plan,
         routine: Routine,
-        ops: Sequence[Op | None],
+        live: Live,
         boxes: np.ndarray,
         staged: Sequence[Staged],
         copied: Sequence[Copied],
@@ -145,11 +152,12 @@ class Frame:
         self.memory = memory
         self.views = views
         self.streams = streams
-        self.ops = [op for op in ops if op is not None]
+        self.live = live
+        self.ops = [op for op in live.ops if op is not None]
         self.code = Code(scratch=max([0, *self._local_ends(plan, routine)]))
         self.values = plan.graph.values
         self._local = {v: k for k, v in enumerate(routine.local_values)}
-        self._maker = {v: m for m, op in enumerate(ops) if op is not None for v in op.outputs}
+        self._maker = {v: m for m, op in enumerate(live.ops) if op is not None for v in op.outputs}
         self._maker |= {view.target: self._maker[v] for v, view in views.items()}
         self._numbers: dict[bytes, Term] = {}
         self._names: dict[tuple[str, int], str] = {}
@@ -157,6 +165,7 @@ class Frame:
         self._copies: dict[int, Array | None] = {}
         self._brought: dict[int, Staged | Copied] = {}
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
+        self._scalars = self._live_scalars()
         room -= self.code.scratch
         waited = self._fitting([s for s in staged if any(s.value in op.operands for op in self.ops)], room)
         copied = self._fitting(copied, room - sum(map(self._brought_bytes, waited)))
@@ -181,6 +190,10 @@ class Frame:
     def line(self, text: str = "") -> None:
         self.code.lines.append(text)
 
+    def brings(self, v: int) -> bool:
+        """Whether a value was brought to scratch."""
+        return v in self._brought
+
     # -- numbers -----------------------------------------------------------------------------------------------
 
     def number(self, column: np.ndarray) -> Term:
@@ -193,13 +206,40 @@ class Frame:
         found = self._numbers.get(key)
         if found is None:
             if np.abs(column).max() > 2**31 - 1:
-                raise ValueError("a task's box reaches beyond 2^31 elements along an axis")
+                raise too_large(self.plan, self.routine, "its box reaches beyond 2^31 elements along an axis")
             name = f"at{len(self._numbers)}"
             self.line(f"const int {name} = c.box({self.code.words});")
             self.code.columns.append((self.code.words, column))
             self.code.words += 1
             found = self._numbers[key] = Term(name)
         return found
+
+    def _live_scalars(self) -> list[Term]:
+        """Computes what bounds the live positions."""
+        expr = self.live.scalars
+        used = {op: {node.attr for node in expr.nodes if node.op.startswith(op)} for op in ("coord", "load")}
+        columns = [self.number(c) if k in used["coord"] else fixed(0) for k, c in enumerate(self.live.columns)]
+        arrays = [self.array(v) if k in used["load"] else None for k, v in enumerate(self.live.operands)]
+
+        def load(slot: int, indices: list[Term], dtype: str, pred: str | None) -> str:
+            array = arrays[slot]
+            assert array is not None
+            return array.load(indices)
+
+        scalars = Scalars(expr, columns, load, prefix="u")
+        results = scalars.results()
+        for text in scalars.lines:
+            self.line(text)
+        out = []
+        for k, term in enumerate(results):
+            self.line(f"const int live{k} = {term.text};")
+            out.append(Term(f"live{k}"))
+        return out
+
+    def live_count(self, member: int, coord: int) -> Term | None:
+        """How many positions along a coordinate a member runs over; None: all."""
+        scalar = self.live.limits[member].get(coord)
+        return None if scalar is None else self._scalars[scalar]
 
     def box(self, member: int, rank: int) -> tuple[list[Term], list[Term], int]:
         """Low corner and extents of a member's box, and the most elements a task has."""
@@ -208,8 +248,8 @@ class Frame:
         sizes = np.maximum(boxes[:, 1, :rank] - boxes[:, 0, :rank], 0)
         most = int(sizes.prod(axis=1).max(initial=0))
         if most > 2**31 - 1:
-            raise ValueError("a task has more than 2^31 elements")
-        return low, [self.number(sizes[:, d]) for d in range(rank)], most
+            raise too_large(self.plan, self.routine, "it has more than 2^31 elements")
+        return low, [self.live_count(member, d) or self.number(sizes[:, d]) for d in range(rank)], most
 
     def coordinates(
         self, position: str, low: Sequence[Term], extents: Sequence[Term], names: Sequence[str]
@@ -368,13 +408,18 @@ class Frame:
         array = self.array(what.value)
         assert array.bytes is not None
         self._since.append((array.bytes, True))
-        return array, [self.number(sizes[:, d]) for d in range(len(extents))]
+        numbers = [self.number(sizes[:, d]) for d in range(len(extents))]
+        if isinstance(what, Copied) and what.shift is not None:
+            numbers[what.shift.axis] = self._scalars[what.shift.count]
+        return array, numbers
 
     def _rows(self, what: Staged | Copied, size: list[Term], target: Array) -> _Rows:
         """A box as rows of consecutive elements; ``size``: its extents."""
         strides = row_major(self.values[what.value].shape)
         run = self._run_axes(what, self._brought_at[what.value][1])
         low = [(self.number(what.lo[:, d]), stride) for d, stride in enumerate(strides)]
+        if isinstance(what, Copied) and what.shift is not None:
+            low.append((self._scalars[what.shift.first], strides[what.shift.axis]))
         start = " + ".join(f"{t} * {k}" if k != 1 else t.text for t, k in low if t.value != 0)
         coords, lines = self.coordinates("n", [fixed(0)] * run, size[:run], [f"n{d}" for d in range(run)])
         moving = [(d, c) for d, c in enumerate(coords) if c.value != 0]
@@ -449,6 +494,8 @@ class Frame:
         moving = [d for d in range(run) if (sizes[:, d] != 1).any()]
         size = sizes[:, run:].prod(axis=1) * item
         if self.plan.storages[storage].kind == "workspace" or what.unit != 16 or len(moving) > 1:
+            return
+        if what.shift is not None:
             return
         rows = sizes[:, moving[0]] if moving else np.ones(len(size), np.int64)
         stride = strides[moving[0]] * item if moving else 0

@@ -21,6 +21,8 @@ from jax_mpk.graph.windows import factor as find_factor
 
 #: Elements a thread loads at a time.
 WIDTH = 8
+#: Of what a task has room for, one in so many are expected to be live.
+_LIVE = 4
 _TYPES = ("bf16", "f16", "f32")
 
 
@@ -37,8 +39,10 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     if any(arrays[s].kind != "local" or arrays[s].dtype not in _TYPES for s in slots):
         return False
     low, extents, most = frame.box(member, rank)
-    if most == 0 or any(e.value is None for e in extents):
+    live = frame.live.limits[member]
+    if most == 0 or any(e.value is None and d not in live for d, e in enumerate(extents)):
         return False
+    count = frame.live_count(member, rank)
     windowed = [f for f in found if f is not None and f.new >= 0]
     if not all(_alone(frame, op, f) and _patch(frame, op, f, arrays, low, extents, dry=True) for f in windowed):
         return False
@@ -56,9 +60,9 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     depth = math.prod(op.rspace)
     starts = [_aligned(frame, member, op, s, arrays[s.slot]) for s in sides]
     dot = op.rspace[-1] % WIDTH == 0 and all(s.strides[last] == 1 for s in sides) and all(starts)
-    dot &= all(_multiples(s.strides, {last}) for s in sides) and not any(chains)
+    dot &= all(_multiples(s.strides, {last}) for s in sides) and not any(chains) and count is None
     outer, d = -1, -1
-    for axis in along if not dot else ():
+    for axis in (a for a in along if extents[a].value is not None) if not dot else ():
         for k, s in enumerate(sides):
             fits = extents[axis].known % WIDTH == 0 and starts[k] and _multiples(s.strides, {axis}) and not chains[k]
             if s.strides[axis] == 1 and sides[1 - k].strides[axis] == 0 and fits:
@@ -79,7 +83,8 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         inner, decode_inner = frame.whole("r", steps)
         inner[-1] = Term(f"{inner[-1]} * {WIDTH}", False) if inner[-1].value is None else inner[-1]
         texts = [_at(s, arrays[s.slot], [*coords, *inner]) for s in sides]
-        frame.line(f"reduce<f32, {group(most, depth // WIDTH)}, Spread::kStrided>(")
+        lanes = group(most // _LIVE if any(e.value is None for e in extents) else most, depth // WIDTH)
+        frame.line(f"reduce<f32, {lanes}, Spread::kStrided>(")
         frame.line(f"    c, {product(extents).text}, {depth // WIDTH},")
         body = f"return dot<{WIDTH}>({texts[0]}, {texts[1]});"
         frame.lines_of("[&](int n, int r) -> f32 {", [*decode, *decode_inner, body], "},")
@@ -98,7 +103,7 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     inner, decode_inner = frame.whole("r", op.rspace)
     texts = [_at(s, arrays[s.slot], [*group_coords, *inner]) for s in sides]
     frame.line(f"reduce_packs<{WIDTH}, {group(most // WIDTH, depth)}>(")
-    frame.line(f"    c, {product(wide).text}, {depth},")
+    frame.line(f"    c, {product(wide).text}, {depth if count is None else count.text},")
     factor = f"*({texts[1 - outer]})"
     for dtype in chains[1 - outer]:
         factor = f"convert<{dtype}>({factor})"

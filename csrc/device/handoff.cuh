@@ -192,7 +192,7 @@ __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> fro
   }
 }
 
-// The same for at most four elements a thread.
+// The same for at most four elements a thread: with little code, as most values are small.
 template <class T>
 __device__ __noinline__ void stage_few(Watch watch, u32 task, Tagged<T> from, u64 first, int count, int to_byte, int thread,
                                        int threads) {

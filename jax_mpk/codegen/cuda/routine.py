@@ -24,6 +24,8 @@ FIRST_WORD = 5
 WARPS = 11
 _ALIGN = 128
 
+#: Elements a thread of `stage_few` in csrc/device/handoff.cuh brings, at most.
+_FEW = 4
 #: Largest copy in scratch of a tagged value that its task reads again: a load from device memory takes a microsecond.
 _COPY_BYTES = 4 << 10
 
@@ -455,7 +457,9 @@ class Frame:
         source = self._pointer(int(self.plan.value_storage[what.value]), value.dtype, True)
         target, size = self._bring(what)
         rows = self._rows(what, size, target)
-        few = "true" if rows.length.value is not None and rows.length.value <= 4 * 32 * warps else "false"
+        run = self._run_axes(what, self._brought_at[what.value][1])
+        most = int((what.hi - what.lo)[:, run:].prod(axis=1).max(initial=0))
+        few = "true" if most <= _FEW * 32 * warps else "false"
         self.line(f"// waits for {value.dtype}[{','.join(map(str, value.shape))}]")
         if rows.count.value == 1:
             self.line(f"stage<{few}>(c, {source}, {rows.start}, {rows.length.text}, {target.name}, {warp}, {warps});")

@@ -8,8 +8,21 @@ from pathlib import Path
 import pytest
 
 CPU_DEVICES = 8
-#: Folders whose tests depend on no version of Python or JAX: the quick tests, which CI runs on each, leave them out.
-VERSIONLESS = ("codegen", "host", "plan")
+#: Folders and files whose tests depend on no version of Python or JAX, as they begin behind the graph and do not go
+#: through XLA: the quick tests, which CI runs on each version, leave them out.
+VERSIONLESS = (
+    "benchmarks/",
+    "codegen/",
+    "host/",
+    "plan/",
+    "runtime/test_cuda_cache.py",
+    "runtime/test_cuda_executable.py",
+    "runtime/test_executor_native.py",
+    "runtime/test_nvrtc.py",
+    "runtime/test_run_program.py",
+    "runtime/test_tagged.py",
+    "test_layers.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what the quick tests leave out."""
     here = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).parts[0] in VERSIONLESS:
+        if item.path.relative_to(here).as_posix().startswith(VERSIONLESS):
             item.add_marker(pytest.mark.slow)
 
 

@@ -132,46 +132,26 @@ __device__ __forceinline__ void put_vector(T* to, const Word (&w)[count]) {
   for (int e = 0; e < count; ++e) to[e] = Tagged<T>::payload(w[e]);
 }
 
-// Brings `count` consecutive elements to shared memory, when they have arrived: thread `thread` of `threads`. Several
-// loads are always under way, as one alone takes as long as all of them; while something is missing, each thread looks
-// at one vector only, since more would slow down those who write. Not inlined: tasks have many such places.
+// Brings `count` consecutive elements to shared memory, when they have arrived: thread `thread` of `threads`. Many
+// loads are under way at a time, as one alone takes as long as all of them; while something is missing, each thread
+// looks at one vector only, since more would slow down those who write. Not inlined: tasks have many such places.
 template <class T>
 __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> from, u64 first, int count, int to_byte,
                                             int thread, int threads) {
   using Word = typename Tagged<T>::Word;
-  constexpr int kVector = Tagged<T>::kVector, kAhead = 6;
+  constexpr int kVector = Tagged<T>::kVector, kBatch = 6;
   T* to = shared_at<T>(to_byte);
   const int head = min(count, static_cast<int>((kVector - first % kVector) % kVector));
   const int vectors = (count - head) / kVector;
   const Word* words = from.words + first + head;
-  int next = thread;
 #pragma unroll 1
-  while (next < vectors) {
-    Word w[kAhead][kVector];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (next + k * threads < vectors) load_relaxed(words + (next + k * threads) * kVector, w[k]);
-    }
-    bool missing = false;
-#pragma unroll 1
-    while (next < vectors && !missing) {
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        if (next >= vectors || missing) continue;
-#pragma unroll
-        for (int e = 0; e < kVector; ++e) missing |= !from.tagged(w[k][e]);
-        if (missing) continue;
-        put_vector<T>(to + head + next * kVector, w[k]);
-        if (next + kAhead * threads < vectors) load_relaxed(words + (next + kAhead * threads) * kVector, w[k]);
-        next += threads;
-      }
-    }
-    // Then all are loaded again.
-    int at = -1;
+  for (int base = thread; base < vectors; base += kBatch * threads) {
+    Word w[kBatch][kVector];
+    int missing, at = -1;
     Word seen = 0;
     const auto here = [&] {
       Word v[kVector];
-      load_relaxed(words + next * kVector, v);
+      load_relaxed(words + missing * kVector, v);
       at = -1;
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
@@ -179,10 +159,29 @@ __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> fro
       }
       return at < 0;
     };
-    if (missing && !watch.until(here, [&] {
-          watch.note(task, kWaitTag, from.place(watch), from.tag, seen & 65535, first + head + next * kVector + at);
-        })) {
-      return;
+    watch.until(
+        [&] {
+          missing = -1;
+#pragma unroll
+          for (int k = 0; k < kBatch; ++k) {
+            if (base + k * threads < vectors) load_relaxed(words + (base + k * threads) * kVector, w[k]);
+          }
+#pragma unroll
+          for (int k = 0; k < kBatch; ++k) {
+            bool all = true;
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) all &= from.tagged(w[k][e]);
+            if (!all && base + k * threads < vectors) missing = base + k * threads;
+          }
+          return missing < 0 || !watch.until(here, [&] {
+            const u64 element = first + head + missing * kVector + at;
+            watch.note(task, kWaitTag, from.place(watch), from.tag, seen & 65535, element);
+          });
+        },
+        [] {});
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (base + k * threads < vectors) put_vector<T>(to + head + (base + k * threads) * kVector, w[k]);
     }
   }
   const int rest = count - vectors * kVector;
@@ -193,12 +192,47 @@ __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> fro
   }
 }
 
-// The same by some warps of a worker, so that others can wait for other values at the same time.
-template <class T, class C>
+// The same for at most four elements a thread.
+template <class T>
+__device__ __noinline__ void stage_few(Watch watch, u32 task, Tagged<T> from, u64 first, int count, int to_byte, int thread,
+                                       int threads) {
+  T* to = shared_at<T>(to_byte);
+  typename Tagged<T>::Word w[4];
+  const auto* words = from.words + first;
+  int missing;
+  u32 seen = 0;
+  watch.until(
+      [&] {
+        missing = -1;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (thread + k * threads < count) w[k] = load_relaxed(words + thread + k * threads);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (thread + k * threads < count && !from.tagged(w[k])) missing = thread + k * threads, seen = w[k] & 65535;
+        }
+        return missing < 0;
+      },
+      [&] { watch.note(task, kWaitTag, from.place(watch), from.tag, seen, first + missing); });
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (thread + k * threads < count) to[thread + k * threads] = Tagged<T>::payload(w[k]);
+  }
+}
+
+// By some warps of a worker, so that others can wait for other values at the same time. `few`: at most four elements a
+// thread.
+template <bool few, class T, class C>
 __device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 first, int count, T* to, int warp, int warps) {
   if (c.warp() < warp || c.warp() >= warp + warps) return;
   const int byte = static_cast<int>(shared_address(to) - shared_address(shared_at<char>(0)));
-  stage_elements<T>(c.watch(), c.task(TaskWords::kTask), from, first, count, byte, c.thread() - warp * 32, warps * 32);
+  const int thread = c.thread() - warp * 32, threads = warps * 32;
+  if constexpr (few) {
+    stage_few<T>(c.watch(), c.task(TaskWords::kTask), from, first, count, byte, thread, threads);
+  } else {
+    stage_elements<T>(c.watch(), c.task(TaskWords::kTask), from, first, count, byte, thread, threads);
+  }
 }
 
 }  // namespace mpk

@@ -234,18 +234,11 @@ struct Context {
   }
 };
 
-// copy(row, k) for every unit k of every row of a box; `each`: units of a row, or 0: as many as `units` says.
-template <int each, class C, class Copy>
+// copy(row, k) for every unit k of every row of a box.
+template <class C, class Copy>
 __device__ __forceinline__ void copy_rows(const C& c, int rows, int units, Copy&& copy) {
-  if constexpr (each > 0 && C::kThreads % (each > 0 ? each : 1) == 0) {
-    // A thread copies the same unit of rows at equal distances.
-    const int k = c.thread() % each;
-#pragma unroll 2
-    for (int row = c.thread() / each; row < rows; row += C::kThreads / each) copy(row, k);
-  } else {
 #pragma unroll 1
-    for (int n = c.thread(); n < rows * units; n += C::kThreads) copy(n / units, n % units);
-  }
+  for (int n = c.thread(); n < rows * units; n += C::kThreads) copy(n / units, n % units);
 }
 
 template <class Shape>

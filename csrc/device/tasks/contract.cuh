@@ -9,6 +9,23 @@
 
 namespace mpk {
 
+// Lane l of a warp gets the sum over the lanes of its group of their v[l % n]; n is a power of two, at most group.
+template <int group, int n>
+__device__ __forceinline__ f32 sums_by_lane(f32 (&v)[n]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int by = 1; by < n; by *= 2) {
+#pragma unroll
+    for (int i = 0; i < n / (2 * by); ++i) {
+      const bool odd = (lane & by) != 0;
+      v[i] = (odd ? v[2 * i + 1] : v[2 * i]) + __shfl_xor_sync(~0u, odd ? v[2 * i] : v[2 * i + 1], by);
+    }
+  }
+#pragma unroll
+  for (int by = n; by < group; by *= 2) v[0] += __shfl_xor_sync(~0u, v[0], by);
+  return v[0];
+}
+
 // Several neighbouring outputs of one thread.
 template <int count>
 struct Pack {
@@ -25,14 +42,56 @@ struct Pack {
 template <int count, class T>
 __device__ __forceinline__ void widen(const T* from, f32 (&to)[count]) {
   constexpr int kVectors = count * sizeof(T) > 16 ? count * sizeof(T) / 16 : 1, kEach = count / kVectors;
-  struct alignas(sizeof(T) * kEach) Packed {
-    T e[kEach];
-  };
+  if constexpr (kSame<T, bf16> && kEach == 8) {
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const Packed p = reinterpret_cast<const Packed*>(from)[v];
+    for (int v = 0; v < kVectors; ++v) {
+      const Quad p = reinterpret_cast<const Quad*>(from)[v];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) to[v * kEach + i] = convert<f32>(p.e[i]);
+      for (int i = 0; i < 4; ++i) {
+        to[v * 8 + 2 * i] = bitcast<f32>(p.w[i] << 16);
+        to[v * 8 + 2 * i + 1] = bitcast<f32>(p.w[i] & 0xffff0000u);
+      }
+    }
+  } else {
+    struct alignas(sizeof(T) * kEach) Packed {
+      T e[kEach];
+    };
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const Packed p = reinterpret_cast<const Packed*>(from)[v];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) to[v * kEach + i] = convert<f32>(p.e[i]);
+    }
+  }
+}
+
+// `packs` times `count` neighbouring outputs, each pack by `group` lanes: the sum of body(pack, r) over depth positions.
+// finish(pack, element, sum) once for every output. There may be no positions at all.
+template <int count, int group, class C, class Body, class Finish>
+__device__ __forceinline__ void reduce_packs(const C& c, int packs, int depth, Body&& body, Finish&& finish) {
+  const int part = c.thread() % group;
+  const int rounded = (packs * group + kWarp - 1) / kWarp * kWarp;
+#pragma unroll 1
+  for (int n = c.thread(); n < rounded; n += C::kThreads) {
+    const int pack = min(n / group, packs - 1);
+    Pack<count> acc = {};
+    if (part < depth) acc = body(pack, part);
+#pragma unroll 2
+    for (int r = part + group; r < depth; r += group) acc = acc + body(pack, r);
+    if constexpr (group >= count) {
+      const f32 sum = sums_by_lane<group>(acc.e);
+      if (part < count && n / group < packs) finish(pack, part, sum);
+    } else {
+#pragma unroll
+      for (int by = 1; by < group; by *= 2) {
+#pragma unroll
+        for (int e = 0; e < count; ++e) acc.e[e] += __shfl_xor_sync(~0u, acc.e[e], by);
+      }
+#pragma unroll
+      for (int e = 0; e < count; ++e) {
+        if (part == 0 && n / group < packs) finish(pack, e, acc.e[e]);
+      }
+    }
   }
 }
 
@@ -72,23 +131,6 @@ struct Chunks {
   static constexpr int kDepth = K / kParts;
   static constexpr int kRows = kParts > 1 ? 1 : stage_bytes / kRowBytes < 16 ? stage_bytes / kRowBytes : 16;
 };
-
-// Lane l of a warp gets the sum over all lanes of their v[l % n]; n is a power of two.
-template <int n>
-__device__ __forceinline__ f32 sums_by_lane(f32 (&v)[n]) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int by = 1; by < n; by *= 2) {
-#pragma unroll
-    for (int i = 0; i < n / (2 * by); ++i) {
-      const bool odd = (lane & by) != 0;
-      v[i] = (odd ? v[2 * i + 1] : v[2 * i]) + __shfl_xor_sync(~0u, odd ? v[2 * i] : v[2 * i + 1], by);
-    }
-  }
-#pragma unroll
-  for (int by = n; by < kWarp; by *= 2) v[0] += __shfl_xor_sync(~0u, v[0], by);
-  return v[0];
-}
 
 __device__ constexpr int power_of_two(int count) {
   int n = 1;
@@ -161,7 +203,7 @@ __device__ __noinline__ f32 chunk_sums(int w_byte, int x_byte, int x_stride) {
       }
     }
   }
-  return sums_by_lane(sums);
+  return sums_by_lane<kWarp>(sums);
 }
 
 // finish(row, m, sum) once for every row and m.

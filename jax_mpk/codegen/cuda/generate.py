@@ -27,7 +27,7 @@ from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
 
 ENTRY = "jax_mpk_kernel"
 #: Most stages of the ring, fewest, and chunks in flight: docs/experiments.md.
-_STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 4
+_STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 5
 #: More warps than this are not needed to keep up with memory.
 _ENOUGH_READERS = 8
 #: Dynamic shared memory of a CTA on sm_90.

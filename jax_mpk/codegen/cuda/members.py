@@ -48,7 +48,7 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     low, extents, most = frame.box(member, rank)
     count = frame.live_count(member, rank)
     together = count is None and depth >= _TOGETHER_DEPTH and most <= _TOGETHER_OUTPUTS
-    if not together and (factors := _factors(op)) is not None and tile(frame, member, factors):
+    if (factors := _factors(op)) is not None and tile(frame, member, factors):
         return
     operands = [frame.array(v) for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]

@@ -460,15 +460,16 @@ class Frame:
         source = self._pointer(int(self.plan.value_storage[what.value]), value.dtype, True)
         target, size = self._bring(what)
         rows = self._rows(what, size, target)
+        few = "true" if rows.length.value is not None and rows.length.value <= 4 * 32 * warps else "false"
         self.line(f"// waits for {value.dtype}[{','.join(map(str, value.shape))}]")
         if rows.count.value == 1:
-            self.line(f"stage(c, {source}, {rows.start}, {rows.length.text}, {target.name}, {warp}, {warps});")
+            self.line(f"stage<{few}>(c, {source}, {rows.start}, {rows.length.text}, {target.name}, {warp}, {warps});")
             return
         self.line(f"for (int n = 0; n < {rows.count.text}; ++n) {{")
         for text in rows.lines:
             self.line(f"  {text}")
         places = f"{source}, {rows.start} + {rows.source}, {rows.length.text}, {target.name} + {rows.target}"
-        self.line(f"  stage(c, {places}, {warp}, {warps});")
+        self.line(f"  stage<{few}>(c, {places}, {warp}, {warps});")
         self.line("}")
 
     def _copy(self, what: Copied) -> None:
@@ -479,8 +480,7 @@ class Frame:
         self.line(f"// copies {value.dtype}[{','.join(map(str, value.shape))}] meanwhile")
         self._prefetch(what)
         unit = what.unit // dtypes.itemsize(value.dtype)
-        each = rows.length.value // unit if rows.length.value is not None else 0
-        self.line(f"copy_rows<{each}>(c, {rows.count.text}, {each or f'{rows.length} / {unit}'}, [&](int n, int k) {{")
+        self.line(f"copy_rows(c, {rows.count.text}, {rows.length} / {unit}, [&](int n, int k) {{")
         for text in rows.lines:
             self.line(f"  {text}")
         to_text = " + ".join(t for t in (target.name, rows.target) if t != "0")

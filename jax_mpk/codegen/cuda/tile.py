@@ -102,24 +102,17 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     group_coords[d] = first
     inner, decode_inner = frame.whole("r", op.rspace)
     texts = [_at(s, arrays[s.slot], [*group_coords, *inner]) for s in sides]
-    if count is None:
-        frame.line(f"reduce<Pack<{WIDTH}>, {group(most // WIDTH, depth)}, Spread::kStrided>(")
-        frame.line(f"    c, {product(wide).text}, {depth},")
-    else:
-        frame.line(f"reduce_live<Pack<{WIDTH}>, {group(most // WIDTH, depth)}>(")
-        frame.line(f"    c, {product(wide).text}, {count.text}, Pack<{WIDTH}>{{}},")
+    frame.line(f"reduce_packs<{WIDTH}, {group(most // WIDTH, depth)}>(")
+    frame.line(f"    c, {product(wide).text}, {depth if count is None else count.text},")
     factor = f"*({texts[1 - outer]})"
     for dtype in chains[1 - outer]:
         factor = f"convert<{dtype}>({factor})"
     body = f"return scaled<{WIDTH}>({texts[outer]}, {factor});"
     frame.lines_of(f"[&](int n, int r) -> Pack<{WIDTH}> {{", [*decode, *decode_inner, body], "},")
-    frame.line(f"    [&](const Pack<{WIDTH}>& a, const Pack<{WIDTH}>& b) {{ return a + b; }},")
     element = list(coords)
     element[d] = Term("i")
-    finish = stores(op.epilogue, element, loader(arrays), outputs, lambda node: "a.e[e]")
-    unrolled = ["#pragma unroll", f"for (int e = 0; e < {WIDTH}; ++e) {{", f"  const int i = {first.text} + e;"]
-    unrolled += [*(f"  {text}" for text in finish), "}"]
-    frame.lines_of(f"[&](int n, const Pack<{WIDTH}>& a) {{", [*decode, *unrolled], "});")
+    finish = stores(op.epilogue, element, loader(arrays), outputs, lambda node: "sum")
+    frame.lines_of("[&](int n, int e, f32 sum) {", [*decode, f"const int i = {first.text} + e;", *finish], "});")
     return True
 
 

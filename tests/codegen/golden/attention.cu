@@ -51,7 +51,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   const int live1 = op_min(op_max(u1 + (u3 * (-1)), 0), u2);
   s32* const s0 = c.template local<s32>(2432);
   // copies s32[] meanwhile
-  copy_rows<1>(c, 1, 1, [&](int n, int k) {
+  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
     copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
   bf16* const g1 = c.template global<bf16>(8);
@@ -59,7 +59,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const s1 = c.template local<bf16>(2560);
   const int o0 = at1 * 64;
   // copies bf16[16,64] meanwhile
-  copy_rows<8>(c, 1, 8, [&](int n, int k) {
+  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
     copy_async<16>(s1 + k * 8, g1 + at1 * 64 + k * 8);
   });
   bf16* const g2 = c.template global<bf16>(11);
@@ -67,27 +67,27 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const s2 = c.template local<bf16>(2688);
   const int o1 = at2 * 64;
   // copies bf16[4,64] meanwhile
-  copy_rows<8>(c, 1, 8, [&](int n, int k) {
+  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
     copy_async<16>(s2 + k * 8, g2 + at2 * 64 + k * 8);
   });
   bf16* const g3 = c.template global<bf16>(14);
   bf16* const s3 = c.template local<bf16>(2816);
   const int o2 = at2 * 72;
   // copies bf16[1024,4,64] meanwhile
-  copy_rows<8>(c, live1, 8, [&](int n, int k) {
+  copy_rows(c, live1, 64 / 8, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s3 + n0 * 72 + k * 8, g3 + at2 * 64 + live0 * 256 + n0 * 256 + k * 8);
   });
   bf16* const g4 = c.template global<bf16>(16);
   bf16* const s4 = c.template local<bf16>(21248);
   // copies bf16[4,64] meanwhile
-  copy_rows<8>(c, 1, 8, [&](int n, int k) {
+  copy_rows(c, 1, 64 / 8, [&](int n, int k) {
     copy_async<16>(s4 + k * 8, g4 + at2 * 64 + k * 8);
   });
   bf16* const g5 = c.template global<bf16>(18);
   bf16* const s5 = c.template local<bf16>(21376);
   // copies bf16[1024,4,64] meanwhile
-  copy_rows<8>(c, live1, 8, [&](int n, int k) {
+  copy_rows(c, live1, 64 / 8, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s5 + n0 * 72 + k * 8, g5 + at2 * 64 + live0 * 256 + n0 * 256 + k * 8);
   });
@@ -183,21 +183,17 @@ __device__ __forceinline__ void routine_0(C& c) {
   });
   c.sync();
   // contract f32[8,4,4,64] over 128  functions.py:59
-  reduce_live<Pack<8>, 32>(
-      c, 8, live1, Pack<8>{},
+  reduce_packs<8, 32>(
+      c, 8, live1,
       [&](int n, int r) -> Pack<8> {
         const int i3 = n;
         const int r0 = r;
         return scaled<8>(s5 + at2 * 72 + i3 * 8 + r0 * 72 - o2, *(l6 + at0 * 128 + at2 * 128 + at3 * 128 + r0 - o3));
       },
-      [&](const Pack<8>& a, const Pack<8>& b) { return a + b; },
-      [&](int n, const Pack<8>& a) {
+      [&](int n, int e, f32 sum) {
         const int i3 = n;
-        #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int i = i3 * 8 + e;
-          g8.put(at0 * 1024 + at2 * 256 + at3 * 64 + i, a.e[e]);
-        }
+        const int i = i3 * 8 + e;
+        g8.put(at0 * 1024 + at2 * 256 + at3 * 64 + i, sum);
       });
 }
 
@@ -211,14 +207,14 @@ __device__ __forceinline__ void routine_1(C& c) {
   // waits for f32[8,4,4]
   for (int n = 0; n < 8; ++n) {
     const int n0 = n;
-    stage(c, g0, at0 * 4 + at1 + n0 * 16, 1, s0 + n0 * 1, 0, 1);
+    stage<true>(c, g0, at0 * 4 + at1 + n0 * 16, 1, s0 + n0 * 1, 0, 1);
   }
   const auto g1 = c.template tagged<f32>(8);
   f32* const s1 = c.template local<f32>(640);
   // waits for f32[8,4,4]
   for (int n = 0; n < 8; ++n) {
     const int n0 = n;
-    stage(c, g1, at0 * 4 + at1 + n0 * 16, 1, s1 + n0 * 1, 1, 1);
+    stage<true>(c, g1, at0 * 4 + at1 + n0 * 16, 1, s1 + n0 * 1, 1, 1);
   }
   const auto g2 = c.template tagged<f32>(9);
   f32* const s2 = c.template local<f32>(768);
@@ -226,7 +222,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   // waits for f32[8,4,4,64]
   for (int n = 0; n < 8; ++n) {
     const int n0 = n;
-    stage(c, g2, at0 * 256 + at1 * 64 + n0 * 1024, 64, s2 + n0 * 64, 2, 9);
+    stage<true>(c, g2, at0 * 256 + at1 * 64 + n0 * 1024, 64, s2 + n0 * 64, 2, 9);
   }
   c.sync();
   c.stamp(1);

@@ -23,14 +23,14 @@ struct Shape {
     kStages = 24,
     kReaders = 8,
     kStageBytes = 8192,
-    kFlight = 4,
+    kFlight = 5,
     kLiveRows = 0,
     kBarriers = 0,
     kControl = 512,
     kSlots = 640,
     kPartials = 768,
-    kScratch = 896,
-    kRing = 7168,
+    kScratch = 768,
+    kRing = 7040,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
@@ -43,34 +43,32 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(2176);
   // copies bf16[1,1024] meanwhile
-  copy_rows<128>(c, 1, 128, [&](int n, int k) {
+  copy_rows(c, 1, 1024 / 8, [&](int n, int k) {
     copy_async<16>(s0 + k * 8, g0 + k * 8);
   });
   bf16* const g1 = c.template global<bf16>(7);
   bf16* const s1 = c.template local<bf16>(4224);
   // copies bf16[1024] meanwhile
-  copy_rows<128>(c, 1, 128, [&](int n, int k) {
+  copy_rows(c, 1, 1024 / 8, [&](int n, int k) {
     copy_async<16>(s1 + k * 8, g1 + k * 8);
   });
   copies_wait();
   c.sync();
   c.stamp(1);
   f32* const l0 = c.template local<f32>(0);
-  // reduce f32[1,1] over 1024  functions.py:45
-  reduce_together<f32, Spread::kStrided, true>(
-      c, 1, 1024,
+  // contract f32[1,1] over 1024  functions.py:45
+  reduce<f32, 32, Spread::kStrided>(
+      c, 1, 128,
       [&](int n, int r) -> f32 {
         const int r0 = r;
-        const f32 t0 = convert<f32>(s0[r0]);
-        return t0 * t0;
+        return dot<8>(s0 + r0 * 8, s0 + r0 * 8);
       },
-      [&](f32 a, f32 b) -> f32 {
-        return a + b;
-      },
+      [&](f32 a, f32 b) { return a + b; },
       [&](int n, f32 a) {
         l0[0] = op_rsqrt((a / 1024.0f) + 1e-06f);
       });
   bf16* const l1 = c.template local<bf16>(64);
+  c.sync();
   // map bf16[1,1024]  functions.py:46
   map(c, 1024, [&](int n) {
     const int i1 = n;
@@ -96,13 +94,13 @@ __device__ __forceinline__ void routine_1(C& c) {
   bf16* const s0 = c.template local<bf16>(0);
   const int o0 = at0;
   // copies bf16[1,1024] meanwhile
-  copy_rows<1>(c, 1, 1, [&](int n, int k) {
+  copy_rows(c, 1, 8 / 8, [&](int n, int k) {
     copy_async<16>(s0 + k * 8, g0 + at0 + k * 8);
   });
   const auto g1 = c.template tagged<bf16>(8);
   bf16* const s1 = c.template local<bf16>(128);
   // waits for bf16[1,3072]
-  stage(c, g1, 0, 3072, s1, 0, 11);
+  stage<false>(c, g1, 0, 3072, s1, 0, 11);
   copies_wait();
   c.sync();
   c.stamp(1);

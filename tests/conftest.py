@@ -8,8 +8,21 @@ from pathlib import Path
 import pytest
 
 CPU_DEVICES = 8
-#: Folders whose tests depend on no version of Python or JAX: the quick tests, which CI runs on each, leave them out.
-VERSIONLESS = ("codegen", "host", "plan")
+#: Folders and files whose tests depend on no version of Python or JAX, as they begin behind the graph and do not go
+#: through XLA: the quick tests, which CI runs on each version, leave them out.
+VERSIONLESS = (
+    "benchmarks/",
+    "codegen/",
+    "host/",
+    "plan/",
+    "runtime/test_cuda_cache.py",
+    "runtime/test_cuda_executable.py",
+    "runtime/test_executor_native.py",
+    "runtime/test_nvrtc.py",
+    "runtime/test_run_program.py",
+    "runtime/test_tagged.py",
+    "test_layers.py",
+)
 #: Tests of the public interface that say nothing about the device: run on a GPU too, where these are asked for.
 ANYWHERE = (
     "api/test_calls.py",
@@ -47,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu = _asks_for_gpu(config.option.markexpr)
     for item in items:
         path = item.path.relative_to(here)
-        if path.parts[0] in VERSIONLESS:
+        if path.as_posix().startswith(VERSIONLESS):
             item.add_marker(pytest.mark.slow)
         if gpu and path.as_posix() in ANYWHERE and not item.get_closest_marker("cpu"):
             item.add_marker(pytest.mark.gpu)

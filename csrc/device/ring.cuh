@@ -14,12 +14,14 @@ namespace mpk {
 
 // What the producer does for a task, see tables.py: consecutive bytes of a buffer that the task streams; or, where
 // chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the L2 cache.
+// Where chunk_bytes is at least kLiveRows, Shape::live_rows says which rows these are, given the number in `rows`.
 struct StreamJob {
   u32 buffer, chunk_bytes;
   u64 offset, bytes;
   u32 rows, stride;
 };
 static_assert(sizeof(StreamJob) == 32);
+constexpr u32 kLiveRows = 1u << 30;
 
 // The consumer's side.
 template <class Shape>
@@ -117,8 +119,15 @@ struct Producer {
         StreamJob job;
         job.buffer = __shfl_sync(~0u, mine.buffer, j), job.chunk_bytes = __shfl_sync(~0u, mine.chunk_bytes, j);
         job.offset = __shfl_sync(~0u, mine.offset, j), job.bytes = __shfl_sync(~0u, mine.bytes, j);
-        if (job.chunk_bytes == 0) {
+        if (job.chunk_bytes == 0 || job.chunk_bytes >= kLiveRows) {
           job.rows = __shfl_sync(~0u, mine.rows, j), job.stride = __shfl_sync(~0u, mine.stride, j);
+          if constexpr (Shape::kLiveRows > 0) {
+            if (job.chunk_bytes >= kLiveRows) {
+              int first = 0, count = 0;
+              Shape::live_rows(launch, job.chunk_bytes - kLiveRows, job.rows, first, count);
+              job.offset += u64(first) * job.stride, job.rows = count;
+            }
+          }
 #pragma unroll 1
           for (u32 row = lane; row < job.rows; row += 32) prefetch(at(job) + u64(row) * job.stride, job.bytes);
         } else if (lane == 0) {

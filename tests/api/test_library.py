@@ -49,8 +49,11 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("target", ["cpu-1", "cpu-5+tagged"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+#: By turns.
+TARGETS = ("cpu-1", "cpu-5+tagged")
+
+
+@pytest.mark.parametrize(("name", "target"), [(name, TARGETS[i % 2]) for i, name in enumerate(FUNCTIONS)])
 def test_equals_jit(name: str, target: str) -> None:
     v = jnp.arange(7, dtype=jnp.float32)
     got = megakernelize(FUNCTIONS[name], target=target)(v)

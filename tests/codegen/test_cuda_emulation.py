@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="needs a C++ compiler"),
 ]
 #: Random programs of each family.
-PROGRAMS = 24
+PROGRAMS = 12
 #: Workers of a launch, by turns.
 WORKERS = (1, 2, 3, 5)
 

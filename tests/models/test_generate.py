@@ -125,8 +125,7 @@ def test_command_line(model, monkeypatch, capsys) -> None:
 
 
 @pytest.mark.weights
-def test_demo(engine, capsys) -> None:
+def test_demo(capsys) -> None:
     """What a new user runs first."""
-    name = "jit" if engine is jax.jit else "mpk"
-    generate.main(["--engine", name, "--max-tokens", "8", "--cache-len", "64"])
+    generate.main(["--max-tokens", "8", "--cache-len", "64"])
     assert capsys.readouterr().out.startswith("The capital of France is Paris.")

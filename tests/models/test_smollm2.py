@@ -12,6 +12,8 @@ from models.generate import Generator
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
 CACHE_LEN = 96
+#: Under jax.jit, which takes long to compile so many layers, the other tests say the same of the model.
+MPK = pytest.mark.parametrize("engine", ["mpk"], indirect=True)
 
 
 def test_tokenizer(smollm2, smollm2_truth) -> None:
@@ -56,6 +58,7 @@ def test_greedy_ids(engine, smollm2, smollm2_truth) -> None:
         assert found == case["greedy_ids"]
 
 
+@MPK
 def test_generator(engine, smollm2, smollm2_truth) -> None:
     """Sampling inside the step, stopping at the end of text."""
     generator = Generator(smollm2, engine, cache_len=CACHE_LEN)
@@ -88,6 +91,7 @@ def test_bf16_where_the_margin_is_clear(engine, smollm2_bf16, smollm2_truth) -> 
     assert checked == 90
 
 
+@MPK
 def test_bf16_decode_step(engine, smollm2_bf16, smollm2_truth) -> None:
     """The bf16 step itself, over the first text."""
     case = smollm2_truth["cases"][0]

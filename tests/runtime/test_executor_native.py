@@ -14,7 +14,6 @@ SOURCES = [
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("-O2",), ("-O1", "-g", "-fsanitize=thread")])
 def test_scheduling(flags, tmp_path) -> None:
     if COMPILER is None:

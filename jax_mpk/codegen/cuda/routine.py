@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array, is_wide, row_major
-from jax_mpk.codegen.cuda.live import Live
-from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed
+from jax_mpk.codegen.cuda.live import Live, Shift
+from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset
 from jax_mpk.codegen.cuda.staging import Copied, Staged
 from jax_mpk.codegen.cuda.views import View
 from jax_mpk.errors import TaskTooLargeError, task_too_large
@@ -23,6 +23,8 @@ FIRST_WORD = 5
 #: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
 WARPS = 11
 _ALIGN = 128
+#: In a job of the producer, instead of a chunk's size: rows known at run time, found in this way or a later one.
+LIVE = 1 << 30
 
 #: Elements a thread of `stage_few` in csrc/device/handoff.cuh brings, at most.
 _FEW = 4
@@ -56,8 +58,10 @@ class Stream:
       storage: the input.
       chunk_bytes: size of all chunks but the last; 0: nothing streams, rows are brought to the L2 cache.
       first, size: int64 [tasks]: first byte; bytes in all, or of one row.
-      rows: int64 [tasks] rows.
+      rows: int64 [tasks] rows; where these are known at run time, ``at`` of ``live``.
       stride: bytes from row to row.
+      live: statements that compute ``first`` row and ``count`` of rows to bring to the L2 cache from ``at``; (): these
+        are known.
     """
 
     storage: int
@@ -66,6 +70,7 @@ class Stream:
     size: np.ndarray
     rows: np.ndarray
     stride: int
+    live: tuple[str, ...] = ()
 
 
 @dataclass
@@ -499,12 +504,39 @@ class Frame:
         size = sizes[:, run:].prod(axis=1) * item
         if self.plan.storages[storage].kind == "workspace" or what.unit != 16 or len(moving) > 1:
             return
-        if what.shift is not None:
-            return
         rows = sizes[:, moving[0]] if moving else np.ones(len(size), np.int64)
         stride = strides[moving[0]] * item if moving else 0
         first = what.lo @ np.array(strides, np.int64) * item
-        self.code.streams.append(Stream(storage, 0, first, size, np.where(size > 0, rows, 0), stride))
+        if what.shift is None:
+            self.code.streams.append(Stream(storage, 0, first, size, np.where(size > 0, rows, 0), stride))
+            return
+        found = self._first_and_count(what.shift)
+        if found is not None and moving == [what.shift.axis]:
+            lines, column = found
+            self.code.streams.append(Stream(storage, 0, first, size, column, stride, lines))
+
+    def _first_and_count(self, shift: Shift) -> tuple[tuple[str, ...], np.ndarray] | None:
+        """How the producer computes where live rows begin, and how many there are, from one number of each task.
+
+        None where that takes more numbers, or something that a task of this launch may write.
+        """
+        scalars = self.live.scalars
+        expr = scalars.only(scalars.results[shift.first], scalars.results[shift.count])
+        columns = sorted({node.attr for node in expr.nodes if node.op == "coord"})
+        stored = {k: int(self.plan.value_storage[v]) for k, v in enumerate(self.live.operands)}
+        loaded = {node.attr for node in expr.nodes if node.op in ("load", "load_if")}
+        if len(columns) > 1 or any(self.plan.storages[stored[k]].kind != "input" for k in loaded):
+            return None
+
+        def load(slot: int, indices: list[Term], dtype: str, pred: str | None) -> str:
+            where = offset(indices, row_major(self.values[self.live.operands[slot]].shape))
+            return f"launch.template at<{dtype}>({self.plan.storages[stored[slot]].index})[{where}]"
+
+        written = Scalars(expr, [Term("at")] * len(self.live.columns), load)
+        first, count = written.results()
+        lines = (*written.lines, f"first = {first.text};", f"count = {count.text};")
+        tasks = len(self.boxes[0])
+        return lines, self.live.columns[columns[0]] if columns else np.zeros(tasks, np.int64)
 
     # -- where threads meet ------------------------------------------------------------------------------------
 
@@ -536,6 +568,14 @@ class Frame:
     def met(self) -> None:
         """What was written last ended with a barrier."""
         self._since.clear()
+
+
+def live_rows(codes: Sequence[Code]) -> dict[tuple[str, ...], int]:
+    """Numbers of the different ways in which the producer finds rows that are live."""
+    found: dict[tuple[str, ...], int] = {}
+    for stream in (stream for code in codes for stream in code.streams if stream.live):
+        found.setdefault(stream.live, len(found))
+    return found
 
 
 def product(terms: Sequence[Term]) -> Term:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_mpk.codegen.cuda.routine import FIRST_WORD, Code
+from jax_mpk.codegen.cuda.routine import FIRST_WORD, LIVE, Code, live_rows
 from jax_mpk.graph import dtypes
 from jax_mpk.plan.ir import BranchNode, LoopNode, Plan, Schedule, Segment
 from jax_mpk.plan.ir import Storage as PlanStorage
@@ -157,6 +157,7 @@ def build_tables(plan: Plan, state: State, case: Sequence[int], codes: Sequence[
 
 def _assembled(plan: Plan, table: np.ndarray, codes: Sequence[Code]) -> Tables:
     jobs: list[np.ndarray] = []
+    ways = live_rows(codes)
     job_of: dict[int, tuple[int, int]] = {}  # task → first job, number
     for number, code in enumerate(codes):
         if not code.streams:
@@ -166,7 +167,7 @@ def _assembled(plan: Plan, table: np.ndarray, codes: Sequence[Code]) -> Tables:
             for s in code.streams:
                 buffer, unit = buffer_of(plan, plan.storages[s.storage])
                 job = np.zeros(4, np.uint64)
-                job.view(np.uint32)[:2] = buffer, s.chunk_bytes
+                job.view(np.uint32)[:2] = buffer, LIVE + ways[s.live] if s.live else s.chunk_bytes
                 job[1], job[2] = unit * UNIT + int(s.first[k]), int(s.size[k])
                 job.view(np.uint32)[6:] = s.rows[k], s.stride
                 jobs.append(job)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_mpk.codegen.cuda.generate import routine_codes
-from jax_mpk.codegen.cuda.routine import FIRST_WORD, Code
+from jax_mpk.codegen.cuda.routine import FIRST_WORD, LIVE, Code, live_rows
 from jax_mpk.codegen.cuda.tables import (
     EVENT_BYTES,
     HEADER_BYTES,
@@ -141,7 +141,8 @@ def test_streams_follow_the_queue(name: str) -> None:
                 job = jobs[(first + k) * JOB_WORDS :][:JOB_WORDS]
                 buffer, unit = buffer_of(planned, planned.storages[stream.storage])
                 offset, size = job[2:6].view(np.uint64)
-                assert (job[0], job[1]) == (buffer, stream.chunk_bytes)
+                kind = LIVE + live_rows(codes)[stream.live] if stream.live else stream.chunk_bytes
+                assert (job[0], job[1]) == (buffer, kind)
                 assert (offset, size) == (unit * UNIT + stream.first[task], stream.size[task])
                 assert (job[6], job[7]) == (stream.rows[task], stream.stride)
                 assert offset % 16 == 0 and size % 16 == 0

@@ -24,6 +24,7 @@ struct Shape {
     kReaders = 1,
     kStageBytes = 8192,
     kFlight = 1,
+    kLiveRows = 1,
     kBarriers = 0,
     kControl = 512,
     kSlots = 640,
@@ -33,6 +34,7 @@ struct Shape {
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
+  static __device__ void live_rows(const Launch& launch, u32 way, int at, int& first, int& count);
   template <class Role> __device__ static void schedule(Role& role);
 };
 using C = Context<Shape>;
@@ -333,6 +335,20 @@ __device__ __forceinline__ void Shape::run(Any& c, u32 routine) {
     case 1: return routine_1(c);
     case 2: return routine_2(c);
     case 3: return routine_3(c);
+  }
+}
+
+__device__ void Shape::live_rows(const Launch& launch, u32 way, int at, int& first, int& count) {
+  switch (way) {
+    case 0: {
+      const s64 t0 = s64(int(launch.template at<s32>(5)[0])) + s64(1);
+      const int t1 = (t0 > s64(0)) ? int(op_min(op_max(t0, s64(1)), s64(1024))) : 1024;
+      const int t2 = (t1 + 7) / 8;
+      const int t3 = at * t2;
+      first = t3;
+      count = op_min(op_max(t1 + (t3 * (-1)), 0), t2);
+      return;
+    }
   }
 }
 

@@ -24,6 +24,7 @@ struct Shape {
     kReaders = 1,
     kStageBytes = 8192,
     kFlight = 1,
+    kLiveRows = 0,
     kBarriers = 0,
     kControl = 512,
     kSlots = 640,

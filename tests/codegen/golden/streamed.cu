@@ -24,6 +24,7 @@ struct Shape {
     kReaders = 8,
     kStageBytes = 8192,
     kFlight = 5,
+    kLiveRows = 0,
     kBarriers = 0,
     kControl = 512,
     kSlots = 640,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jax_mpk.codegen import bodies
-from jax_mpk.codegen.cuda.routine import Frame, product
-from jax_mpk.codegen.cuda.scalars import Load, Scalars, Term, constant
+from jax_mpk.codegen.cuda.routine import Frame
+from jax_mpk.codegen.cuda.scalars import Load, Scalars, Term, constant, product
 from jax_mpk.codegen.cuda.stream import stream_rows
 from jax_mpk.codegen.cuda.texts import accumulator, accumulators, group, loader, made, partials, rounded, stores, title
 from jax_mpk.codegen.cuda.tile import tile

@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array, is_wide, row_major
 from jax_mpk.codegen.cuda.live import Live, Shift
-from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset
+from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset, product
 from jax_mpk.codegen.cuda.staging import Copied, Staged
 from jax_mpk.codegen.cuda.views import View
 from jax_mpk.errors import TaskTooLargeError, task_too_large
@@ -576,18 +576,6 @@ def live_rows(codes: Sequence[Code]) -> dict[tuple[str, ...], int]:
     for stream in (stream for code in codes for stream in code.streams if stream.live):
         found.setdefault(stream.live, len(found))
     return found
-
-
-def product(terms: Sequence[Term]) -> Term:
-    """The product of extents."""
-    constant = math.prod(t.value for t in terms if t.value is not None)
-    rest = [str(t) for t in terms if t.value is None]
-    if not rest:
-        return fixed(constant)
-    if constant == 0:
-        return fixed(0)
-    texts = rest if constant == 1 else [*rest, str(constant)]
-    return Term(" * ".join(texts), len(texts) == 1)
 
 
 def _places(a: Array) -> list[_Place]:

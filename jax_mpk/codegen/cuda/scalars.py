@@ -59,6 +59,18 @@ def fixed(value: int) -> Term:
     return Term(str(value), value=value)
 
 
+def product(terms: Sequence[Term]) -> Term:
+    """The product of extents."""
+    constant = math.prod(t.value for t in terms if t.value is not None)
+    rest = [str(t) for t in terms if t.value is None]
+    if not rest:
+        return fixed(constant)
+    if constant == 0:
+        return fixed(0)
+    texts = rest if constant == 1 else [*rest, str(constant)]
+    return Term(" * ".join(texts), len(texts) == 1)
+
+
 class Scalars:
     """Writes one program.
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.arrays import Array
-from jax_mpk.codegen.cuda.routine import Frame, product
-from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset
+from jax_mpk.codegen.cuda.routine import Frame
+from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset, product
 from jax_mpk.codegen.cuda.stream import factors
 from jax_mpk.codegen.cuda.texts import group, loader, stores, title
 from jax_mpk.graph.fuse_maps import programs

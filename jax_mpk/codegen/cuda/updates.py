@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from jax_mpk.codegen import bodies
-from jax_mpk.codegen.cuda.routine import Frame, product
-from jax_mpk.codegen.cuda.scalars import Scalars, Term
+from jax_mpk.codegen.cuda.routine import Frame
+from jax_mpk.codegen.cuda.scalars import Scalars, Term, product
 from jax_mpk.codegen.cuda.texts import loader, rounded, title
 from jax_mpk.graph.ir import Update
 from jax_mpk.graph.regions import update_boxes, update_written

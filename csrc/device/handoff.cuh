@@ -174,4 +174,15 @@ __device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 fir
   stage_elements<T>(c.watch(), c.task(TaskWords::kTask), from, first, count, byte, c.thread() - warp * 32, warps * 32);
 }
 
+// The same for `count` elements that lie anywhere: element(k, bring) calls bring(from, to) once.
+template <class T, class C, class Element>
+__device__ __forceinline__ void stage_each(const C& c, const Tagged<T>& from, int count, int warp, int warps,
+                                           Element&& element) {
+  if (c.warp() < warp || c.warp() >= warp + warps) return;
+#pragma unroll 1
+  for (int k = c.thread() - warp * 32; k < count; k += warps * 32) {
+    element(k, [&](u64 at, T* to) { *to = from.get(c, at); });
+  }
+}
+
 }  // namespace mpk

@@ -57,6 +57,37 @@ __device__ __forceinline__ u64 nanoseconds() {
   return t;
 }
 
+// 16 bytes.
+struct alignas(16) Quad {
+  u32 w[4];
+};
+
+// From device memory, as other workers left it before an event that was waited for.
+__device__ __forceinline__ Quad load_quad(const void* p) {
+  Quad v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p) : "memory");
+  return v;
+}
+
+// d += a * b by a warp: 16 rows, 8 columns, 16 products each. Of lane 4g + q, word 0 of a is row g, k = 2q and 2q+1;
+// words 1 and 3 are row g+8, words 2 and 3 k+8; b has the same k of column g; d: rows g and g+8, columns 2q and 2q+1.
+template <class T>
+__device__ __forceinline__ void matrix_multiply(f32 (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  static_assert(kIsHalf<T>);
+  if constexpr (kSame<T, bf16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
 // The first `count` threads of a CTA.
 template <int count>
 __device__ __forceinline__ void sync_threads() {

@@ -13,11 +13,15 @@
 namespace mpk {
 
 // What the producer does for a task, see tables.py: consecutive bytes of a buffer that the task streams; or, where
+// `height` is not 0, `rows` rows of `bytes` bytes, `height` at a time, chunk_bytes of each per chunk; or, where
 // chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the L2 cache.
 struct StreamJob {
   u32 buffer, chunk_bytes;
   u64 offset, bytes;
-  u32 rows, stride;
+  u32 rows;
+  union {
+    u32 stride, height;
+  };
 };
 static_assert(sizeof(StreamJob) == 32);
 
@@ -102,10 +106,13 @@ struct Producer {
         StreamJob job;
         job.buffer = __shfl_sync(~0u, mine.buffer, j), job.chunk_bytes = __shfl_sync(~0u, mine.chunk_bytes, j);
         job.offset = __shfl_sync(~0u, mine.offset, j), job.bytes = __shfl_sync(~0u, mine.bytes, j);
+        job.rows = __shfl_sync(~0u, mine.rows, j), job.stride = __shfl_sync(~0u, mine.stride, j);
         if (job.chunk_bytes == 0) {
-          job.rows = __shfl_sync(~0u, mine.rows, j), job.stride = __shfl_sync(~0u, mine.stride, j);
 #pragma unroll 1
           for (u32 row = lane; row < job.rows; row += 32) prefetch(at(job) + u64(row) * job.stride, job.bytes);
+        } else if (job.height != 0) {
+          next = __shfl_sync(~0u, next, 0);
+          stream_tiles(job);
         } else if (lane == 0) {
           stream(job);
         }
@@ -157,21 +164,52 @@ struct Producer {
     return static_cast<const char*>(launch.buffers[job.buffer]) + job.offset;
   }
 
+  // Waits until the next stage is free and few enough chunks are in flight; false: the launch gave up.
+  __device__ __forceinline__ bool room() const {
+    using R = Ring<Shape>;
+    const u32 stage = next % Shape::kStages, parity = next / Shape::kStages & 1;
+    if (!until([&] { return barrier_done_now(R::empty(stage), parity ^ 1); })) return false;
+    if (next >= Shape::kFlight) {
+      const u32 old = next - Shape::kFlight;
+      while (!barrier_done(R::full(old % Shape::kStages), old / Shape::kStages & 1)) {
+      }
+    }
+    return true;
+  }
+
   __device__ void stream(const StreamJob& job) {
     using R = Ring<Shape>;
     const char* from = at(job);
 #pragma unroll 1
     for (u64 done = 0; done < job.bytes; done += job.chunk_bytes, ++next) {
-      const u32 stage = next % Shape::kStages, parity = next / Shape::kStages & 1;
-      if (!until([&] { return barrier_done_now(R::empty(stage), parity ^ 1); })) return;
-      if (next >= Shape::kFlight) {
-        const u32 old = next - Shape::kFlight;
-        while (!barrier_done(R::full(old % Shape::kStages), old / Shape::kStages & 1)) {
-        }
-      }
+      if (!room()) return;
+      const u32 stage = next % Shape::kStages;
       const u32 size = static_cast<u32>(min(u64(job.chunk_bytes), job.bytes - done));
       barrier_expect(R::full(stage), size);
       bulk_load(shared_at<char>(Shape::kRing + stage * Shape::kStageBytes), from + done, size, R::full(stage), policy);
+    }
+  }
+
+  // Each lane copies a row's part of a chunk.
+  __device__ void stream_tiles(const StreamJob& job) {
+    using R = Ring<Shape>;
+    const u32 length = static_cast<u32>(job.bytes);
+#pragma unroll 1
+    for (u32 row = 0; row < job.rows; row += job.height) {
+      const u32 count = min(job.height, job.rows - row);
+      const char* from = at(job) + u64(row + lane) * length;
+#pragma unroll 1
+      for (u32 done = 0; done < length; done += job.chunk_bytes, ++next) {
+        const u32 stage = next % Shape::kStages, size = min(job.chunk_bytes, length - done);
+        const bool go = lane != 0 || room();
+        if (!__all_sync(~0u, go)) return;
+        if (lane == 0) barrier_expect(R::full(stage), count * size);
+        __syncwarp();
+        if (lane < count) {
+          char* to = shared_at<char>(Shape::kRing + stage * Shape::kStageBytes + lane * job.chunk_bytes);
+          bulk_load(to, from + done, size, R::full(stage), policy);
+        }
+      }
     }
   }
 };

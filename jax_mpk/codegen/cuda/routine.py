@@ -21,6 +21,8 @@ FIRST_WORD = 5
 #: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
 WARPS = 11
 _ALIGN = 128
+#: Rows of fewer elements are brought by element.
+_SHORT = 32
 
 Brought = TypeVar("Brought", Staged, Copied)
 
@@ -47,7 +49,7 @@ class Stream:
       chunk_bytes: size of all chunks but the last; 0: nothing streams, rows are brought to the L2 cache.
       first, size: int64 [tasks]: first byte; bytes in all, or of one row.
       rows: int64 [tasks] rows.
-      stride: bytes from row to row.
+      stride: where nothing streams, bytes from row to row; else 0, or the rows of which a chunk holds a part each.
     """
 
     storage: int
@@ -377,11 +379,26 @@ class Frame:
         if rows.count.value == 1:
             self.line(f"stage(c, {source}, {rows.start}, {rows.length.text}, {target.name}, {warp}, {warps});")
             return
-        self.line(f"for (int n = 0; n < {rows.count.text}; ++n) {{")
+        if rows.length.value is not None and rows.count.value is not None and rows.length.value <= _SHORT:
+            # Short rows: each thread waits for elements of any of them.
+            length = rows.length.value
+            self.line(f"stage_each(c, {source}, {rows.count.value * length}, {warp}, {warps}, [&](int k, auto&& bring) {{")
+            for text in (f"const int n = k / {length};", *rows.lines):
+                self.line(f"  {text}")
+            at, to = f"{rows.start} + {rows.source} + k % {length}", f"{target.name} + {rows.target} + k % {length}"
+            self.line(f"  bring({at}, {to});")
+            self.line("});")
+            return
+        # Each warp brings rows of its own: it waits for one after the other.
+        first = f"c.warp() - {warp}" if warp else "c.warp()"
+        until = f"n < {rows.count.text}"
+        if warps != WARPS:
+            until = f"0 <= n && {until} && c.warp() < {warp + warps}"
+        self.line(f"for (int n = {first}; {until}; n += {warps}) {{")
         for text in rows.lines:
             self.line(f"  {text}")
         places = f"{source}, {rows.start} + {rows.source}, {rows.length.text}, {target.name} + {rows.target}"
-        self.line(f"  stage(c, {places}, {warp}, {warps});")
+        self.line(f"  stage(c, {places}, c.warp(), 1);")
         self.line("}")
 
     def _copy(self, what: Copied) -> None:

@@ -1,6 +1,7 @@
 // csrc/device/memory.cuh on a CPU. Whatever may be a wait lets other threads run.
 #pragma once
 
+#include "convert.cuh"
 #include "types.cuh"
 
 namespace mpk {
@@ -75,6 +76,34 @@ inline void bulk_load(void* to, const void* from, int bytes, u64* b, u64) {
   auto* barrier = reinterpret_cast<Barrier*>(b);
   barrier->bytes -= bytes;
   barrier->check();
+}
+
+struct alignas(16) Quad {
+  u32 w[4];
+};
+inline Quad load_quad(const void* p) {
+  if (reinterpret_cast<u64>(p) % 16 != 0) std::fprintf(stderr, "a load is not aligned\n"), std::abort();
+  return *static_cast<const Quad*>(p);
+}
+
+// What the lanes hold of a matrix, by row (or column) and by k.
+template <class T>
+inline void matrix_multiply(f32 (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  const u64 given[3] = {a0 | u64(a2) << 32, a1 | u64(a3) << 32, b0 | u64(b1) << 32};
+  f32 held[3][8][16];
+  for (int what = 0; what < 3; ++what) {
+    const machine::Meeting& m = machine::meet(~0u, given[what]);
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int e = 0; e < 4; ++e) {
+        held[what][lane / 4][lane % 4 * 2 + e % 2 + e / 2 * 8] =
+            convert<f32>(bitcast<T>(static_cast<u16>(m.seen[lane] >> 16 * e)));
+      }
+    }
+  }
+  const int g = machine::lane() / 4, q = machine::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 16; ++k) d[i] += held[i / 2][g][k] * held[2][2 * q + i % 2][k];
+  }
 }
 
 // Nothing has arrived before the wait.

@@ -174,6 +174,14 @@ __device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 fir
   stage_elements<T>(c.watch(), c.task(TaskWords::kTask), from, first, count, byte, c.thread() - warp * 32, warps * 32);
 }
 
+// Brings one element to shared memory.
+template <class T, class C>
+struct BringOne {
+  const C& c;
+  const Tagged<T>& from;
+  __device__ void operator()(u64 at, T* to) const { *to = from.get(c, at); }
+};
+
 // The same for `count` elements that lie anywhere: element(k, bring) calls bring(from, to) once.
 template <class T, class C, class Element>
 __device__ __forceinline__ void stage_each(const C& c, const Tagged<T>& from, int count, int warp, int warps,
@@ -181,7 +189,7 @@ __device__ __forceinline__ void stage_each(const C& c, const Tagged<T>& from, in
   if (c.warp() < warp || c.warp() >= warp + warps) return;
 #pragma unroll 1
   for (int k = c.thread() - warp * 32; k < count; k += warps * 32) {
-    element(k, [&](u64 at, T* to) { *to = from.get(c, at); });
+    element(k, BringOne<T, C>{c, from});
   }
 }
 

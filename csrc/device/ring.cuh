@@ -14,7 +14,8 @@ namespace mpk {
 
 // What the producer does for a task, see tables.py: consecutive bytes of a buffer that the task streams; or, where
 // `height` is not 0, `rows` rows of `bytes` bytes, `height` at a time, chunk_bytes of each per chunk; or, where
-// chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the L2 cache.
+// chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the L2 cache; or
+// the same with chunk_bytes 1, of more bytes than may be asked for at once.
 struct StreamJob {
   u32 buffer, chunk_bytes;
   u64 offset, bytes;
@@ -110,6 +111,8 @@ struct Producer {
         if (job.chunk_bytes == 0) {
 #pragma unroll 1
           for (u32 row = lane; row < job.rows; row += 32) prefetch(at(job) + u64(row) * job.stride, job.bytes);
+        } else if (job.chunk_bytes == 1) {
+          prefetch_slowly(job);
         } else if (job.height != 0) {
           next = __shfl_sync(~0u, next, 0);
           stream_tiles(job);
@@ -177,6 +180,20 @@ struct Producer {
     return true;
   }
 
+  // No faster than memory is: other accesses should not wait behind these.
+  __device__ void prefetch_slowly(const StreamJob& job) const {
+    constexpr u32 kBytesPerCycle = 12;  // a worker's share
+#pragma unroll 1
+    for (u32 first = 0; first < job.rows; first += 32) {
+      const char* from = at(job) + u64(first + lane) * job.stride;
+#pragma unroll 1
+      for (u32 k = 0; k < job.bytes; k += 32) {
+        if (first + lane < job.rows) prefetch_sector(from + k);
+      }
+      pause(static_cast<u32>(job.bytes) * 32 / kBytesPerCycle);
+    }
+  }
+
   __device__ void stream(const StreamJob& job) {
     using R = Ring<Shape>;
     const char* from = at(job);
@@ -190,25 +207,31 @@ struct Producer {
     }
   }
 
-  // Each lane copies a row's part of a chunk.
+  // Rows are too short for bulk copies, which take as long as 50 cycles each: the lanes copy 16 bytes at a time. Bytes
+  // of odd rows change places within every 128, so that two rows are read without bank conflicts.
   __device__ void stream_tiles(const StreamJob& job) {
     using R = Ring<Shape>;
-    const u32 length = static_cast<u32>(job.bytes);
+    const u32 length = static_cast<u32>(job.bytes), pitch = (job.chunk_bytes + 127) / 128 * 128;
 #pragma unroll 1
     for (u32 row = 0; row < job.rows; row += job.height) {
       const u32 count = min(job.height, job.rows - row);
-      const char* from = at(job) + u64(row + lane) * length;
+      const char* from = at(job) + u64(row) * length;
 #pragma unroll 1
       for (u32 done = 0; done < length; done += job.chunk_bytes, ++next) {
         const u32 stage = next % Shape::kStages, size = min(job.chunk_bytes, length - done);
         const bool go = lane != 0 || room();
         if (!__all_sync(~0u, go)) return;
-        if (lane == 0) barrier_expect(R::full(stage), count * size);
-        __syncwarp();
-        if (lane < count) {
-          char* to = shared_at<char>(Shape::kRing + stage * Shape::kStageBytes + lane * job.chunk_bytes);
-          bulk_load(to, from + done, size, R::full(stage), policy);
+        char* to = shared_at<char>(Shape::kRing + stage * Shape::kStageBytes);
+#pragma unroll 1
+        for (u32 k = lane * 16; k < size; k += 512) {
+#pragma unroll 4
+          for (u32 r = 0; r < count; ++r) {
+            copy_async(to + r * pitch + (k ^ (r % 2 * 64)), from + done + u64(r) * length + k, policy);
+          }
         }
+        copies_arrive(R::full(stage));
+        __syncwarp();
+        if (lane == 0) barrier_arrive(R::full(stage));
       }
     }
   }

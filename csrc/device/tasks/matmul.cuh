@@ -15,7 +15,7 @@ struct Pieces {
   static constexpr int kMost = stage_bytes / height / static_cast<int>(sizeof(T)) / 32 * 32;
   static constexpr int kColumns = kMost < K ? kMost : K;
   static constexpr int kCount = (K + kColumns - 1) / kColumns;
-  static constexpr int kPitch = kColumns * sizeof(T);  // bytes from row to row in a stage
+  static constexpr int kPitch = (kColumns * sizeof(T) + 127) / 128 * 128;  // bytes from row to row in a stage
 };
 
 // Adds a piece of `steps` * 32 columns to a warp's sums, or begins them. Not inlined: a program streams in many places.
@@ -29,6 +29,7 @@ __device__ __noinline__ void add_piece(int w_byte, int w_pitch, const T* x, int 
   constexpr int kTiles = (N + 7) / 8, kAhead = shared ? 2 : kTiles > 2 ? 16 / kTiles : 8;
   const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
   const int low = w_byte + g % height * w_pitch + q * 16, high = w_byte + (g + 8) % height * w_pitch + q * 16;
+  const int swapped = g % height % 2;  // bytes of odd rows have changed places
   f32* sums = shared_at<f32>(sums_byte) + lane;
   f32 acc[kTiles][4] = {};
   if (!begin) {
@@ -51,7 +52,8 @@ __device__ __noinline__ void add_piece(int w_byte, int w_pitch, const T* x, int 
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       if (s + u >= steps) continue;
-      const Quad l = *shared_at<Quad>(low + (s + u) * 64), h = *shared_at<Quad>(high + (s + u) * 64);
+      const int at = ((s + u) ^ swapped) * 64;
+      const Quad l = *shared_at<Quad>(low + at), h = height > 8 ? *shared_at<Quad>(high + at) : l;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         matrix_multiply<T>(acc[t], l.w[0], h.w[0], l.w[1], h.w[1], b[u][t].w[0], b[u][t].w[1]);

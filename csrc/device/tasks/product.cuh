@@ -38,7 +38,7 @@ __device__ __forceinline__ void multiply_rows(const C& c, int rows, const X* x, 
                                               Finish&& finish) {
   static_assert(K % 32 == 0);
   constexpr int kTiles = (N + 7) / 8, kSteps = K / 32;
-  constexpr int kMany = kSteps * kTiles > 4 ? 1 : kSteps * kTiles > 2 ? 2 : 4, kLoads = kSteps < 8 ? kSteps : 8;
+  constexpr int kMany = kSteps * kTiles > 2 ? 1 : 2, kLoads = kSteps < 8 ? kSteps : 8;
   const int g = c.lane() / 4, q = c.lane() % 4;
   const int x_byte = static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0)));
 #pragma unroll 1

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array
-from jax_mpk.codegen.cuda.routine import WARPS, Frame, product
+from jax_mpk.codegen.cuda.routine import PACED, WARPS, Frame, Stream, product
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.codegen.cuda.wide import WIDTH, consecutive, corner
+from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest
 from jax_mpk.graph.scalar import Builder, Expr, inline
 from jax_mpk.graph.windows import Factor
@@ -101,6 +102,7 @@ def _emit(frame: Frame, member: int, op: Nest, large: Factor, small: Factor) -> 
         count = str(depth)
         position, axes, at = "k", [], [Term("k")]
         frame.code.partials = max(frame.code.partials, WARPS * -(-length // 64) * 64 * columns * 4)
+    _prefetch(frame, member, op, large, sources[0], along[-1] if axes and along else rank, axes == [])
     outputs = [frame.array(v, store=True) for v in op.outputs]
     frame.meet(arrays, outputs)
     coords = [fixed(0) if extents[d].value != 1 else low[d] for d in range(rank)]
@@ -173,23 +175,46 @@ def _types(body: Expr, root: int) -> list[str]:
 
 def _side(frame: Frame, op: Nest, small: Factor, x: Array) -> _Side | None:
     """How the small factor lies, if that is contiguous along the reduced axis, and aligned."""
-    body, rank = op.body, len(op.space)
-    node = body.nodes[small.load]
-    b = Builder(body.extents)
-    at = inline(b, Expr(body.nodes, node.args, body.extents), b.coords(), b.load)
-    constant, strides = 0, [0] * (rank + 1)
-    for i, stride in zip(at, x.strides, strict=True):
-        terms, shift = b.linear(i)
-        constant += shift * stride
-        for atom, k in terms.items():
-            if b.nodes[atom].op != "coord":
-                return None
-            strides[b.nodes[atom].attr] += k * stride
+    rank = len(op.space)
+    node = op.body.nodes[small.load]
+    constant, strides = _affine(op.body, small.load, x)
     low = frame.low_corner(op.operands[node.attr]) @ np.array(x.strides, np.int64)
     steps = [s for d, s in enumerate(strides[:rank]) if op.space[d] > 1]
     if strides[rank] != 1 or constant % WIDTH or np.any(low % WIDTH) or any(s % WIDTH for s in steps):
         return None
     return _Side(constant, tuple(strides[:rank]))
+
+
+def _affine(body: Expr, load: int, array: Array) -> tuple[int, list[int]]:
+    """First element and strides of a load with an affine index."""
+    b = Builder(body.extents)
+    at = inline(b, Expr(body.nodes, body.nodes[load].args, body.extents), b.coords(), b.load)
+    constant, strides = 0, [0] * len(body.extents)
+    for i, stride in zip(at, array.strides, strict=True):
+        terms, shift = b.linear(i)
+        constant += shift * stride
+        for atom, k in terms.items():
+            strides[b.nodes[atom].attr] += k * stride
+    return constant, strides
+
+
+def _prefetch(frame: Frame, member: int, op: Nest, large: Factor, source: Array, axis: int, reduced: bool) -> None:
+    """Has the producer bring the large factor to the L2 cache; ``axis``: the coordinate that its rows differ in."""
+    rank, boxes = len(op.space), frame.boxes[member]
+    constant, strides = _affine(op.body, large.load, source)
+    sizes = np.maximum(boxes[:, 1, :rank] - boxes[:, 0, :rank], 0)
+    moving = [d for d in range(rank) if strides[d] and np.any(sizes[:, d] != 1)]
+    item = dtypes.itemsize(source.dtype)
+    if reduced:
+        rows, run = np.full(len(boxes), op.rspace[0]), sizes[:, moving[-1]] * item
+    else:
+        rows, run = sizes[:, axis] if axis < rank else np.ones(len(boxes), np.int64), op.rspace[0] * item
+    if len(moving) > 1 or strides[axis if not reduced else rank] * item % 32 or np.any(rows == 0):
+        return
+    first = (constant + boxes[:, 0, :rank] @ np.array(strides[:rank], np.int64)) * item
+    run = np.broadcast_to(np.asarray(run, np.int64), first.shape)
+    stride = strides[rank if reduced else axis] * item
+    frame.code.streams.append(Stream(source.storage, PACED, first, run, rows, stride))
 
 
 def _split(frame: Frame, op: Nest, large: Factor, small: Factor, extents: list[Term]) -> _Split | None:

@@ -13,7 +13,7 @@ from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots, scratch_bytes
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
-from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame
+from jax_mpk.codegen.cuda.routine import PACED, WARPS, Code, Frame
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES
 from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
@@ -134,7 +134,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     place("kSlots", 2 * tables.task_words * 4)
     place("kPartials", max(code.partials for code in codes) if codes else 0)
     place("kScratch", max(code.scratch for code in codes) if codes else 0)
-    streams = any(stream.chunk_bytes for code in codes for stream in code.streams)
+    streams = any(stream.chunk_bytes > PACED for code in codes for stream in code.streams)
     room = (_SHARED_BYTES - at) // STAGE_BYTES
     if at > _SHARED_BYTES or (streams and room < _FEWEST_STAGES):
         return None

@@ -21,6 +21,8 @@ FIRST_WORD = 5
 #: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
 WARPS = 11
 _ALIGN = 128
+#: Instead of the size of a chunk: rows are brought to the L2 cache, at once or at the speed of memory.
+PREFETCH, PACED = 0, 1
 #: Rows of fewer elements are brought by element.
 _SHORT = 32
 
@@ -46,7 +48,7 @@ class Stream:
 
     Attributes:
       storage: the input.
-      chunk_bytes: size of all chunks but the last; 0: nothing streams, rows are brought to the L2 cache.
+      chunk_bytes: size of all chunks but the last; PREFETCH or PACED: nothing streams, rows are brought to the L2 cache.
       first, size: int64 [tasks]: first byte; bytes in all, or of one row.
       rows: int64 [tasks] rows.
       stride: where nothing streams, bytes from row to row; else 0, or the rows of which a chunk holds a part each.
@@ -306,6 +308,8 @@ class Frame:
 
     def _brought_bytes(self, what: Staged | Copied) -> int:
         """Most scratch that a value takes."""
+        if isinstance(what, Copied) and what.place >= 0:
+            return 0
         value = self.values[what.value]
         extents = [int(e) for e in (what.hi - what.lo).max(axis=0)] if value.shape else []
         if extents and isinstance(what, Copied):
@@ -329,7 +333,10 @@ class Frame:
         if pad:
             extents = (*extents[:-1], extents[-1] + pad)
         self._brought[what.value] = what
-        self._brought_at[what.value] = self.scratch(math.prod(extents) * dtypes.itemsize(value.dtype)), extents
+        place = what.place if isinstance(what, Copied) else -1
+        size = math.prod(extents) * dtypes.itemsize(value.dtype)
+        at = self.routine.local_offsets[place] if place >= 0 else self.scratch(size)
+        self._brought_at[what.value] = at, extents
         array = self.array(what.value)
         assert array.bytes is not None
         self._since.append((array.bytes, True))
@@ -382,7 +389,8 @@ class Frame:
         if rows.length.value is not None and rows.count.value is not None and rows.length.value <= _SHORT:
             # Short rows: each thread waits for elements of any of them.
             length = rows.length.value
-            self.line(f"stage_each(c, {source}, {rows.count.value * length}, {warp}, {warps}, [&](int k, auto&& bring) {{")
+            self.line(f"stage_each(c, {source}, {rows.count.value * length}, {warp}, {warps},")
+            self.line(f"    [&](int k, const BringOne<{value.dtype}, C>& bring) {{")
             for text in (f"const int n = k / {length};", *rows.lines):
                 self.line(f"  {text}")
             at, to = f"{rows.start} + {rows.source} + k % {length}", f"{target.name} + {rows.target} + k % {length}"
@@ -432,7 +440,7 @@ class Frame:
         rows = sizes[:, moving[0]] if moving else np.ones(len(size), np.int64)
         stride = strides[moving[0]] * item if moving else 0
         first = what.lo @ np.array(strides, np.int64) * item
-        self.code.streams.append(Stream(storage, 0, first, size, np.where(size > 0, rows, 0), stride))
+        self.code.streams.append(Stream(storage, PREFETCH, first, size, np.where(size > 0, rows, 0), stride))
 
     # -- where threads meet ------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class Copied:
       lo, hi: int64 [tasks, rank]: the box each task copies.
       unit: bytes copied at a time: 16, 8 or 4.
       pad: elements between rows, so that columns spread over the banks of shared memory.
+      place: position of the local value in whose place it is copied, or -1.
     """
 
     value: int
@@ -40,6 +41,7 @@ class Copied:
     hi: np.ndarray
     unit: int
     pad: int
+    place: int = -1
 
 
 class Staging:

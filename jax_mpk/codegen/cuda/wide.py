@@ -46,7 +46,7 @@ def wide_map(frame: Frame, member: int, op: Nest) -> bool:
     outputs = [frame.array(v, store=True) for v in op.outputs]
     vectors = _vectors(frame, op, op.body, arrays, axis)
     written = [_storable(frame, v, out, axis) for v, out in zip(op.outputs, outputs, strict=True)]
-    if not any(written) or not vectors:
+    if not any(written):
         return False
     frame.meet(arrays, outputs)
     frame.line(f"{title(frame, op)}, {WIDTH} at a time")

@@ -224,10 +224,15 @@ struct Producer {
         char* to = shared_at<char>(Shape::kRing + stage * Shape::kStageBytes);
 #pragma unroll 1
         for (u32 k = lane * 16; k < size; k += 512) {
+          const char* source = from + done + k;
+          char *even = to + k, *odd = to + pitch + (k ^ 64);
+          u32 r = 0;
 #pragma unroll 4
-          for (u32 r = 0; r < count; ++r) {
-            copy_async(to + r * pitch + (k ^ (r % 2 * 64)), from + done + u64(r) * length + k, policy);
+          for (; r + 2 <= count; r += 2, source += 2 * u64(length), even += 2 * pitch, odd += 2 * pitch) {
+            copy_async(even, source, policy);
+            copy_async(odd, source + length, policy);
           }
+          if (r < count) copy_async(even, source, policy);
         }
         copies_arrive(R::full(stage));
         __syncwarp();

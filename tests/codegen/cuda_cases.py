@@ -245,12 +245,23 @@ CASES: list[Case] = [
         for a, b in ((-1, 0), (1, 2), (1, 1), (9, 0))
     ),
     *(
-        Case(f"matmul_{t}_{m}", _mlp, [f"{m}x512 {t}", f"1024x512 {t}", f"512x1024 {t}"], [f"stream_tiles<{short}, {m}"], True)
+        Case(
+            f"matmul_{t}_{m}",
+            _mlp,
+            [f"{m}x512 {t}", f"1024x512 {t}", f"512x1024 {t}"],
+            [f"stream_tiles<{short}, {m}"],
+            True,
+        )
         for t, short, m in (("bfloat16", "bf16", 5), ("float16", "f16", 16), ("bfloat16", "bf16", 20))
     ),
     Case("matmul_large", _mlp, ["40x512 bfloat16", "1024x512 bfloat16", "512x1024 bfloat16"], ["16, false>("], True),
     # Pieces of different widths, low tiles; sums are exact.
-    Case("matmul_odd", lambda x, w: jnp.einsum("bk,nk->bn", x, w), ["7x1120 bfloat16", "2701x1120 bfloat16"], ["stream_tiles<"]),
+    Case(
+        "matmul_odd",
+        lambda x, w: jnp.einsum("bk,nk->bn", x, w),
+        ["7x1120 bfloat16", "2701x1120 bfloat16"],
+        ["stream_tiles<"],
+    ),
     *(
         Case(
             f"attention_direct_{n}",

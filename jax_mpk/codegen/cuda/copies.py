@@ -79,7 +79,12 @@ def _place(
     """
     readers = [m for m, op in enumerate(ops) if op is not None and v in reads(op)]
     op = ops[readers[-1]] if readers else None
-    if not isinstance(op, Nest) or op.kind != "map" or len(op.outputs) != 1 or op.outputs[0] not in routine.local_values:
+    if (
+        not isinstance(op, Nest)
+        or op.kind != "map"
+        or len(op.outputs) != 1
+        or op.outputs[0] not in routine.local_values
+    ):
         return None
     value, rank = plan.graph.values[v], len(op.space)
     slot, local = op.operands.index(v), routine.local_values.index(op.outputs[0])

@@ -60,6 +60,7 @@ def direct(frame: Frame, member: int, op: Nest) -> bool:
 
 
 def _emit(frame: Frame, member: int, op: Nest, large: Factor, small: Factor) -> bool:
+    assert op.epilogue is not None
     rank, body, depth = len(op.space), op.body, op.rspace[0]
     arrays = [frame.array(v) for v in op.operands]
     x = arrays[body.nodes[small.load].attr]
@@ -102,7 +103,7 @@ def _emit(frame: Frame, member: int, op: Nest, large: Factor, small: Factor) -> 
         count = str(depth)
         position, axes, at = "k", [], [Term("k")]
         frame.code.partials = max(frame.code.partials, WARPS * -(-length // 64) * 64 * columns * 4)
-    _prefetch(frame, member, op, large, sources[0], along[-1] if axes and along else rank, axes == [])
+    _prefetch(frame, member, op, large, sources[0], rank if position == "k" else -1)
     outputs = [frame.array(v, store=True) for v in op.outputs]
     frame.meet(arrays, outputs)
     coords = [fixed(0) if extents[d].value != 1 else low[d] for d in range(rank)]
@@ -198,23 +199,28 @@ def _affine(body: Expr, load: int, array: Array) -> tuple[int, list[int]]:
     return constant, strides
 
 
-def _prefetch(frame: Frame, member: int, op: Nest, large: Factor, source: Array, axis: int, reduced: bool) -> None:
-    """Has the producer bring the large factor to the L2 cache; ``axis``: the coordinate that its rows differ in."""
-    rank, boxes = len(op.space), frame.boxes[member]
+def _prefetch(frame: Frame, member: int, op: Nest, large: Factor, source: Array, axis: int) -> None:
+    """Has the producer bring the large factor to the L2 cache, where its rows differ in one coordinate.
+
+    Args:
+      frame, member, op, large: the contraction.
+      source: where the factor lies.
+      axis: the coordinate that tells its rows apart; -1: the only parallel one along which it is read.
+    """
+    rank, boxes, item = len(op.space), frame.boxes[member], dtypes.itemsize(source.dtype)
     constant, strides = _affine(op.body, large.load, source)
     sizes = np.maximum(boxes[:, 1, :rank] - boxes[:, 0, :rank], 0)
     moving = [d for d in range(rank) if strides[d] and np.any(sizes[:, d] != 1)]
-    item = dtypes.itemsize(source.dtype)
-    if reduced:
-        rows, run = np.full(len(boxes), op.rspace[0]), sizes[:, moving[-1]] * item
-    else:
-        rows, run = sizes[:, axis] if axis < rank else np.ones(len(boxes), np.int64), op.rspace[0] * item
-    if len(moving) > 1 or strides[axis if not reduced else rank] * item % 32 or np.any(rows == 0):
+    if len(moving) != 1:
+        return
+    elements = sizes[:, moving[0]]
+    reduced = np.full_like(elements, op.rspace[0])
+    rows, run = (reduced, elements) if axis == rank else (elements, reduced)
+    stride = strides[axis if axis >= 0 else moving[0]] * item
+    if stride % 32 or stride <= 0 or np.any(rows == 0):
         return
     first = (constant + boxes[:, 0, :rank] @ np.array(strides[:rank], np.int64)) * item
-    run = np.broadcast_to(np.asarray(run, np.int64), first.shape)
-    stride = strides[rank if reduced else axis] * item
-    frame.code.streams.append(Stream(source.storage, PACED, first, run, rows, stride))
+    frame.code.streams.append(Stream(source.storage, PACED, first, run * item, rows, stride))
 
 
 def _split(frame: Frame, op: Nest, large: Factor, small: Factor, extents: list[Term]) -> _Split | None:

@@ -15,7 +15,7 @@ from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots,
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import PACED, WARPS, Code, Frame
 from jax_mpk.codegen.cuda.staging import Staging
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES
+from jax_mpk.codegen.cuda.stream import STAGE_BYTES, match, sums_bytes
 from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.errors import UnsupportedError
@@ -88,6 +88,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
     staging = Staging(plan)
     slots = memory_slots(plan)
     out = []
+    reserved = _sums(plan, order, edges) if streams else 0
     for number, (routine, (a, b)) in enumerate(zip(plan.routines, pairwise(edges), strict=True)):
         tasks = order[a:b]
         first = table["box"][tasks].astype(np.int64)
@@ -100,7 +101,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
         ops = inline_members(plan, routine, boxes)
         memory = slots[table["worker"][tasks]]
         copied = copies(plan, routine, ops, boxes)
-        room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0)
+        room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0) - reserved
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
         frame = Frame(plan, routine, ops, boxes, staging.of(number, tasks), copied, memory, room=room, streams=streams)
         for m, op in enumerate(ops):
@@ -117,6 +118,19 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
                 {"map": emit_map, "reduce": emit_reduce, "contract": emit_contract}[op.kind](frame, m, op)
         out.append(frame.code)
     return out
+
+
+def _sums(plan: Plan, order: np.ndarray, edges: np.ndarray) -> int:
+    """Bytes that routines need for sums of tiles: there is one place for those of all routines."""
+    first = plan.tasks.table["box"].astype(np.int64)
+    most = 0
+    for routine, (a, b) in zip(plan.routines, pairwise(edges), strict=True):
+        for m, member in enumerate(routine.members):
+            op = plan.ops[member.op]
+            found = match(plan, op, plan.tasks.boxes[first[order[a:b]] + m]) if isinstance(op, Nest) else None
+            if found is not None and found.height:
+                most = max(most, sums_bytes(found.count))
+    return most
 
 
 def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int] | None:

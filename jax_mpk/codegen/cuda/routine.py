@@ -48,7 +48,7 @@ class Stream:
 
     Attributes:
       storage: the input.
-      chunk_bytes: size of all chunks but the last; PREFETCH or PACED: nothing streams, rows are brought to the L2 cache.
+      chunk_bytes: size of all chunks but the last; PREFETCH or PACED: nothing streams, rows come to the L2 cache.
       first, size: int64 [tasks]: first byte; bytes in all, or of one row.
       rows: int64 [tasks] rows.
       stride: where nothing streams, bytes from row to row; else 0, or the rows of which a chunk holds a part each.

@@ -119,8 +119,10 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
         return None
     if rows.max(initial=0) * depth * item < _LEAST_BYTES:
         return None
-    same = values[op.operands[other.slot]].dtype == dtype
-    height = tile_height(int(rows.max()), depth, count) if same and dtype != "f32" else 0
+    # Of two factors the one with fewer rows is no weight.
+    wide = math.prod(op.space[d] for d in free) >= math.prod(op.space[d] for d in columns)
+    same = values[op.operands[other.slot]].dtype == dtype != "f32"
+    height = tile_height(int(rows.max()), depth, count) if same and wide else 0
     cut = (0, 0) if height else cut_rows(depth, item)
     if cut is None or (not height and (count > _MOST_COLUMNS or (cut[1] == 1 and cut[0] * count > 32))):
         return None

@@ -208,10 +208,12 @@ def _step(b: Builder, i: int, axis: int) -> _Step | None:
         return _Step(0, int(b.const_value(i) or 0))
     if node.op == "coord":
         return _Step(1, WIDTH) if node.attr == axis else _Step(0, 1)
-    steps = [_step(b, a, axis) for a in node.args]
-    if all(step is not None and step.slope == 0 for step in steps) and node.op not in ("add", "sub", "mul"):
+    steps = [step for a in node.args if (step := _step(b, a, axis)) is not None]
+    if len(steps) < len(node.args):
+        return None
+    if all(step.slope == 0 for step in steps) and node.op not in ("add", "sub", "mul"):
         return _Step(0, 1)
-    if len(steps) != 2 or steps[0] is None or steps[1] is None:
+    if len(steps) != 2:
         return None
     x, y = steps
     constant = b.const_value(node.args[1])

@@ -47,6 +47,12 @@ def streamed(x, scale, up, down):
     return x + jnp.einsum("bk,nk->bn", h, down)
 
 
+@sample(bf16(16, 1024), bf16(1024), bf16(3072, 1024), bf16(1024, 3072))
+def matmul(x, scale, up, down):
+    """The same with more rows of activations: tiles of weights for tensor cores, a norm in place of what it reads."""
+    return streamed(x, scale, up, down)
+
+
 @sample(bf16(4, 64), bf16(2, 64), bf16(2, 64), bf16(512, 2, 64), bf16(512, 2, 64), AT, donated=(3, 4))
 def attention(q, k, v, keys, values, at):
     """One step over a cache: keys split over workers and merged, new rows before they are written, writes last."""

@@ -37,7 +37,7 @@ struct Shape {
 };
 using C = Context<Shape>;
 
-// functions.py:65 hgt,thd->hgd dot_general  (routines 0)
+// functions.py:68 hgt,thd->hgd dot_general  (routines 0)
 __device__ __forceinline__ void routine_0(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   const int at0 = c.box(7);
@@ -88,7 +88,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   c.stamp(1);
   const int at3 = c.box(20);
   const auto g6 = c.template tagged<f32>(21);
-  // new rows, in the place of those the update will overwrite  functions.py:62
+  // new rows, in the place of those the update will overwrite  functions.py:65
   map(c, 64, [&](int n) {
     const int i3 = n;
     const s32 w0 = s1[0];
@@ -97,7 +97,7 @@ __device__ __forceinline__ void routine_0(C& c) {
     s3[i2 * 72 + at1 * 72 + i3 - o2] = s2[at1 * 64 + i3 - o1];
   });
   c.sync();
-  // contract f32[2,2,512] over 64  functions.py:62
+  // contract f32[2,2,512] over 64  functions.py:65
   reduce<f32, 4, Spread::kStrided>(
       c, 64, 8,
       [&](int n, int r) -> f32 {
@@ -114,7 +114,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   f32* const l4 = c.template local<f32>(384);
   const int o3 = at4 + at1 + at3;
   c.sync();
-  // reduce f32[8,2,2] over 64  functions.py:64
+  // reduce f32[8,2,2] over 64  functions.py:67
   reduce<f32, 32, Spread::kStrided>(
       c, 1, 64,
       [&](int n, int r) -> f32 {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   f32* const l5 = c.template local<f32>(448);
   const int o4 = at4 * 64 + at1 * 64 + at3 * 64;
   c.sync();
-  // map f32[8,2,2,64]  functions.py:64
+  // map f32[8,2,2,64]  functions.py:67
   map(c, 64, [&](int n) {
     const int i3 = n;
     const int t0 = (at4 * 64) + i3;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   });
   const auto g7 = c.template tagged<f32>(23);
   c.sync();
-  // reduce f32[8,2,2] over 64  functions.py:64
+  // reduce f32[8,2,2] over 64  functions.py:67
   reduce<f32, 32, Spread::kStrided>(
       c, 1, 64,
       [&](int n, int r) -> f32 {
@@ -155,7 +155,7 @@ __device__ __forceinline__ void routine_0(C& c) {
         g7.put(at4 * 4 + at1 * 2 + at3, a);
       });
   const auto g8 = c.template tagged<f32>(24);
-  // contract f32[8,2,2,64] over 64  functions.py:65, 8 at a time
+  // contract f32[8,2,2,64] over 64  functions.py:68, 8 at a time
   reduce<f32, 4, Spread::kStrided>(
       c, 64, 8,
       [&](int n, int r) -> f32 {
@@ -188,7 +188,7 @@ __device__ __forceinline__ void routine_0(C& c) {
       });
 }
 
-// functions.py:66 convert_element_type  (routines 1)
+// functions.py:69 convert_element_type  (routines 1)
 __device__ __forceinline__ void routine_1(C& c) {
   s32* const g0 = c.template global<s32>(5);
   s32* const s0 = c.template local<s32>(384);
@@ -228,7 +228,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   c.sync();
   c.stamp(1);
   f32* const l0 = c.template local<f32>(0);
-  // reduce f32[8,2,2] over 64  functions.py:64
+  // reduce f32[8,2,2] over 64  functions.py:67
   reduce<f32, 32, Spread::kStrided>(
       c, 8, 64,
       [&](int n, int r) -> f32 {
@@ -247,7 +247,7 @@ __device__ __forceinline__ void routine_1(C& c) {
       });
   f32* const l1 = c.template local<f32>(64);
   c.sync();
-  // reduce f32[2,2] over 8  functions.py:64
+  // reduce f32[2,2] over 8  functions.py:67
   reduce<f32, 8, Spread::kStrided>(
       c, 1, 8,
       [&](int n, int r) -> f32 {
@@ -262,7 +262,7 @@ __device__ __forceinline__ void routine_1(C& c) {
       });
   f32* const l3 = c.template local<f32>(192);
   c.sync();
-  // reduce f32[2,2] over 8  functions.py:64
+  // reduce f32[2,2] over 8  functions.py:67
   reduce<f32, 8, Spread::kStrided>(
       c, 1, 8,
       [&](int n, int r) -> f32 {
@@ -278,7 +278,7 @@ __device__ __forceinline__ void routine_1(C& c) {
       });
   f32* const l4 = c.template local<f32>(256);
   c.sync();
-  // reduce f32[2,2,64] over 8  functions.py:65
+  // reduce f32[2,2,64] over 8  functions.py:68
   reduce<f32, 8, Spread::kStrided>(
       c, 4, 8,
       [&](int n, int r) -> f32 {
@@ -297,21 +297,21 @@ __device__ __forceinline__ void routine_1(C& c) {
   const int at3 = c.box(13);
   bf16* const g4 = c.template global<bf16>(14);
   c.sync();
-  // map bf16[4,64]  functions.py:66
+  // map bf16[4,64]  functions.py:69
   map(c, 4, [&](int n) {
     const int i1 = at2 + n;
     g4[at3 * 64 + i1] = convert<bf16>(l4[(at3 / 2) * 4 + (at3 % 2) * 4 + i1 - o2]);
   });
 }
 
-// functions.py:59 dynamic_update_slice  (routines 2)
+// functions.py:62 dynamic_update_slice  (routines 2)
 __device__ __forceinline__ void routine_2(C& c) {
   c.stamp(1);
   const int at0 = c.box(5);
   s32* const g0 = c.template global<s32>(6);
   bf16* const g1 = c.template global<bf16>(8);
   bf16* const g2 = c.template global<bf16>(10);
-  // update bf16[512,2,64]  functions.py:59
+  // update bf16[512,2,64]  functions.py:62
   update_each(
       c, 64,
       [&](int n) -> s64 {
@@ -326,14 +326,14 @@ __device__ __forceinline__ void routine_2(C& c) {
       });
 }
 
-// functions.py:60 dynamic_update_slice  (routines 3)
+// functions.py:63 dynamic_update_slice  (routines 3)
 __device__ __forceinline__ void routine_3(C& c) {
   c.stamp(1);
   const int at0 = c.box(5);
   s32* const g0 = c.template global<s32>(6);
   bf16* const g1 = c.template global<bf16>(8);
   bf16* const g2 = c.template global<bf16>(10);
-  // update bf16[512,2,64]  functions.py:60
+  // update bf16[512,2,64]  functions.py:63
   update_each(
       c, 64,
       [&](int n) -> s64 {

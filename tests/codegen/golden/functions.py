@@ -50,7 +50,10 @@ def streamed(x, scale, up, down):
 @sample(bf16(16, 1024), bf16(1024), bf16(3072, 1024), bf16(1024, 3072))
 def matmul(x, scale, up, down):
     """The same with more rows of activations: tiles of weights for tensor cores, a norm in place of what it reads."""
-    return streamed(x, scale, up, down)
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+    h = jax.nn.silu(jnp.einsum("bk,nk->bn", y.astype(x.dtype) * scale, up))
+    return x + jnp.einsum("bk,nk->bn", h, down)
 
 
 @sample(bf16(4, 64), bf16(2, 64), bf16(2, 64), bf16(512, 2, 64), bf16(512, 2, 64), AT, donated=(3, 4))

@@ -37,7 +37,7 @@ struct Shape {
 };
 using C = Context<Shape>;
 
-// functions.py:46 bk,nk->bn dot_general  (routines 0)
+// functions.py:55 bk,nk->bn dot_general  (routines 0)
 __device__ __forceinline__ void routine_0(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(64);
@@ -55,7 +55,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   c.sync();
   c.stamp(1);
   f32* const l0 = c.template local<f32>(0);
-  // reduce f32[16,1] over 1024  functions.py:45, 8 at a time
+  // reduce f32[16,1] over 1024  functions.py:54, 8 at a time
   reduce<f32, 16, Spread::kStrided>(
       c, 16, 128,
       [&](int n, int r) -> f32 {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void routine_0(C& c) {
       });
   bf16* const l1 = c.template local<bf16>(64);
   c.sync();
-  // map bf16[16,1024]  functions.py:46, 8 at a time
+  // map bf16[16,1024]  functions.py:55, 8 at a time
   map(c, 2048, [&](int n) {
     const int i0 = n / 128;
     const int i1 = n % 128;
@@ -101,7 +101,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   const int at0 = c.box(9);
   bf16* const g2 = c.template global<bf16>(10);
   c.sync();
-  // contract bf16[16,3072] over 1024  functions.py:46: streams bf16 rows
+  // contract bf16[16,3072] over 1024  functions.py:55: streams bf16 rows
   stream_tiles<bf16, 16, 1024, 16, true>(
       c, l1, 1024, 24,
       [&](int row, int m, f32 sum) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void routine_0(C& c) {
       });
 }
 
-// functions.py:47 bk,nk->bn dot_general  (routines 1)
+// functions.py:56 bk,nk->bn dot_general  (routines 1)
 __device__ __forceinline__ void routine_1(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   const int at0 = c.box(7);
@@ -127,7 +127,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   c.stamp(1);
   bf16* const g1 = c.template global<bf16>(8);
   bf16* const g2 = c.template global<bf16>(10);
-  // contract bf16[16,1024] over 3072  functions.py:47: streams bf16 rows
+  // contract bf16[16,1024] over 3072  functions.py:56: streams bf16 rows
   stream_tiles<bf16, 16, 3072, 8, false>(
       c, g1, 3072, 8,
       [&](int row, int m, f32 sum) {

@@ -8,6 +8,9 @@
 # Parts, in the order in which they are given; each has a limit, and one that fails does not stop the others:
 #   build      the extension, in the environment of $PYTHON, without a network
 #   test       the tests that need a GPU; $TESTS selects some
+#   memory     the tests that want the device's memory for themselves
+#   sanitizer  compute-sanitizer's tools on a small decode step
+#   launches   kernels of a call, as CUPTI records them
 #   bandwidth  how fast memory can be read
 #   decode     every model of $MODELS at every batch size of $BATCHES, against $PEERS
 #   roofline   the picture of what decode measured
@@ -46,6 +49,9 @@ part() {
   case $1 in
     build) run build "${2:-240}" "$PYTHON" -m pip install --no-build-isolation --no-deps --editable . ;;
     test) run test "${2:-300}" "$PYTHON" -m pytest -m gpu $TESTS ;;
+    memory) run memory "${2:-180}" "$PYTHON" -m pytest -m gpu tests/gpu/test_memory.py ;;
+    sanitizer) run sanitizer "${2:-240}" "$PYTHON" -m benchmarks.sanitizer $commit --out "$OUT/sanitizer.json" ;;
+    launches) run launches "${2:-60}" "$PYTHON" -m benchmarks.launches $commit --out "$OUT/launches.json" ;;
     bandwidth) run bandwidth "${2:-60}" "$PYTHON" -m benchmarks.bandwidth $commit --out "$OUT/bandwidth.json" ;;
     decode) run decode "${2:-540}" "$PYTHON" -m benchmarks.decode --model "$MODELS" --batch "$BATCHES" \
       --peers "$PEERS" $DECODE $commit --out "$OUT/decode.json" ;;

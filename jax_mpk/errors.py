@@ -49,6 +49,18 @@ class UnsupportedDtypeError(UnsupportedPrimitiveError):
     """An array has an element type that megakernels do not hold (complex, 4-bit, 8-bit floats, …)."""
 
 
+class TaskTooLargeError(UnsupportedError):
+    """A task is too large for the device, however the function is cut: its scratch memory, or 32-bit extents.
+
+    Attributes:
+      line: ``file:line`` in the user's code, or "".
+    """
+
+    def __init__(self, message: str, *, line: str = ""):
+        super().__init__(message)
+        self.line = line
+
+
 class GraphVerificationError(JaxMpkError, AssertionError):
     """A Graph that breaks its own rules; a bug in jax_mpk."""
 
@@ -125,6 +137,15 @@ def unsupported_dtype(
     what = f"jax_mpk cannot put the element type {dtype} ({where}) into a megakernel"
     reason = "supported are bool, 8- to 64-bit integers, float16, bfloat16, float32, float64 and PRNG keys"
     return UnsupportedDtypeError(_equation_text(what, avals, params, line, reason), primitive=primitive, line=line)
+
+
+def task_too_large(primitive: str, line: str, reason: str) -> TaskTooLargeError:
+    """The error for a task that the code of a GPU's kernel cannot hold."""
+    lines = [f"a task of the megakernel, ending with `{primitive}`, is too large for the GPU: {reason}."]
+    if line:
+        lines.append(f"  in your code: {line}")
+    lines.append("Give this part smaller arrays (a jax.lax loop over pieces), or leave it outside the megakernel.")
+    return TaskTooLargeError("\n".join(lines), line=line)
 
 
 def _equation_text(what: str, avals: Sequence[object], params: Mapping[str, object], line: str, reason: str) -> str:

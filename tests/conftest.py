@@ -10,6 +10,20 @@ import pytest
 CPU_DEVICES = 8
 #: Folders whose tests depend on no version of Python or JAX: the quick tests, which CI runs on each, leave them out.
 VERSIONLESS = ("codegen", "host", "plan")
+#: Tests of the public interface that say nothing about the device: run on a GPU too, where these are asked for.
+ANYWHERE = (
+    "api/test_calls.py",
+    "api/test_donation.py",
+    "api/test_effects.py",
+    "api/test_high_types.py",
+    "api/test_transformations.py",
+    "models/test_decoder.py",
+    "models/test_encoder.py",
+    "models/test_minilm.py",
+    "models/test_one_custom_call.py",
+    "models/test_sampling.py",
+    "models/test_smollm2.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,16 +34,23 @@ def pytest_configure(config: pytest.Config) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={CPU_DEVICES}".strip()
-    if not _asks_for_gpu(config.option.markexpr):
+    if _asks_for_gpu(config.option.markexpr):
+        # On a GPU jax.jit multiplies in TF32 unless told otherwise.
+        os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    else:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what the quick tests leave out."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what the quick tests leave out, and what runs on a GPU too."""
     here = Path(__file__).parent
+    gpu = _asks_for_gpu(config.option.markexpr)
     for item in items:
-        if item.path.relative_to(here).parts[0] in VERSIONLESS:
+        path = item.path.relative_to(here)
+        if path.parts[0] in VERSIONLESS:
             item.add_marker(pytest.mark.slow)
+        if gpu and path.as_posix() in ANYWHERE and not item.get_closest_marker("cpu"):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture

@@ -219,13 +219,15 @@ void Executable::release(Module& module) const noexcept {
 }
 
 std::string Executable::describe(const mpk::Record& record) const {
+  const std::string task =
+      record.task == mpk::kNoTask ? "between tasks" : "at task " + number(record.task) + program_.label(record.task);
   std::string what;
   switch (record.kind) {
     case mpk::kWaitEvent:
       what = "event " + number(record.what);
       break;
     case mpk::kWaitTag:
-      what = "tag of value " + number(record.what) + "[" + number(record.element) + "]";
+      what = "tag of value " + program_.value(record.what) + "[" + number(record.element) + "]";
       break;
     case mpk::kWaitBulkLoad:
       what = "bulk load " + number(record.what);
@@ -234,14 +236,13 @@ std::string Executable::describe(const mpk::Record& record) const {
       what = "barrier " + number(record.what);
       break;
     case mpk::kWaitPredicate:
-      what = "predicate of loop " + number(record.what);
+      what = "predicate or branch index " + number(record.what);
       break;
     default:
       what = "wait of kind " + number(record.kind) + ", " + number(record.what);
   }
-  return "a wait passed its deadline (JAX_MPK_DEADLINE_MS): SM " + number(record.worker) + " at task " +
-         number(record.task) + program_.label(record.task) + ", " + what + ": expected " + number(record.expected) +
-         ", seen " + number(record.seen) + "; the results of that launch are NaN, or the least value of their type";
+  return "a wait passed its deadline (JAX_MPK_DEADLINE_MS): SM " + number(record.worker) + " " + task +
+         ", " + what + ": expected " + number(record.expected) + ", seen " + number(record.seen) + "; the results of that launch are NaN, or the least value of their type";
 }
 
 }  // namespace jax_mpk::cuda

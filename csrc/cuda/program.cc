@@ -57,10 +57,12 @@ Program Program::parse(std::string_view blob) {
   }
   for (uint64_t* field : {&p.state_bytes, &p.workspace_bytes}) *field = reader.number<uint64_t>();
   for (std::string* field : {&p.entry, &p.arch, &p.cubin, &p.tables}) *field = reader.section();
-  p.labels.resize(reader.number<uint32_t>());
-  for (auto& [task, text] : p.labels) {
-    task = reader.number<uint32_t>();
-    text = reader.section();
+  for (auto* names : {&p.labels, &p.values}) {
+    names->resize(reader.number<uint32_t>());
+    for (auto& [key, text] : *names) {
+      key = reader.number<uint32_t>();
+      text = reader.section();
+    }
   }
   if (!reader.done()) refuse("the program has bytes left over");
   if (p.workers == 0 || p.threads == 0) refuse("the program has no workers");
@@ -77,6 +79,12 @@ std::string Program::label(uint32_t task) const {
                                      [](uint32_t t, const auto& label) { return t < label.first; });
   if (next == labels.begin() || std::prev(next)->second.empty()) return "";
   return " (" + std::prev(next)->second + ")";
+}
+
+std::string Program::value(uint32_t place) const {
+  const auto at = std::lower_bound(values.begin(), values.end(), place,
+                                   [](const auto& value, uint32_t p) { return value.first < p; });
+  return at != values.end() && at->first == place ? at->second : "at byte " + std::to_string(uint64_t{place} * 16);
 }
 
 }  // namespace jax_mpk::cuda

@@ -11,7 +11,7 @@
 namespace jax_mpk::cuda {
 
 // Raise it whenever the blob's layout or csrc/device/launch.cuh changes.
-inline constexpr uint32_t kProgramVersion = 1;
+inline constexpr uint32_t kProgramVersion = 2;
 
 struct Program {
   std::string entry;  // name of the kernel
@@ -22,6 +22,8 @@ struct Program {
   std::string cubin, tables;
   // Sorted: (first task, text). A text holds up to the next one's task.
   std::vector<std::pair<uint32_t, std::string>> labels;
+  // Sorted: (where a tagged value's words begin in the state, in 16 bytes; its name).
+  std::vector<std::pair<uint32_t, std::string>> values;
 
   // Throws Failure where the bytes are no program of this version.
   static Program parse(std::string_view blob);
@@ -29,6 +31,8 @@ struct Program {
   size_t buffers() const { return size_t{arguments} + results + (workspace_bytes > 0 ? 1 : 0); }
   // " (label)" of a task, or "".
   std::string label(uint32_t task) const;
+  // The name of a tagged value.
+  std::string value(uint32_t place) const;
 };
 
 }  // namespace jax_mpk::cuda

@@ -66,12 +66,20 @@ struct Watch {
                  [&] { note(task, kWaitEvent, number, threshold, seen); });
   }
 
-  __device__ bool barrier(u32 threshold) const {
+  __device__ bool barrier(u32 number, u32 threshold) const {
     u32 seen;
     return until([&] { return static_cast<s32>((seen = load_acquire(&header()->arrivals)) - threshold) >= 0; },
-                 [&] { note(~0u, kWaitBarrier, 0, threshold, seen); });
+                 [&] { note(kNoTask, kWaitBarrier, number, threshold, seen); });
   }
 };
+
+// The tag of a segment's run: 1 + sequence mod 65,535, which 2^16 mod 65,535 = 1 makes a sum of digits. It is never 0, and
+// never that of the run before: 32 bits of the sequence would not do, as 2^32 mod 65,535 is 1.
+__device__ __forceinline__ u32 tag_of(u64 sequence) {
+  const u32 high = static_cast<u32>(sequence >> 32), low = static_cast<u32>(sequence);
+  const u32 sum = (high >> 16) + (high & 65535) + (low >> 16) + (low & 65535);
+  return 1 + sum % 65535;
+}
 
 // A value handed over by tagged words: payload and tag in one machine word, each its own event.
 template <class T>
@@ -91,12 +99,18 @@ struct Tagged {
   __device__ T get(const Watch& watch, u32 task, u64 i) const {
     Word w;
     watch.until([&] { return tagged(w = load_relaxed(words + i)); },
-                [&] { watch.note(task, kWaitTag, tag, tag, w & 65535, i); });
+                [&] { watch.note(task, kWaitTag, place(watch), tag, w & 65535, i); });
     return payload(w);
   }
   template <class C>
   __device__ T get(const C& c, u64 i) const {
     return get(c.watch(), c.task(TaskWords::kTask), i);
+  }
+
+  // Where the words begin in the state, in units of 16 bytes: what reports call the value.
+  __device__ u32 place(const Watch& watch) const {
+    const auto* state = static_cast<const char*>(watch.launch->state);
+    return static_cast<u32>((reinterpret_cast<const char*>(words) - state) / 16);
   }
 
   // What this very task has stored.
@@ -118,44 +132,57 @@ __device__ __forceinline__ void put_vector(T* to, const Word (&w)[count]) {
   for (int e = 0; e < count; ++e) to[e] = Tagged<T>::payload(w[e]);
 }
 
-// Brings `count` consecutive elements to shared memory, when they have arrived: thread `thread` of `threads`. Many
-// loads are under way at a time, as one alone takes as long as all of them; while something is missing, each thread
-// looks at one word only, since more would slow down those who write. Not inlined: tasks have many such places.
+// Brings `count` consecutive elements to shared memory, when they have arrived: thread `thread` of `threads`. Several
+// loads are always under way, as one alone takes as long as all of them; while something is missing, each thread looks
+// at one vector only, since more would slow down those who write. Not inlined: tasks have many such places.
 template <class T>
 __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> from, u64 first, int count, int to_byte,
                                             int thread, int threads) {
   using Word = typename Tagged<T>::Word;
-  constexpr int kVector = Tagged<T>::kVector, kBatch = 6;
+  constexpr int kVector = Tagged<T>::kVector, kAhead = 6;
   T* to = shared_at<T>(to_byte);
   const int head = min(count, static_cast<int>((kVector - first % kVector) % kVector));
   const int vectors = (count - head) / kVector;
   const Word* words = from.words + first + head;
+  int next = thread;
 #pragma unroll 1
-  for (int base = thread; base < vectors; base += kBatch * threads) {
-    Word w[kBatch][kVector];
-    int missing;
-    watch.until(
-        [&] {
-          missing = -1;
+  while (next < vectors) {
+    Word w[kAhead][kVector];
 #pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-            if (base + k * threads < vectors) load_relaxed(words + (base + k * threads) * kVector, w[k]);
-          }
+    for (int k = 0; k < kAhead; ++k) {
+      if (next + k * threads < vectors) load_relaxed(words + (next + k * threads) * kVector, w[k]);
+    }
+    bool missing = false;
+#pragma unroll 1
+    while (next < vectors && !missing) {
 #pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-            bool all = true;
+      for (int k = 0; k < kAhead; ++k) {
+        if (next >= vectors || missing) continue;
 #pragma unroll
-            for (int e = 0; e < kVector; ++e) all &= from.tagged(w[k][e]);
-            if (!all && base + k * threads < vectors) missing = base + k * threads;
-          }
-          if (missing < 0) return true;
-          return !watch.until([&] { return from.tagged(load_relaxed(words + missing * kVector)); },
-                              [&] { watch.note(task, kWaitTag, from.tag, from.tag, 0, first + head + missing * kVector); });
-        },
-        [] {});
+        for (int e = 0; e < kVector; ++e) missing |= !from.tagged(w[k][e]);
+        if (missing) continue;
+        put_vector<T>(to + head + next * kVector, w[k]);
+        if (next + kAhead * threads < vectors) load_relaxed(words + (next + kAhead * threads) * kVector, w[k]);
+        next += threads;
+      }
+    }
+    // Then all are loaded again.
+    int at = -1;
+    Word seen = 0;
+    const auto here = [&] {
+      Word v[kVector];
+      load_relaxed(words + next * kVector, v);
+      at = -1;
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      if (base + k * threads < vectors) put_vector<T>(to + head + (base + k * threads) * kVector, w[k]);
+      for (int e = 0; e < kVector; ++e) {
+        if (!from.tagged(v[e])) at = e, seen = v[e];
+      }
+      return at < 0;
+    };
+    if (missing && !watch.until(here, [&] {
+          watch.note(task, kWaitTag, from.place(watch), from.tag, seen & 65535, first + head + next * kVector + at);
+        })) {
+      return;
     }
   }
   const int rest = count - vectors * kVector;

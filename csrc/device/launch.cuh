@@ -10,11 +10,14 @@ using u64 = unsigned long long;
 // What a wait that passed its deadline was for.
 enum WaitKind : u32 {
   kWaitEvent = 0,      // what: event; expected: threshold
-  kWaitTag = 1,        // what: value, element: which of it; expected: tag
-  kWaitBulkLoad = 2,   // what: chunk of the ring; expected: phase
-  kWaitBarrier = 3,    // what: barrier of all workers; expected: arrivals
-  kWaitPredicate = 4,  // what: loop or branch; expected: round
+  kWaitTag = 1,        // what: where the value's words begin in the state, in 16 bytes; element: which; expected: tag
+  kWaitBulkLoad = 2,   // what: chunk of the worker's ring; expected: chunks that have landed in its stage
+  kWaitBarrier = 3,    // what: barrier of all workers in this launch; expected: arrivals ever
+  kWaitPredicate = 4,  // what: decision of this launch; expected: decisions that the producer has taken
 };
+
+// Who waits between tasks.
+constexpr u32 kNoTask = ~0u;
 
 // In host memory that the device sees. The first worker that gives up fills it in; `set` is written last, with
 // release at system scope.

@@ -96,7 +96,7 @@ struct Context {
     sync();
     if (thread() == 0) {
       add_release(&watch().header()->arrivals, 1);
-      watch().barrier(base() + barriers * Shape::kWorkers);
+      watch().barrier(barriers - 1, base() + barriers * Shape::kWorkers);
       control()[kStopped] = watch().aborted();
     }
     sync();
@@ -119,12 +119,9 @@ struct Context {
 
   // -- begin and end of a launch --
   __device__ void enter() {
-    const u32* sequences = reinterpret_cast<const u32*>(watch().header() + 1);
+    const u64* kept = reinterpret_cast<const u64*>(watch().header() + 1);
 #pragma unroll 1
-    for (int s = thread(); s < Shape::kSegments; s += kThreads) {
-      control()[s] = sequences[s];
-      control()[Shape::kSegments + s] = 0;
-    }
+    for (int s = thread(); s < Shape::kSegments; s += kThreads) sequences()[s] = kept[s];
     if (thread() == 0) {
       control()[kBase] = watch().header()->barrier_base;
       control()[kStopped] = 0;
@@ -133,15 +130,16 @@ struct Context {
   }
 
   __device__ void leave() {
+    if constexpr (Shape::kStages > 0) ring.settle(*this, decisions);
     sync();
     if (thread() == 0) control()[kDecision] = add_acq_rel(&watch().header()->ticket, 1) == Shape::kWorkers - 1;
     sync();
     if (!control()[kDecision]) return;  // only the last one out goes on
     if (thread() == 0) watch().header()->ticket = 0;
     if (watch().aborted()) return poison();
-    u32* sequences = reinterpret_cast<u32*>(watch().header() + 1);
+    u64* kept = reinterpret_cast<u64*>(watch().header() + 1);
 #pragma unroll 1
-    for (int s = thread(); s < Shape::kSegments; s += kThreads) sequences[s] += control()[Shape::kSegments + s];
+    for (int s = thread(); s < Shape::kSegments; s += kThreads) kept[s] = sequences()[s];
     if (thread() == 0) {
       watch().header()->barrier_base = base() + barriers * Shape::kWorkers;
       watch().header()->launches += 1;
@@ -150,9 +148,8 @@ struct Context {
 
  private:
   __device__ __forceinline__ void walk(int s) {
-    u32* runs = control() + Shape::kSegments;
-    const u32 sequence = control()[s] + runs[s];
-    tag = 1 + sequence % 65535;
+    const u64 sequence = sequences()[s];
+    tag = tag_of(sequence);
     const u32* queue = launch.tables + Shape::kQueues + (s * Shape::kWorkers + worker()) * 2;
     const u32 count = queue[1];
     const u32* words = launch.tables + Shape::kTasks + u64(queue[0]) * Shape::kTaskWords;
@@ -164,7 +161,7 @@ struct Context {
       slot = i % 2;
       if (i + 1 < count) fetch(words + u64(i + 1) * Shape::kTaskWords, (i + 1) % 2);
       if (task(TaskWords::kWaits) > 0) {
-        wait_for_events(sequence + 1);
+        wait_for_events(static_cast<u32>(sequence) + 1);
         sync();
       }
       stamp(0);
@@ -176,7 +173,7 @@ struct Context {
       }
     }
     sync();
-    if (thread() == 0) runs[s] += 1;
+    if (thread() == 0) sequences()[s] = sequence + 1;
     sync();
   }
 
@@ -204,10 +201,11 @@ struct Context {
     ring = c.ring;
   }
 
-  // Words behind the sequences and runs of the segments.
+  // Words behind the sequences of the segments: how often each has run since the state was zero.
   enum : int { kBase = 2 * Shape::kSegments, kStopped, kDecision };
 
   __device__ u32* control() const { return shared_at<u32>(Shape::kControl); }
+  __device__ u64* sequences() const { return shared_at<u64>(Shape::kControl); }
   __device__ u32 base() const { return control()[kBase]; }
   __device__ u32* events() const { return reinterpret_cast<u32*>(static_cast<char*>(launch.state) + Shape::kEvents); }
 
@@ -236,11 +234,18 @@ struct Context {
   }
 };
 
-// copy(row, k) for every unit k of every row of a box.
-template <class C, class Copy>
+// copy(row, k) for every unit k of every row of a box; `each`: units of a row, or 0: as many as `units` says.
+template <int each, class C, class Copy>
 __device__ __forceinline__ void copy_rows(const C& c, int rows, int units, Copy&& copy) {
+  if constexpr (each > 0 && C::kThreads % (each > 0 ? each : 1) == 0) {
+    // A thread copies the same unit of rows at equal distances.
+    const int k = c.thread() % each;
+#pragma unroll 2
+    for (int row = c.thread() / each; row < rows; row += C::kThreads / each) copy(row, k);
+  } else {
 #pragma unroll 1
-  for (int n = c.thread(); n < rows * units; n += C::kThreads) copy(n / units, n % units);
+    for (int n = c.thread(); n < rows * units; n += C::kThreads) copy(n / units, n % units);
+  }
 }
 
 template <class Shape>

@@ -61,25 +61,40 @@ struct Ring {
   template <class C>
   __device__ int wait(const C& c, u32 number) const {
     const u32 stage = number % Shape::kStages, parity = number / Shape::kStages & 1;
-    const bool ok = c.watch().until([&] { return barrier_done(full(stage), parity); },
-                                  [&] { c.watch().note(c.task(TaskWords::kTask), kWaitBulkLoad, number, parity, parity ^ 1); });
+    const bool ok = c.watch().until([&] { return barrier_done(full(stage), parity); }, [&] {
+      const u32 task = c.task(TaskWords::kTask), before = number / Shape::kStages;
+      if (!took(c.decisions)) return note(c, task, c.decisions);
+      c.watch().note(task, kWaitBulkLoad, number, before + 1, before);
+    });
     return ok ? Shape::kRing + static_cast<int>(stage) * Shape::kStageBytes : -1;
   }
 
   // One thread, after all its warp has read.
   __device__ void release(u32 number) const { barrier_arrive(empty(number % Shape::kStages)); }
 
-  // The producer follows this decision too. It must have taken the one before: with two under way, parity would not
+  // The producer follows decision n too. It must have taken the one before: with two under way, parity would not
   // tell whether both or none had been.
   template <class C>
   __device__ void decide(const C& c, u32 value, u32 n) const {
+    settle(c, n);
     if (c.thread() != 0) return;
-    if (n > 0) {
-      c.watch().until([&] { return barrier_done(taken(), (n - 1) & 1); },
-                    [&] { c.watch().note(~0u, kWaitPredicate, n, 0, 0); });
-    }
     *decision() = value;
     barrier_arrive(decided());
+  }
+
+  // Waits until the producer has taken so many decisions. At the end of a launch, that is all of them: it would wait for
+  // one that it has missed for ever, as deadlines are the consumers' business.
+  template <class C>
+  __device__ void settle(const C& c, u32 decisions) const {
+    if (c.thread() == 0) c.watch().until([&] { return took(decisions); }, [&] { note(c, kNoTask, decisions); });
+  }
+
+ private:
+  __device__ static bool took(u32 decisions) { return decisions == 0 || barrier_done(taken(), (decisions - 1) & 1); }
+
+  template <class C>
+  __device__ static void note(const C& c, u32 task, u32 decisions) {
+    c.watch().note(task, kWaitPredicate, decisions - 1, decisions, decisions - 1);
   }
 };
 
@@ -140,12 +155,15 @@ struct Producer {
     return static_cast<T>(value);
   }
 
-  // Nothing may land in shared memory that belongs to the next launch.
+  // Nothing may land in shared memory that belongs to the next launch. What has been asked for lands within
+  // microseconds; what does not must not keep a launch from ending that gave up because of it.
   __device__ void drain() {
     if (lane != 0) return;
     const u32 first = next > Shape::kStages ? next - Shape::kStages : 0;
     for (u32 n = first; n < next; ++n) {
+      const u64 start = nanoseconds();
       while (!barrier_done(Ring<Shape>::full(n % Shape::kStages), n / Shape::kStages & 1)) {
+        if (aborted() && nanoseconds() - start > 1000000) break;
       }
     }
   }
@@ -174,8 +192,7 @@ struct Producer {
     if (!until([&] { return barrier_done_now(R::empty(stage), parity ^ 1); })) return false;
     if (next >= Shape::kFlight) {
       const u32 old = next - Shape::kFlight;
-      while (!barrier_done(R::full(old % Shape::kStages), old / Shape::kStages & 1)) {
-      }
+      if (!until([&] { return barrier_done(R::full(old % Shape::kStages), old / Shape::kStages & 1); })) return false;
     }
     return true;
   }

@@ -235,7 +235,7 @@ def product(op: Nest) -> Expr:
 def _factor(op: Nest, root: int, loops: Lowered, uniform: _Uniform, rank: int) -> Factor | None:
     body = op.body
     found = find_factor(body, root)
-    if found is None or not _exact_conversions(body, root, op.acc[0]):
+    if found is None or found.bound >= 0 or not exact_conversions(body, root, op.acc[0]):
         return None
 
     def linear(load: Node) -> tuple[int, tuple[int, ...], dict[int, int]]:
@@ -249,6 +249,8 @@ def _factor(op: Nest, root: int, loops: Lowered, uniform: _Uniform, rank: int) -
         return None
     if found.new < 0:
         return Factor(load.attr, constant, strides)
+    if not is_uniform(body, found.start):
+        return None
     where, shift = loops.linear(load.args[found.axis])
     if len(where) != 1:
         return None
@@ -275,7 +277,7 @@ def _factor(op: Nest, root: int, loops: Lowered, uniform: _Uniform, rank: int) -
     )
 
 
-def _exact_conversions(body: Expr, root: int, acc: str) -> bool:
+def exact_conversions(body: Expr, root: int, acc: str) -> bool:
     """Whether a factor's conversions, taken in one step to the accumulator's type, give the same values."""
     chain = []
     node = body.nodes[root]

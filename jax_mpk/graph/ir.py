@@ -81,8 +81,8 @@ class Nest:
       outputs: values written.
       body: scalar program over coordinates ``space + rspace``. map: one result per output. reduce: one result per
         combined element (``argmax``: the value). contract: two results, the factors, each a load whose index is
-        affine in the coordinates, maybe windowed (:mod:`jax_mpk.graph.windows`), maybe converted; neither depends
-        on the other's free axes.
+        affine in the coordinates, maybe windowed or bounded (:mod:`jax_mpk.graph.windows`), maybe converted; neither
+        depends on the other's free axes.
       combine: how partial results join; None for a map.
       acc: element types of the accumulators; () for a map.
       epilogue: program over coordinates ``space`` with ``acc`` nodes; one result per output. None for a map.

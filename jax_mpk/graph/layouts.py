@@ -28,7 +28,7 @@ SMALL = 4096
 
 
 def movable(graph: Graph) -> frozenset[int]:
-    """Positions of the arguments that may have any layout: not donated, and read by loads only."""
+    """Positions of the arguments that may have any layout: not donated, not empty, and read by loads only."""
     whole = set(graph.block.results)
     for op in walk(graph.block):
         whole.update(v for block in blocks(op) for v in block.results)
@@ -36,6 +36,9 @@ def movable(graph: Graph) -> frozenset[int]:
             whole.update(op.operands)
         elif isinstance(op, Update):
             whole.add(op.base)
+    # XLA replaces empty arrays by constants; where a declared order makes it copy one into another order, its compiler
+    # for CPUs divides by zero (jaxlib 0.10.2 to 0.12.0.1).
+    whole.update(v for v in graph.inputs if 0 in graph.values[v].shape)
     return frozenset(i for i, v in enumerate(graph.inputs) if i not in graph.donated and v not in whole)
 
 

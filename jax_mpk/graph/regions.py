@@ -30,16 +30,18 @@ class Touch:
     Attributes:
       value: value id.
       lo, hi: int64 [boxes, rank]: the region; empty (hi <= lo on some axis) where nothing is touched.
+      most: float64 [boxes]: no more elements than this are touched, wherever in the region they lie.
     """
 
     value: int
     lo: np.ndarray
     hi: np.ndarray
+    most: np.ndarray
 
 
 def expr_touches(
     expr: Expr, lo: np.ndarray, hi: np.ndarray, shapes: tuple[tuple[int, ...], ...]
-) -> list[tuple[int, np.ndarray, np.ndarray]]:
+) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """Regions of every load of a program.
 
     Args:
@@ -48,10 +50,11 @@ def expr_touches(
       shapes: shape of each operand slot.
 
     Returns:
-      (slot, lo, hi) per load, in node order.
+      (slot, lo, hi, most) per load, in node order; ``most`` as in :class:`Touch`.
     """
     bounds = intervals(expr, lo, hi)
     empty = np.any(hi <= lo, axis=1)
+    sizes = np.maximum(hi - lo, 0).astype(np.float64)
     out = []
     for i in expr.loads():
         node = expr.nodes[i]
@@ -65,8 +68,17 @@ def expr_touches(
         nothing = empty | off
         if nothing.any():
             low[nothing], high[nothing] = 0, -1
-        out.append((slot, _clipped(low, shape), _clipped(high + 1, shape)))
+        low, high = _clipped(low, shape), _clipped(high + 1, shape)
+        # Each choice of the coordinates that an index mentions touches one element.
+        used = sorted(frozenset().union(*(expr.index_coords[arg] for arg in indices)))
+        most = np.minimum(sizes[:, used].prod(axis=1), _volume(low, high))
+        out.append((slot, low, high, most))
     return out
+
+
+def _volume(lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    """float64 [boxes]: elements of boxes; 0 for empty ones."""
+    return np.maximum(hi - lo, 0).astype(np.float64).prod(axis=1)
 
 
 def _clipped(corner: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -177,7 +189,7 @@ def op_touches(graph: Graph, op: Op, lo: np.ndarray, hi: np.ndarray, *, stage_fi
 
     def of(expr: Expr, operands: tuple[int, ...], lo: np.ndarray, hi: np.ndarray) -> list[Touch]:
         shapes = tuple(graph.values[v].shape for v in operands)
-        return [Touch(operands[slot], a, b) for slot, a, b in expr_touches(expr, lo, hi, shapes)]
+        return [Touch(operands[slot], *found) for slot, *found in expr_touches(expr, lo, hi, shapes)]
 
     if isinstance(op, Nest):
         axes = len(op.space)
@@ -194,14 +206,14 @@ def op_touches(graph: Graph, op: Op, lo: np.ndarray, hi: np.ndarray, *, stage_fi
     if isinstance(op, Update):
         ulo, uhi = update_boxes(op, lo, hi)
         touches = of(op.index, op.operands, ulo, uhi) + of(op.value, op.operands, ulo, uhi)
-        return [*touches, Touch(op.base, lo, hi)]
+        return [*touches, Touch(op.base, lo, hi, _volume(lo, hi))]
     if isinstance(op, Cumulative):
         return of(op.body, op.operands, lo, hi) + of(op.epilogue, op.operands, lo, hi)
     if isinstance(op, Sort):
         lo, hi = lo.copy(), hi.copy()
         empty = np.any(hi <= lo, axis=1)
         lo[:, op.axis], hi[:, op.axis] = 0, np.where(empty, 0, op.space[op.axis])
-        return [Touch(v, lo, hi) for v in op.operands]
+        return [Touch(v, lo, hi, _volume(lo, hi)) for v in op.operands]
     raise TypeError(f"{type(op).__name__} has no element-wise regions: it holds nested blocks")
 
 

@@ -103,6 +103,16 @@ class Expr:
                 needed.update(self.nodes[i].args)
         return tuple(sorted(needed))
 
+    @cached_property
+    def index_coords(self) -> dict[int, frozenset[int]]:
+        """Coordinates that each of ``index_nodes`` depends on."""
+        out: dict[int, frozenset[int]] = {}
+        for i in self.index_nodes:
+            node = self.nodes[i]
+            own = frozenset([node.attr]) if node.op == "coord" else frozenset()
+            out[i] = own.union(*(out[a] for a in node.args if a in out))
+        return out
+
     def __str__(self) -> str:
         from jax_mpk.graph.printer import format_expr
 

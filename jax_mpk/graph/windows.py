@@ -5,6 +5,10 @@ contraction reads the base everywhere but in the window and the new rows there, 
 and not for the cache:
 
     select(start <= i and i < start + length, load_if(…, new rows), load(base))
+
+A *bounded* factor is 0 where a predicate does not hold, and is read only where it does:
+
+    load_if(r < bound, base)
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Graph, Update
-from jax_mpk.graph.scalar import Expr
+from jax_mpk.graph.scalar import Expr, Node
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,10 @@ class Factor:
       load: position of the load (of the base, if windowed) in the body.
       new: position of the load of the new rows, or -1.
       axis: axis of the base the window lies on, or -1.
-      start: position of the node that gives the window's first index (no coordinates in it), or -1.
+      start: position of the node that gives the window's first index, or -1; it does not depend on what moves along
+        the axis.
       length: extent of the window, or 0.
+      bound: position of the predicate outside which the factor is 0, or -1.
     """
 
     load: int
@@ -48,6 +54,7 @@ class Factor:
     axis: int = -1
     start: int = -1
     length: int = 0
+    bound: int = -1
 
 
 def window_update(graph: Graph, op: Update) -> WindowUpdate | None:
@@ -76,34 +83,58 @@ def window_update(graph: Graph, op: Update) -> WindowUpdate | None:
 
 
 def factor(expr: Expr, result: int) -> Factor | None:
-    """One result of a contraction's body as a factor: a load with affine index, maybe windowed, maybe converted."""
+    """One result of a contraction's body as a factor: an affine load, maybe windowed, bounded and converted."""
     node = expr.nodes[result]
     while node.op == "convert":
         result = node.args[0]
         node = expr.nodes[result]
-    if node.op == "load":
-        return Factor(result) if is_affine(expr, node.args) else None
+    if node.op in ("load", "load_if"):
+        bound, indices = _bounded(node)
+        good = is_affine(expr, indices) and (bound < 0 or limit(expr, bound) is not None)
+        return Factor(result, bound=bound) if good else None
     if node.op != "select":
         return None
     pred, new, base = node.args
     both, fresh, old = (expr.nodes[i] for i in (pred, new, base))
-    if both.op != "and" or fresh.op != "load_if" or fresh.args[0] != pred or old.op != "load":
+    if both.op != "and" or fresh.op != "load_if" or old.op not in ("load", "load_if"):
+        return None
+    bound, indices = _bounded(old)
+    if bound >= 0 and limit(expr, bound) is None:
+        return None
+    inside = expr.nodes[fresh.args[0]]
+    if fresh.args[0] != pred if bound < 0 else (inside.op != "and" or set(inside.args) != {bound, pred}):
         return None
     low, high = (expr.nodes[i] for i in both.args)
     if low.op != "ge" or high.op != "lt" or low.args[0] != high.args[0]:
         return None
     where, start = low.args
-    if where not in old.args or not is_affine(expr, old.args):
+    if where not in indices or not is_affine(expr, indices):
         return None
-    axis = old.args.index(where)
-    if not is_uniform(expr, start) or not is_affine(expr, tuple(a for k, a in enumerate(fresh.args[1:]) if k != axis)):
+    axis = indices.index(where)
+    if _coords(expr, where) & _coords(expr, start) or not is_affine(
+        expr, tuple(a for k, a in enumerate(fresh.args[1:]) if k != axis)
+    ):
         return None
     length = _distance(expr, start, high.args[1])
-    return None if length is None else Factor(base, new, axis, start, length)
+    return None if length is None else Factor(base, new, axis, start, length, bound)
+
+
+def limit(expr: Expr, pred: int) -> tuple[int, int] | None:
+    """(coordinate, node) of a predicate ``coordinate < node`` where the node does not depend on the coordinate."""
+    node = expr.nodes[pred]
+    if node.op != "lt" or expr.nodes[node.args[0]].op != "coord":
+        return None
+    coord = expr.nodes[node.args[0]]
+    return None if coord in expr.only(node.args[1]).nodes else (coord.attr, node.args[1])
+
+
+def _bounded(load: Node) -> tuple[int, tuple[int, ...]]:
+    """Predicate, or -1, and indices of a load."""
+    return (load.args[0], load.args[1:]) if load.op == "load_if" else (-1, load.args)
 
 
 def is_affine(expr: Expr, args: tuple[int, ...]) -> bool:
-    """Whether index nodes are linear in the coordinates with constant coefficients."""
+    """Whether index nodes are linear in the coordinates; a coefficient is a constant, or known at run time."""
 
     def affine(i: int) -> bool:
         node = expr.nodes[i]
@@ -111,9 +142,21 @@ def is_affine(expr: Expr, args: tuple[int, ...]) -> bool:
             return True
         if node.op == "add":
             return all(map(affine, node.args))
-        return node.op == "mul" and affine(node.args[0]) and expr.nodes[node.args[1]].op == "const"
+        if node.op != "mul":
+            return False
+        this, other = node.args
+        return (affine(this) and expr.nodes[other].op == "const") or _is_coord_times_scalar(expr, node)
 
     return all(map(affine, args))
+
+
+def _is_coord_times_scalar(expr: Expr, node: Node) -> bool:
+    """Whether a product is that of a coordinate and what depends on loads and other coordinates only."""
+    for this, other in (node.args, node.args[::-1]):
+        coord = expr.nodes[this]
+        if coord.op == "coord" and coord not in expr.only(other).nodes:
+            return True
+    return False
 
 
 def is_identity(expr: Expr, args: tuple[int, ...], space: tuple[int, ...]) -> bool:
@@ -127,6 +170,11 @@ def is_identity(expr: Expr, args: tuple[int, ...], space: tuple[int, ...]) -> bo
 def is_uniform(expr: Expr, i: int) -> bool:
     """Whether a node depends on no coordinate."""
     return all(node.op != "coord" for node in expr.only(i).nodes)
+
+
+def _coords(expr: Expr, i: int) -> set[int]:
+    """Coordinates that a node depends on."""
+    return {node.attr for node in expr.only(i).nodes if node.op == "coord"}
 
 
 def _coord_and_rest(expr: Expr, i: int) -> tuple[int | None, int | None]:

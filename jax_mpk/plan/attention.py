@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest, Op
 from jax_mpk.graph.rewrite import Slots, inline_map
 from jax_mpk.graph.scalar import Builder, Expr, Node, inline
 from jax_mpk.graph.windows import factor
+from jax_mpk.plan.live import live_keys
 
 #: A softmax is searched for in a program of no more nodes than this.
 _MOST_NODES = 4000
@@ -39,6 +40,8 @@ class Attention:
       rounded: type the user rounds that l to, or None.
       totals: the sums whose results ``out``'s epilogue reads, by value; their accumulator is l.
       softmax: the map that computes ``weights``.
+      live: how many keys the mask leaves, over ``out.space`` and reading ``operands``: all behind have a weight of 0.
+        It depends on rows that choose values only. None where no mask is recognised.
     """
 
     out: Nest
@@ -52,6 +55,7 @@ class Attention:
     rounded: str | None
     totals: dict[int, Nest]
     softmax: Nest
+    live: Expr | None
 
     @property
     def keys(self) -> int:
@@ -146,9 +150,12 @@ class _Search:
         rows = tuple(sorted(used, key=lambda d: (d not in apart, d)))  # type: ignore[arg-type, return-value]
         # Rows computed once each, not once for every element of the result that reads them.
         _need(math.prod(out.space[d] for d in rows) * out.rspace[0] <= math.prod(softmax.space))
-        operands = tuple(self.slots.values)
         own = len(apart.intersection(rows))
-        return Attention(out, weights, values, rows, own, found, operands, total is not None, rounded, totals, softmax)
+        live = live_keys(b, self._finished(self._whole(scores)), len(out.space), set(rows[:own]))
+        return Attention(
+            out, weights, values, rows, own, found, tuple(self.slots.values), total is not None, rounded, totals,
+            softmax, None if live is None else replace(b.build(live), extents=out.space),
+        )  # fmt: skip
 
     def _quotient(self, i: int) -> tuple[int, int | None]:
         """(e, l) of e / l or e · (1 / l); (e, None) of anything else."""
@@ -228,6 +235,17 @@ class _Search:
     def _inlined(self, expr: Expr, operands: tuple[int, ...], at: list[int], acc: int) -> list[int]:
         b = self.builder
         return inline(b, expr, at, lambda s, i, t, p: self.slots.load(b, operands[s], i, t, p), lambda _: acc)
+
+    def _finished(self, i: int) -> int:
+        """Behind the load of a contraction's result, its epilogue: a mask may be there."""
+        node = self.builder.nodes[i]
+        value = self.slots.values[node.attr] if node.op == "load" else -1  # type: ignore[index]
+        op = self.makers.get(value)
+        if not isinstance(op, Nest) or op.kind != "contract" or op.epilogue is None:
+            return i
+        acc = self.slots.load(self.builder, ~value, list(node.args), op.acc[0], None)
+        (finished,) = self._inlined(op.epilogue, op.operands, list(node.args), acc)
+        return self._whole(finished)
 
     def _whole(self, i: int) -> int:
         """Node ``i`` with every map it reads computed in place, their maps too."""

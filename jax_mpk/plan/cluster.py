@@ -8,6 +8,7 @@ in one task. Each join is decided by the cost model on the best cut with and wit
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -118,8 +119,17 @@ class Clusterer:
         if not users or own is None or len(own.anchors) > 1 or (isinstance(op, Sort) and op.top_k is not None):
             return
         private = not self.pinned.intersection(op.outputs) and not isinstance(op, Update)
-        if private and len(anchors) <= _MOST_COPIES and self._try(position, anchors, set(), groups, homes):
-            return
+        if private and len(anchors) <= _MOST_COPIES:
+            # Where the others wait for one of the readers anyway, it may as well hand this over, too.
+            first = next((a for a in sorted(anchors) if anchors - {a} <= self._successors(a, groups, homes)), None)
+            outputs = set(op.outputs)
+            if first is not None and len(anchors) > 1:
+                copied = self._gain(position, anchors, set(), groups)[0]
+                handed = self._gain(position, {first}, outputs, groups)[0]
+                if handed > copied and self._try(position, {first}, outputs, groups, homes):
+                    return
+            if self._try(position, anchors, set(), groups, homes):
+                return
         # Computed by one routine of its readers, in memory for the others.
         for anchor in sorted(anchors):
             if self._try(position, {anchor}, set(op.outputs), groups, homes):
@@ -135,20 +145,9 @@ class Clusterer:
     ) -> bool:
         """Moves a routine into those of its readers named by ``anchors`` if that saves time; says whether it did."""
         own = groups[position]
-        if own.stored and len(anchors) > 1:
-            return False  # what it stores must be stored once
-        trial: dict[int, _Group] = {}
-        gain = self.tiler.seconds(*_pick(self.ops, own)) + costs.handoff_seconds(self.target)
-        for anchor in anchors:
-            group = groups[anchor]
-            members = sorted({*group.members, *own.members})
-            if len(members) > _MOST_MEMBERS:
-                return False
-            merged = _Group(members, group.anchors, group.stored | own.stored | stored)
-            gain -= self.tiler.seconds(*_pick(self.ops, merged)) - self.tiler.seconds(*_pick(self.ops, group))
-            if gain < 0:
-                return False
-            trial[anchor] = merged
+        gain, trial = self._gain(position, anchors, stored, groups)
+        if gain < 0:
+            return False
         before = {anchor: groups[anchor] for anchor in trial}, {m: homes[m] for m in own.members}
         del groups[position]
         groups.update(trial)
@@ -162,6 +161,27 @@ class Clusterer:
             homes.update(before[1])
             return False
         return True
+
+    def _gain(
+        self, position: int, anchors: set[int], stored: set[int], groups: dict[int, _Group]
+    ) -> tuple[float, dict[int, _Group]]:
+        """Seconds that moving a routine into others saves, negative where it must not be moved; the others with it."""
+        own = groups[position]
+        trial: dict[int, _Group] = {}
+        if own.stored and len(anchors) > 1:
+            return -math.inf, trial  # what it stores must be stored once
+        gain = self.tiler.seconds(*_pick(self.ops, own)) + costs.handoff_seconds(self.target)
+        for anchor in anchors:
+            group = groups[anchor]
+            members = sorted({*group.members, *own.members})
+            if len(members) > _MOST_MEMBERS:
+                return -math.inf, trial
+            merged = _Group(members, group.anchors, group.stored | own.stored | stored)
+            gain -= self.tiler.seconds(*_pick(self.ops, merged)) - self.tiler.seconds(*_pick(self.ops, group))
+            if gain < 0:
+                return gain, trial
+            trial[anchor] = merged
+        return gain, trial
 
     def _provides(self, group: _Group, member: int) -> bool:
         """Whether a routine writes what a member computes to memory."""

@@ -20,7 +20,7 @@ from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Cumulative, Nest, Op, Sort, Update
 from jax_mpk.graph.scalar import Expr
 from jax_mpk.plan import costs
-from jax_mpk.plan.ir import MAY, READ, LoopNode, Plan, Routine, Schedule, Segment
+from jax_mpk.plan.ir import FINISH, MAY, READ, WHOLE, LoopNode, Plan, Routine, Schedule, Segment
 from jax_mpk.plan.tags import tags_as_events
 
 #: Largest grid of cells on which overlapping boxes are counted exactly.
@@ -172,14 +172,32 @@ def _loads(op: Op, stage: int, lo: np.ndarray, hi: np.ndarray, value: int) -> np
     """Evaluations of an operator's loads of a value over boxes of its output; infinite where that says nothing."""
     runs = costs.evaluations(op, stage, lo, hi)
     if isinstance(op, Nest):
-        after = 0 if op.epilogue is None else _count(op.epilogue, op.operands, value)
-        return _count(op.body, op.operands, value) * runs + after * costs.volume(lo, hi)
+        sizes = np.maximum(hi - lo, 0).astype(np.float64)
+        total = np.zeros(len(lo))
+        if op.epilogue is not None:
+            total += _distinct_loads(op.epilogue, op.operands, value, sizes[:, : len(op.space)])
+        if stage == WHOLE:
+            sizes = np.concatenate(
+                [sizes[:, : len(op.space)], np.tile(np.array(op.rspace, float), (len(lo), 1))], axis=1
+            )
+        return total if stage == FINISH else total + _distinct_loads(op.body, op.operands, value, sizes)
     if isinstance(op, Cumulative):
         return runs * sum(_count(expr, op.operands, value) for expr in (op.body, op.epilogue))
     if isinstance(op, Update):
         each = sum(_count(expr, op.operands, value) for expr in (op.index, op.value)) + (op.output == value)
         return runs * each + costs.volume(lo, hi) * (op.base == value)
     return runs if isinstance(op, Sort) and value in op.operands else np.zeros(len(lo))
+
+
+def _distinct_loads(expr: Expr, operands: tuple[int, ...], value: int, sizes: np.ndarray) -> np.ndarray:
+    """float64 [boxes]: elements that loads of a value touch, from the extents of the coordinates they depend on."""
+    total = np.zeros(len(sizes))
+    for node in (expr.nodes[i] for i in expr.loads()):
+        if operands[node.attr] == value:
+            indices = node.args[1:] if node.op == "load_if" else node.args
+            used = sorted(frozenset().union(*(expr.index_coords[i] for i in indices)))
+            total += sizes[:, used].prod(axis=1)
+    return total
 
 
 def _count(expr: Expr, operands: tuple[int, ...], value: int) -> int:

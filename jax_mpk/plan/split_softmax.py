@@ -7,12 +7,17 @@ With keys s = p·C + c, in chunks p, the attention of :mod:`jax_mpk.plan.attenti
 
 the split-KV form of FlashAttention (Dao et al., 2022). A chunk whose keys are all masked has m_p = −inf; m_p is
 clamped to the smallest finite number, so e_p is 0 there and not NaN.
+
+Where the target asks for it and the mask says how many keys are live (:mod:`jax_mpk.plan.live`), C is no constant but
+⌈live / chunks⌉: every chunk has its share of the live keys, whatever their number, and no other key is read. Scores
+are then computed chunk by chunk as well.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,7 +44,11 @@ def split_softmax(graph: Graph, target: Target) -> Graph:
         for op in block.ops:
             found = find_attention(op, makers, uses)
             chunks = 1 if found is None else _chunks(values, found, target)
-            ops += [op] if found is None or chunks == 1 else _Split(values, found, chunks).ops()
+            if found is None or chunks == 1:
+                ops.append(op)
+                continue
+            scored = _scored(found, makers) if target.live_keys else {}
+            ops += _Split(values, found, chunks, scored).ops()
         return prune(Block(tuple(ops), block.results), set())
 
     out = map_blocks(graph, visit)
@@ -88,6 +97,73 @@ def _part_dtype(values: list[Value], found: Attention) -> str:
     return dtype if dtype in ("f16", "bf16") else "f32"
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """A contraction of queries and keys, as the scores read it.
+
+    Attributes:
+      op: the contraction.
+      axis: its axis of the keys.
+      rows: its axis per coordinate of the scores that it is indexed with as it is.
+    """
+
+    op: Nest
+    axis: int
+    rows: dict[int, int]
+
+
+def _scored(found: Attention, makers: dict[int, Op]) -> dict[int, _Scored]:
+    """The contractions that scores read, by value; {} where these cannot be computed chunk by chunk."""
+    if found.live is None:
+        return {}
+    expr, key = found.scores, len(found.out.space)
+    needed = {node.attr for node in found.live.nodes if node.op == "coord"}
+    out: dict[int, _Scored] = {}
+    for i in expr.loads():
+        node = expr.nodes[i]
+        op = makers.get(found.operands[node.attr])  # type: ignore[index]
+        if node.op != "load" or not isinstance(op, Nest) or op.kind != "contract":
+            continue
+        coords = {expr.nodes[a].attr: axis for axis, a in enumerate(node.args) if expr.nodes[a].op == "coord"}
+        keyed = [a for a in node.args if key in {n.attr for n in expr.only(a).nodes if n.op == "coord"}]
+        if len(op.outputs) == 1 and key in coords and len(keyed) == 1 and needed <= coords.keys():
+            out[op.outputs[0]] = _Scored(op, coords.pop(key), coords)
+    return out
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a key of a chunk lies, in one program.
+
+    Attributes:
+      b, slots: the program being built and its operands.
+      key: node of its position among all keys.
+      inner: node of its position in the chunk.
+      live: predicate: the chunk has such a key; None: it always has.
+    """
+
+    b: Builder
+    slots: Slots
+    key: int
+    inner: int
+    live: int | None
+
+    def loader(self, operands: tuple[int, ...]) -> Callable[[int, list[int], str, int | None], int]:
+        """Loads of ``operands``: what lies at a key is loaded only if there is one."""
+
+        def load(slot: int, at: list[int], dtype: str, pred: int | None) -> int:
+            nodes = at if pred is None else [*at, pred]
+            if self.live is not None and any(_depends(self.b, i, self.inner) for i in nodes):
+                pred = self.live if pred is None else self.b.op("and", self.live, pred)
+            return self.slots.load(self.b, operands[slot], at, dtype, pred)
+
+        return load
+
+
+def _depends(b: Builder, i: int, on: int) -> bool:
+    return i == on or any(_depends(b, a, on) for a in b.nodes[i].args)
+
+
 class _Split:
     """Rewrites one attention.
 
@@ -95,9 +171,10 @@ class _Split:
       values: the graph's values; new ones are appended.
       found: the attention.
       chunks: number of chunks.
+      scored: contractions to compute chunk by chunk, so that chunks are cut at run time; {}: all keys are read.
     """
 
-    def __init__(self, values: list[Value], found: Attention, chunks: int):
+    def __init__(self, values: list[Value], found: Attention, chunks: int, scored: dict[int, _Scored]):
         self.values = values
         self.found = found
         self.chunks = chunks
@@ -107,13 +184,15 @@ class _Split:
         self.lead = (chunks, *self.rows)
         self.rest = [d for d in range(len(found.out.space)) if d not in found.rows]
         self.source = found.softmax.source
+        self.cut = bool(scored)
+        self.scored = {v: (contraction, self._chunked(contraction)) for v, contraction in scored.items()}
 
     def ops(self) -> list[Op]:
         found, lead, size = self.found, self.lead, self.size
         keyed = (*lead, size)
 
         b, slots = Builder(keyed), Slots()
-        scores = self._scores(b, slots)
+        scores = self._where_live(b, slots, self._scores(b, slots), -math.inf)
         after = Builder(lead)
         low = after.const(np.finfo(np.float32).min, "f32")
         epilogue = after.build(after.op("max", after.acc(0, "f32"), low))
@@ -122,11 +201,14 @@ class _Split:
         b, slots = Builder(keyed), Slots()
         highest = slots.load(b, top.outputs[0], b.coords()[:-1], "f32", None)
         body = b.op("exp", b.sub(self._scores(b, slots), highest))
+        body = self._where_live(b, slots, body, 0)
         powers = self._map(keyed, tuple(slots.values), b.build(body), "f32")
 
-        b = Builder(keyed)
-        total = self._reduce("sum", lead, (size,), powers.outputs, b.build(b.load(0, b.coords(), "f32")))
-        ops: list[Op] = [top, powers, total]
+        b, slots = Builder(keyed), Slots()
+        power = slots.load(b, powers.outputs[0], b.coords(), "f32", None)
+        power = self._where_live(b, slots, power, 0)
+        total = self._reduce("sum", lead, (size,), tuple(slots.values), b.build(power))
+        ops: list[Op] = [*(op for _, op in self.scored.values()), top, powers, total]
 
         # In the type the weights were rounded to.
         rounded = self.values[found.weights].dtype
@@ -139,15 +221,69 @@ class _Split:
         part = self._part(weights.outputs[0])
         return [*ops, part, *self._merge(top.outputs[0], total.outputs[0], part.outputs[0])]
 
+    def _rows(self, b: Builder) -> dict[int, int]:
+        """Nodes of the rows, by coordinate of ``out``."""
+        return {d: b.coord(1 + k) for k, d in enumerate(self.found.rows)}
+
+    def _place(self, b: Builder, slots: Slots, rows: dict[int, int], inner: int) -> _Place:
+        """Where key ``inner`` of the chunk that coordinate 0 numbers lies."""
+        chunk, live = b.coord(0), self.found.live
+        if not self.cut or live is None:
+            return _Place(b, slots, b.add(b.mul(chunk, b.index(self.size)), inner), inner, None)
+        at = [rows.get(d, b.index(0)) for d in range(len(self.found.out.space))]
+        operands = self.found.operands
+        (count,) = inline(b, live, at, lambda s, i, t, p: slots.load(b, operands[s], i, t, p))
+        size = b.floordiv(b.add(count, b.index(self.chunks - 1)), self.chunks)
+        first = b.mul(chunk, size)
+        own = b.clamp(b.index(0), b.sub(count, first), size)
+        return _Place(b, slots, b.add(first, inner), inner, b.op("lt", inner, own))
+
+    def _where_live(self, b: Builder, slots: Slots, x: int, otherwise: float) -> int:
+        """Node ``x`` at (chunk, rows, key) if the chunk has such a key; what does not count otherwise."""
+        live = self._place(b, slots, self._rows(b), b.coord(len(self.lead))).live
+        return x if live is None else b.op("select", live, x, b.const(otherwise, "f32"))
+
+    def _chunked(self, scored: _Scored) -> Nest:
+        """A contraction of queries and keys with the chunks as its first axis and their keys as its last."""
+        op, axis = scored.op, scored.axis
+        rest = [extent for d, extent in enumerate(op.space) if d != axis]
+        space = (self.chunks, *rest, self.size)
+
+        def place(b: Builder, slots: Slots) -> tuple[_Place, list[int]]:
+            others = [b.coord(1 + d) for d in range(len(rest))]
+            at = [*others[:axis], 0, *others[axis:]]
+            rows = {d: at[own] for d, own in scored.rows.items()}
+            found = self._place(b, slots, rows, b.coord(len(space) - 1))
+            at[axis] = found.key
+            return found, at
+
+        slots = Slots()
+        b = Builder(space + op.rspace)
+        keys, at = place(b, slots)
+        reduced = [b.coord(len(space) + d) for d in range(len(op.rspace))]
+        body = b.build(*inline(b, op.body, [*at, *reduced], keys.loader(op.operands)))
+        assert op.epilogue is not None
+        after = Builder(space)
+        keys, at = place(after, slots)
+        epilogue = after.build(*inline(after, op.epilogue, at, keys.loader(op.operands)))
+        output = self._value(space, self.values[op.outputs[0]].dtype)
+        return replace(op, space=space, operands=tuple(slots.values), outputs=(output,), body=body, epilogue=epilogue)
+
     def _scores(self, b: Builder, slots: Slots) -> int:
         """The scores at (chunk, rows, key in the chunk)."""
-        key = b.add(b.mul(b.coord(0), b.index(self.size)), b.coord(len(self.lead)))
-        at = [b.index(0)] * len(self.found.out.space)
-        for k, d in enumerate(self.found.rows):
-            at[d] = b.coord(1 + k)
-        (scores,) = inline(
-            b, self.found.scores, [*at, key], lambda s, i, t, p: slots.load(b, self.found.operands[s], i, t, p)
-        )
+        found = self.found
+        keys = self._place(b, slots, self._rows(b), b.coord(len(self.lead)))
+        at = [self._rows(b).get(d, b.index(0)) for d in range(len(found.out.space))]
+        plain = keys.loader(found.operands)
+
+        def load(s: int, i: list[int], t: str, p: int | None) -> int:
+            if found.operands[s] not in self.scored:
+                return plain(s, i, t, p)
+            scored, op = self.scored[found.operands[s]]
+            others = [node for axis, node in enumerate(i) if axis != scored.axis]
+            return slots.load(b, op.outputs[0], [b.coord(0), *others, keys.inner], t, p)
+
+        (scores,) = inline(b, found.scores, [*at, keys.key], load)
         return b.compute(scores)
 
     def _part(self, weights: int) -> Nest:
@@ -159,14 +295,15 @@ class _Split:
         at = [b.index(0)] * len(out.space)
         for k, d in enumerate([*found.rows, *self.rest]):
             at[d] = b.coord(1 + k)
-        key = b.add(b.mul(b.coord(0), b.index(self.size)), inner)
+        keys = self._place(b, slots, self._rows(b), inner)
+        plain = keys.loader(out.operands)
 
         def load(s: int, i: list[int], t: str, p: int | None) -> int:
             if out.operands[s] == found.weights:
                 return slots.load(b, weights, [*b.coords()[: len(self.lead)], inner], t, p)
-            return slots.load(b, out.operands[s], i, t, p)
+            return plain(s, i, t, p)
 
-        results = inline(b, out.body, [*at, key], load)
+        results = inline(b, out.body, [*at, keys.key], load)
         dtype = _part_dtype(self.values, found)
         after = Builder(space)
         return replace(

@@ -15,8 +15,8 @@ def cpu(workers: int, tagged: bool = False) -> Target:
 
     Args:
       workers: virtual SMs.
-      tagged: hand values over by tagged words wherever that is possible, as a GPU would. The executor gains nothing
-        from it; tests do.
+      tagged: hand values over by tagged words wherever that is possible, and cut attention at run time, as for a GPU.
+        The executor gains nothing from it; tests do.
     """
     return Target(
         name=f"cpu-{workers}" + (TAGGED if tagged else ""),
@@ -31,6 +31,7 @@ def cpu(workers: int, tagged: bool = False) -> Target:
         task_overhead=0.5e-6,
         granule=16,
         tagged_bytes=1 << 20 if tagged else 0,
+        live_keys=tagged,
     )
 
 
@@ -49,6 +50,7 @@ H100 = Target(
     granule=64,
     tagged_bytes=128 << 10,
     contracted_last=True,
+    live_keys=True,
 )
 
 #: One H200 SXM: the same chip with faster memory; its rated bandwidth at the H100's share of what can be read.

@@ -246,17 +246,15 @@ class Tiler:
         flops = np.zeros(tasks)
         regions: dict[int, np.ndarray] = {}  # value → elements each task moves; read twice, it is still in scratch
         for op, (lo, hi), found in zip(members, boxes, touches, strict=True):
-            evaluations = costs.evaluations(op, WHOLE, lo, hi)
             if not all(v in inner for v in op.outputs):
-                written = evaluations if isinstance(op, Update) and self.in_place(op) else costs.volume(lo, hi)
+                in_place = isinstance(op, Update) and self.in_place(op)
+                written = costs.evaluations(op, WHOLE, lo, hi) if in_place else costs.volume(lo, hi)
                 regions.update((v, written) for v in op.outputs)
             flops += costs.flops(op, lo, hi)
             for touch in found:
                 if touch.value not in inner:
-                    # An index known at run time reaches a whole axis, but no more elements than there are evaluations.
-                    size = np.minimum(costs.volume(touch.lo, touch.hi), evaluations)
                     known = regions.get(touch.value)
-                    regions[touch.value] = size if known is None else np.maximum(known, size)
+                    regions[touch.value] = touch.most if known is None else np.maximum(known, touch.most)
         cache, memory = np.zeros(tasks), np.zeros(tasks)
         for v, elements in regions.items():
             nbytes = elements * dtypes.itemsize(graph.values[v].dtype)

@@ -164,8 +164,7 @@ partial_eval.dce_rules[megakernel_p] = _dead_code
 # --- Lowering --------------------------------------------------------------------------------------------------
 
 
-#: Custom calls by platform, and the architectures that each of them runs.
-_CALLS = {"cpu": (CPU_TARGET, ("cpu",)), "cuda": (CUDA_TARGET, ("sm_90a",))}
+_CALLS = {"cpu": CPU_TARGET, "cuda": CUDA_TARGET}
 
 
 def _lower(
@@ -178,7 +177,7 @@ def _lower(
     options: Options,
 ) -> Sequence[Any]:
     _check_devices(ctx, name)
-    call, runs = _CALLS[platform]
+    call = _CALLS[platform]
     target = plan_target(options, platform)
     if options.backend not in (None, platform):
         raise TargetError(f"{name} is for backend={options.backend!r}, and the call is compiled for {platform}.")
@@ -186,10 +185,6 @@ def _lower(
         raise TargetError(
             f"{name} was planned for {target.name} (target=…), which cannot run on {_NAMES[platform]}. Planning for "
             "another device is for looking at plans: .lower(…).plan, .explain(…)."
-        )
-    if target.arch not in runs:
-        raise TargetError(
-            f"{name}: kernels are written for {', '.join(runs)} only so far, and {target.name} is {target.arch}."
         )
     declared = pipeline.operand_layouts(jaxpr, donated, target, layouts.of_operands(ctx, operands))
     made = pipeline.artifact(jaxpr, donated, name, target, declared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.runtime import cuda_cache, nvrtc
@@ -45,10 +46,15 @@ def pack(program: CudaProgram, cubin: bytes) -> bytes:
             b"JMPKCUDA",
             struct.pack("<6I2Q", *numbers, program.state_bytes, program.workspace_bytes),
             *(_sized(section) for section in sections),
-            struct.pack("<I", len(program.labels)),
-            *(struct.pack("<I", task) + _sized(text.encode()) for task, text in program.labels),
+            _names(program.labels),
+            _names(program.values),
         )
     )
+
+
+def _names(names: Sequence[tuple[int, str]]) -> bytes:
+    packed = (struct.pack("<I", key) + _sized(text.encode()) for key, text in names)
+    return struct.pack("<I", len(names)) + b"".join(packed)
 
 
 def _sized(data: bytes) -> bytes:

@@ -22,7 +22,7 @@ except ImportError as error:
     ) from error
 
 #: Version of the programs for GPUs that :func:`jax_mpk.runtime.cuda.pack` writes.
-CUDA_VERSION = 1
+CUDA_VERSION = 2
 
 for _name, _version in (("program_version", VERSION), ("cuda_program_version", CUDA_VERSION)):
     if getattr(_native, _name, None) != _version:

@@ -211,7 +211,7 @@ def test_traced_anew_when_jax_is_configured_otherwise() -> None:
     with jax.enable_x64(True):
         assert f(x)[1].dtype == jnp.int64
     assert len(traces) == 2
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("high"):
         f(x)
     assert len(traces) == 3
     f(x)
@@ -276,6 +276,7 @@ def test_bad_arguments_raise_what_jit_raises() -> None:
         megakernelize(3)
 
 
+@pytest.mark.cpu
 def test_bad_options() -> None:
     for options in (
         {"on_unsupported": "ignore"},
@@ -292,6 +293,7 @@ def test_bad_options() -> None:
         megakernelize(lambda x: x + 1, target="h100-sxm")(1.0)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("target", ["cpu-1", "cpu-2", "cpu-3", "cpu-8", "cpu-64", "cpu-8+tagged", "cpu+tagged"])
 def test_any_number_of_workers(target) -> None:
     def f(x, w):
@@ -325,6 +327,7 @@ def module_level(x, n):
     return x * n
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))], ids=["copy", "deepcopy", "pickle"]
 )

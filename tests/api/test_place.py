@@ -176,8 +176,6 @@ def test_shapes_get_formats() -> None:
     ]
 
 
-# Not among the quick tests: XLA of JAX 0.11.2 stops with a division by zero while it compiles one of these programs.
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_random_programs_of_arrays_that_lie_anyhow(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -220,6 +218,15 @@ def test_what_cannot_be_permuted_is_copied_first() -> None:
     expected = X @ w, w + 1
     assert_same(donating(X, w), expected)
     assert w.is_deleted()
+
+
+def test_empty_arrays_are_declared_in_their_default_order() -> None:
+    """XLA would stop with a division by zero here (see `movable`)."""
+    step = megakernelize(lambda x, empty: (x + 1, empty + 1))
+    empty = stored(integers(0, 0, 7), 1, 0)
+    assert order(empty) == (1, 0)
+    assert_same(step(X, empty), (X + 1, empty + 1))
+    assert not declared(step.lower(X, empty).compile())
 
 
 def test_axes_of_size_one() -> None:

@@ -44,8 +44,8 @@ RUN = """
 def test_export_runs_in_a_new_process(tmp_path) -> None:
     files = [str(tmp_path / name) for name in ("direct", "jitted")]
     arguments = "import sys; sys.argv = " + repr(["", *files]) + "\n"
-    run_python(arguments + _dedented(EXPORT))
-    assert run_python(arguments + _dedented(RUN)) == "ran 2\n"
+    run_python(arguments + dedented(EXPORT))
+    assert run_python(arguments + dedented(RUN)) == "ran 2\n"
 
 
 def test_export_runs_here() -> None:
@@ -127,7 +127,7 @@ def test_environment() -> None:
     assert run_python(program, JAX_MPK_THREADS="1", JAX_MPK_CHAOS="7") == "2000.0 1 7\n"
 
 
-def _dedented(source: str) -> str:
+def dedented(source: str) -> str:
     import textwrap
 
     return textwrap.dedent(source)

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ Array = np.ndarray[Any, Any]
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 _HERE = Path(__file__).parent / "emulation"
 _OPTIONS = ("-std=c++20", "-O1", "-w", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off")
-#: Seconds after which a wait gives up.
+#: Seconds of the machine's time, in which a turn takes 100 ns, after which a wait gives up.
 _DEADLINE = 60
 
 
@@ -57,7 +57,7 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def compiled(program: CudaProgram) -> ctypes.CDLL:
-    """A kernel as a shared library."""
+    """A kernel as a shared library. Its source may have the headers in it, see :func:`device_folder`."""
     root = _folder()
     with tempfile.TemporaryDirectory(dir=root) as folder:
         source, library = Path(folder) / "kernel.cc", Path(folder) / "kernel.so"
@@ -65,7 +65,8 @@ def compiled(program: CudaProgram) -> ctypes.CDLL:
         text += f"  {program.entry}(*static_cast<const mpk::Shape::Launch*>(launch));\n}}\n"
         source.write_text(text)
         assert COMPILER is not None
-        command = [COMPILER, *_OPTIONS, "-shared", "-include", str(root / "all.h"), f"-I{root / 'device'}"]
+        first = root / "all.h" if '#include "jax_mpk.cuh"' in program.source else _HERE / "machine.h"
+        command = [COMPILER, *_OPTIONS, "-shared", "-include", str(first), f"-I{root / 'device'}"]
         done = subprocess.run(
             [*command, str(source), str(root / "machine.o"), "-o", str(library)], capture_output=True, text=True
         )
@@ -74,20 +75,57 @@ def compiled(program: CudaProgram) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
-def run(plan: Plan, args: Sequence[Any], *, launches: int = 1, seed: int = 0) -> list[Array]:
-    """Results of the last of some launches of a plan's kernel, each with the same arguments.
+def device_folder() -> Path:
+    """The headers as kernels on the CPU include them."""
+    return _folder() / "device"
 
-    Raises:
-      Fault: the kernel did not end.
+
+class Record(NamedTuple):
+    """What a kernel says that gave up: `Record` in csrc/device/launch.cuh."""
+
+    worker: int
+    task: int
+    kind: int
+    what: int
+    expected: int
+    seen: int
+    element: int
+
+
+class Kernel:
+    """A plan's kernel on the CPU.
+
+    Args:
+      plan: the plan.
+      program: its program, if it is not the one that the plan gives.
+
+    Attributes:
+      program: what is run.
+      state: bytes that last from launch to launch; the tests' to look at, and to change.
     """
-    program = generate(plan)
-    library = compiled(program)
-    state = _aligned(program.state_bytes)
-    tables = _aligned(len(program.tables))
-    tables[:] = np.frombuffer(program.tables, np.uint8)
-    record = _aligned(40)
-    results: list[Array] = []
-    for launch in range(launches):
+
+    def __init__(self, plan: Plan, program: CudaProgram | None = None):
+        self.plan = plan
+        self.program = program or generate(plan)
+        self.state = _aligned(self.program.state_bytes)
+        self._library = compiled(self.program)
+        self._tables = _aligned(len(self.program.tables))
+        self._tables[:] = np.frombuffer(self.program.tables, np.uint8)
+
+    def launch(
+        self, args: Sequence[Any], *, seed: int = 0, deadline: float = _DEADLINE
+    ) -> tuple[list[Array], Record | None]:
+        """The results, and what the kernel reports if it gave up.
+
+        Args:
+          args: of the plan's graph.
+          seed: of the order in which threads take turns.
+          deadline: of one wait, in seconds of the machine's own time.
+
+        Raises:
+          Fault: the kernel did not end.
+        """
+        plan, program = self.plan, self.program
         values = [plan.graph.values[v] for v in plan.graph.results]
         results = [np.full(v.shape, 0, dtypes.to_numpy(v.dtype)) for v in values]
         buffers = [_aligned(np.asarray(a).nbytes) for a in args]
@@ -100,26 +138,43 @@ def run(plan: Plan, args: Sequence[Any], *, launches: int = 1, seed: int = 0) ->
         raw = [*buffers, *outputs]
         if plan.workspace_bytes:
             raw.append(_aligned(plan.workspace_bytes))
-        words = [tables.ctypes.data, state.ctypes.data, record.ctypes.data, _DEADLINE * 10**9]
+        record = _aligned(40)
+        words = [self._tables.ctypes.data, self.state.ctypes.data, record.ctypes.data, int(deadline * 10**9)]
         parameter = np.array([*words, *(b.ctypes.data for b in raw), 0], np.uint64)
-        kernel = ctypes.cast(library.emulated, ctypes.c_void_p)
-        hung = library.emulate(
-            kernel,
+        hung = self._library.emulate(
+            ctypes.cast(self._library.emulated, ctypes.c_void_p),
             ctypes.c_void_p(parameter.ctypes.data),
             program.workers,
             program.threads,
             program.shared_bytes,
-            ctypes.c_uint64(seed + launch),
+            ctypes.c_uint64(seed),
         )
-        set_, worker, task, kind, what, expected, seen, _ = record[:32].view(np.uint32).tolist()
-        if hung or set_:
-            raise Fault(
-                f"launch {launch}: worker {worker}, task {task}, kind {kind}, {what}: expected {expected}, seen {seen}"
-                if set_
-                else f"launch {launch}: threads wait for each other"
-            )
+        if hung:
+            raise Fault("threads wait for each other")
         for result, output in zip(results, outputs):
             result.reshape(-1).view(np.uint8)[:] = output[: result.nbytes]
+        words_of_record = record[:32].view(np.uint32).tolist()
+        if not words_of_record[0]:
+            return results, None
+        return results, Record(*words_of_record[1:7], int(record[32:].view(np.uint64)[0]))
+
+    def reset(self) -> None:
+        """What the host does to the state after a launch that gave up."""
+        self.state[:] = 0
+
+
+def run(plan: Plan, args: Sequence[Any], *, launches: int = 1, seed: int = 0) -> list[Array]:
+    """Results of the last of some launches of a plan's kernel, each with the same arguments.
+
+    Raises:
+      Fault: the kernel did not end, or gave up.
+    """
+    kernel = Kernel(plan)
+    results: list[Array] = []
+    for launch in range(launches):
+        results, record = kernel.launch(args, seed=seed + launch)
+        if record is not None:
+            raise Fault(f"launch {launch} gave up: {record}")
     return results
 
 

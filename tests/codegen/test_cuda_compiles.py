@@ -26,11 +26,11 @@ pytestmark = pytest.mark.usefixtures("x64")
 PROGRAMS = 24
 
 
-def plan_of(fn: Any, args: list[Any], workers: int = H100.workers) -> tuple[Plan, list[Any]]:
-    """A plan for an H100 with so many SMs, and the arguments of its graph."""
+def plan_of(fn: Any, args: list[Any], workers: int = H100.workers, **target: Any) -> tuple[Plan, list[Any]]:
+    """A plan for an H100 with so many SMs, and what else is different about it, and the arguments of its graph."""
     captured = capture(jax.make_jaxpr(fn)(*args))
     graph = fuse(build_graph(captured.jaxpr))
-    plan = make_plan(graph, dataclasses.replace(H100, workers=workers))
+    plan = make_plan(graph, dataclasses.replace(H100, workers=workers, **target))
     return plan, [*(np.asarray(c) for c in captured.consts), *args]
 
 

@@ -20,7 +20,7 @@ NAMES = sorted(functions.SAMPLES)
 SHOWS = {
     "streamed": ("stream_rows<bf16, bf16, 1, 1024>", "copy_async<16>", "stage(c,", ".put(", "reduce_together<"),
     "matmul": ("stream_tiles<bf16, 16, 1024, 16, true>", "false>(", "Packed<bf16, 8>"),
-    "attention": ("// new rows", "dot<8>", ".own(", "update_each(", "op_exp("),
+    "attention": ("// new rows", "dot<8>", "reduce_live<Pack<8>", "copy_rows<8>(c, live1", "update_each(", "op_exp("),
     "loop": ("role.running()", "role.template decide<s32>", "role.barrier();", "update_each(", "Accumulators<"),
 }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import scipy.special
 from jax import lax
 
 import jax_mpk
@@ -35,6 +37,9 @@ LAX = {
 }
 #: Allowed distance from ``jax.jit``, or from the definition, of functions that have no limit for the CPU.
 FAR = {"f32": 64, "f64": 1 << 20}
+#: Of finite arguments, those of ``semantics`` are some 15 units in the last place of f64 off in their tails.
+CLOSER = {"erfc": np.vectorize(math.erfc), "erf_inv": scipy.special.erfinv}
+ROUNDED = ("div", "sqrt")
 OPS = sorted({f.op for f in FUNCTIONS} - {"move", "rotate_left"})
 
 
@@ -107,9 +112,14 @@ def program(function: Function) -> Callable[..., Any]:
 
 
 def fault(function: Function, args: list[Array], got: Array, want: Array) -> str | None:
-    """What is wrong with a result, or None: results that are rounded once have the bits of ``jax.jit``."""
+    """What is wrong with a result, or None: results that are rounded once have the bits of ``jax.jit``.
+
+    Not those of divisions and roots: XLA rounds them less than correctly on a GPU, so the right bits are right too.
+    """
     wrong = bits_of(got) != bits_of(want)
-    if function.op not in BITWISE and wrong.any():
+    if function.op in ROUNDED and wrong.any():
+        wrong &= bits_of(got) != bits_of(accurate(function, args))
+    elif function.op not in BITWISE and wrong.any():
         kind = function.result
         limit = ulps(function.op, kind) or FAR[kind]
         exact = accurate(function, args)
@@ -124,7 +134,9 @@ def fault(function: Function, args: list[Array], got: Array, want: Array) -> str
 
 
 def accurate(function: Function, args: list[Array]) -> Array:
-    """The operation in f64 by NumPy and SciPy, rounded once."""
+    """The operation in f64 by NumPy and SciPy, or what is closer than these, rounded once."""
+    if function.op in CLOSER:
+        return CLOSER[function.op](args[0].astype(np.float64)).astype(dtypes.to_numpy(function.result))
     node = Node(function.op, tuple(range(len(args))), "f64", function.attr)
     with np.errstate(all="ignore"):
         return semantics.apply(node, [a.astype(np.float64) for a in args]).astype(dtypes.to_numpy(function.result))

@@ -17,6 +17,7 @@ from tests.cuda_programs import kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAM, OTHER_STREAM, CAPTURE = 1001, 1002, 1003
+VALUES = ((3, "%8"), (5, "%12"))
 LABELS = ((0, "norm"), (100, "contract at model.py:41"), (121, "argmax"))
 
 
@@ -65,7 +66,7 @@ def driver(built: Fake) -> Iterator[Fake]:
 def program(**fields: object) -> CudaProgram:
     tables = np.array([77], np.uint32).tobytes()
     known = {"workers": 132, "threads": 384, "shared_bytes": 200_000, "tables": tables, "state_bytes": 512}
-    return kernel("", arguments=1, results=1, labels=LABELS, **(known | fields))
+    return kernel("", arguments=1, results=1, labels=LABELS, values=VALUES, **(known | fields))
 
 
 class Call:
@@ -164,10 +165,10 @@ def test_deadline_reaches_the_kernel(driver) -> None:
     ("kind", "text"),
     [
         (0, "event 5"),
-        (1, "tag of value 5[7]"),
+        (1, "tag of value %12[7]"),
         (2, "bulk load 5"),
         (3, "barrier 5"),
-        (4, "predicate of loop 5"),
+        (4, "predicate or branch index 5"),
     ],
 )
 def test_failures_are_raised_by_the_next_call(driver, kind, text) -> None:

@@ -73,41 +73,95 @@ struct Chunks {
   static constexpr int kRows = kParts > 1 ? 1 : stage_bytes / kRowBytes < 16 ? stage_bytes / kRowBytes : 16;
 };
 
+// Lane l of a warp gets the sum over all lanes of their v[l % n]; n is a power of two.
+template <int n>
+__device__ __forceinline__ f32 sums_by_lane(f32 (&v)[n]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int by = 1; by < n; by *= 2) {
+#pragma unroll
+    for (int i = 0; i < n / (2 * by); ++i) {
+      const bool odd = (lane & by) != 0;
+      v[i] = (odd ? v[2 * i + 1] : v[2 * i]) + __shfl_xor_sync(~0u, odd ? v[2 * i] : v[2 * i + 1], by);
+    }
+  }
+#pragma unroll
+  for (int by = n; by < kWarp; by *= 2) v[0] += __shfl_xor_sync(~0u, v[0], by);
+  return v[0];
+}
+
+__device__ constexpr int power_of_two(int count) {
+  int n = 1;
+  while (n < count) n *= 2;
+  return n;
+}
+
 // One chunk: lane r * M + m gets the sum of row r with column m. Not inlined: a program streams in many places.
 template <class W, class X, int M, int rows, int depth>
 __device__ __noinline__ f32 chunk_sums(int w_byte, int x_byte, int x_stride) {
-  constexpr int kLoad = 16 / (sizeof(W) > sizeof(X) ? sizeof(W) : sizeof(X));
+  constexpr int kSums = power_of_two(rows * M);
   const W* w = shared_at<W>(w_byte);
   const X* x = shared_at<X>(x_byte);
   const int lane = threadIdx.x % kWarp;
-  f32 acc[rows][M] = {};
+  f32 sums[kSums] = {};
+  if constexpr (kIsHalf<W> && kSame<W, X>) {
+    // On tensor cores: four lanes' elements of two rows are one row each of the first factor, and their elements of x a
+    // column of the second one. What belongs together is the diagonal of each half of the result.
+    constexpr int kPairs = (rows + 1) / 2, kSets = kPairs * M == 1 ? 4 : 2;  // of accumulators, for shorter chains
+    f32 acc[kPairs][M][kSets][4] = {};
+#pragma unroll 4
+    for (int i = 0; i < (depth + kWarp * 8 - 1) / (kWarp * 8); ++i) {
+      const int k = (i * kWarp + lane) * 8;
+      const bool in = depth % (kWarp * 8) == 0 || k < depth;
+      Quad xs[M];
+#pragma unroll
+      for (int m = 0; m < M; ++m) xs[m] = in ? *reinterpret_cast<const Quad*>(x + m * x_stride + k) : Quad{};
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        const W* row = w + 2 * p * depth + k;
+        const Quad a = in ? *reinterpret_cast<const Quad*>(row) : Quad{};
+        const Quad b = in && 2 * p + 1 < rows ? *reinterpret_cast<const Quad*>(row + depth) : Quad{};
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            matrix_multiply<W>(acc[p][m][(2 * i + h) % kSets], a.w[2 * h], b.w[2 * h], a.w[2 * h + 1],
+                               b.w[2 * h + 1], xs[m].w[2 * h], xs[m].w[2 * h + 1]);
+          }
+        }
+      }
+    }
+    const bool diagonal = lane % 4 == lane / 8, odd = lane / 4 % 2 != 0;
+#pragma unroll
+    for (int n = 0; n < rows * M; ++n) {
+#pragma unroll
+      for (int s = 0; s < kSets; ++s) {
+        const f32(&d)[4] = acc[n / M / 2][n % M][s];
+        const int half = n / M % 2 * 2;
+        sums[n] += odd ? d[half + 1] : d[half];
+      }
+      if (!diagonal) sums[n] = 0;
+    }
+  } else {
+    constexpr int kLoad = 16 / (sizeof(W) > sizeof(X) ? sizeof(W) : sizeof(X));
 #pragma unroll 2
-  for (int k = lane * kLoad; k < depth; k += kWarp * kLoad) {
-    f32 xs[M][kLoad];
+    for (int k = lane * kLoad; k < depth; k += kWarp * kLoad) {
+      f32 xs[M][kLoad];
 #pragma unroll
-    for (int m = 0; m < M; ++m) widen<kLoad>(x + m * x_stride + k, xs[m]);
+      for (int m = 0; m < M; ++m) widen<kLoad>(x + m * x_stride + k, xs[m]);
 #pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      f32 ws[kLoad];
-      widen<kLoad>(w + r * depth + k, ws);
+      for (int r = 0; r < rows; ++r) {
+        f32 ws[kLoad];
+        widen<kLoad>(w + r * depth + k, ws);
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
+        for (int m = 0; m < M; ++m) {
 #pragma unroll
-        for (int e = 0; e < kLoad; ++e) acc[r][m] = fmaf(ws[e], xs[m][e], acc[r][m]);
+          for (int e = 0; e < kLoad; ++e) sums[r * M + m] = fmaf(ws[e], xs[m][e], sums[r * M + m]);
+        }
       }
     }
   }
-  f32 mine = 0;
-#pragma unroll
-  for (int r = 0; r < rows; ++r) {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-      for (int by = 16; by > 0; by /= 2) acc[r][m] += __shfl_xor_sync(~0u, acc[r][m], by);
-      if (lane == r * M + m) mine = acc[r][m];
-    }
-  }
-  return mine;
+  return sums_by_lane(sums);
 }
 
 // finish(row, m, sum) once for every row and m.

@@ -87,13 +87,32 @@ __device__ __forceinline__ void reduce(const C& c, int outputs, int depth, Body&
   }
 }
 
-// Each output by all threads; depth is at least their number.
-template <class Acc, Spread spread, class C, class Body, class Combine, class Finish>
+// The same over `depth` positions that are known to be live when the task starts, maybe none; `nothing` changes no sum.
+template <class Acc, int group, class C, class Body, class Combine, class Finish>
+__device__ __forceinline__ void reduce_live(const C& c, int outputs, int depth, Acc nothing, Body&& body,
+                                            Combine&& combine, Finish&& finish) {
+  const int part = c.thread() % group;
+  const int rounded = (outputs * group + kWarp - 1) / kWarp * kWarp;
+#pragma unroll 1
+  for (int n = c.thread(); n < rounded; n += C::kThreads) {
+    const int output = min(n / group, outputs - 1);
+    Acc acc = nothing;
+#pragma unroll 4
+    for (int r = part; r < depth; r += group) acc = combine(acc, body(output, r));
+    acc = across_lanes<group>(acc, combine);
+    if (part == 0 && n / group < outputs) finish(output, acc);
+  }
+}
+
+// Each output by all threads; depth is at least their number. `everyone`: every thread finishes, to the same effect, and
+// there is no barrier behind; else the first thread does.
+template <class Acc, Spread spread, bool everyone, class C, class Body, class Combine, class Finish>
 __device__ __forceinline__ void reduce_together(const C& c, int outputs, int depth, Body&& body, Combine&& combine,
                                                 Finish&& finish) {
   const int first = spread == Spread::kStrided ? c.thread() : static_cast<int>(s64(depth) * c.thread() / C::kThreads);
   const int last = spread == Spread::kStrided ? depth : static_cast<int>(s64(depth) * (c.thread() + 1) / C::kThreads);
   constexpr int kStep = spread == Spread::kStrided ? C::kThreads : 1;
+  constexpr int kUnroll = sizeof(Acc) <= 4 ? C::kWarps : 1;
   Acc* partials = c.template partials<Acc>();
 #pragma unroll 1
   for (int output = 0; output < outputs; ++output) {
@@ -101,15 +120,16 @@ __device__ __forceinline__ void reduce_together(const C& c, int outputs, int dep
 #pragma unroll 4
     for (int r = first + kStep; r < last; r += kStep) acc = combine(acc, body(output, r));
     acc = across_lanes<kWarp>(acc, combine);
+    if (everyone && output > 0) c.sync();
     if (c.lane() == 0) partials[c.warp()] = acc;
     c.sync();
-    if (c.thread() == 0) {
+    if (everyone || c.thread() == 0) {
       Acc all = partials[0];
-#pragma unroll 1
-      for (int w = 1; w < C::kThreads / kWarp; ++w) all = combine(all, partials[w]);
+#pragma unroll kUnroll
+      for (int w = 1; w < C::kWarps; ++w) all = combine(all, partials[w]);
       finish(output, all);
     }
-    c.sync();
+    if (!everyone) c.sync();
   }
 }
 

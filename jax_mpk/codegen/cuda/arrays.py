@@ -24,6 +24,7 @@ class Array:
       bytes: (first, end) in scratch of a local array, else None.
       storage: of anything but local arrays, else -1.
       shape: extents of what lies in memory.
+      copy: of what this task stores, in scratch, for those of its members that read it.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Array:
     bytes: tuple[int, int] | None
     storage: int
     shape: tuple[int, ...]
+    copy: Array | None = None
 
     def at(self, indices: Sequence[Term]) -> str:
         where = offset(indices, self.strides, wide=self.wide)
@@ -50,6 +52,8 @@ class Array:
 
     def store(self, indices: Sequence[Term], value: str) -> str:
         where = self.at(indices)
+        if self.copy is not None:
+            return f"{self.name}.put({where}, {self.copy.name}[{self.copy.at(indices)}] = {value});"
         if self.kind in ("tagged", "own"):
             return f"{self.name}.put({where}, {value});"
         return f"{self.name}[{where}] = {value};"

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import row_major
+from jax_mpk.codegen.cuda.live import Live, Shift
 from jax_mpk.codegen.cuda.staging import Copied
 from jax_mpk.codegen.cuda.stream import streamed
 from jax_mpk.graph import dtypes
@@ -23,9 +24,9 @@ _ONE, _ALL = 36 << 10, 72 << 10
 _SCRATCH = 1 << 20
 
 
-def copies(plan: Plan, routine: Routine, ops: Sequence[Op | None], boxes: np.ndarray) -> list[Copied]:
+def copies(plan: Plan, routine: Routine, live: Live, boxes: np.ndarray) -> list[Copied]:
     """What a routine copies: small parts of buffers that no member of it writes, other than what it streams."""
-    graph = plan.graph
+    graph, ops = plan.graph, live.ops
     local = set(routine.local_values)
     written = {int(plan.value_storage[v]) for op in ops if op is not None for v in op.outputs if v not in local}
     regions: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -36,7 +37,7 @@ def copies(plan: Plan, routine: Routine, ops: Sequence[Op | None], boxes: np.nda
         if not isinstance(op, Nest):
             barred.update(op.operands, (op.base,) if isinstance(op, Update) else ())
             continue
-        weight = streamed(plan, op, boxes[m])
+        weight = None if live.limits[m] else streamed(plan, op, boxes[m])
         if weight is not None:
             barred.add(weight)
         rank = len(op.space)
@@ -48,9 +49,9 @@ def copies(plan: Plan, routine: Routine, ops: Sequence[Op | None], boxes: np.nda
             regions[touch.value] = (touch.lo, touch.hi) if old is None else _union(*old, touch.lo, touch.hi)
     out, total = [], 0
     for v, (lo, hi) in regions.items():
-        place = _place(plan, routine, ops, boxes, v, lo, hi)
+        place = None if v in live.shifts else _place(plan, routine, ops, boxes, v, lo, hi)
         most = _ONE if place is None else _SCRATCH
-        copied = None if v in barred else _copied(v, graph.values[v], lo, hi, most)
+        copied = None if v in barred else _copied(v, graph.values[v], lo, hi, most, live.shifts.get(v))
         if copied is None:
             continue
         if place is not None and copied.unit == 16:
@@ -111,7 +112,7 @@ def _dtype(plan: Plan, routine: Routine, local: int) -> str:
     return plan.graph.values[routine.local_values[local]].dtype
 
 
-def _copied(v: int, value: Value, lo: np.ndarray, hi: np.ndarray, limit: int) -> Copied | None:
+def _copied(v: int, value: Value, lo: np.ndarray, hi: np.ndarray, limit: int, shift: Shift | None) -> Copied | None:
     """How boxes of value ``v`` are copied, or None where they are too large or lie at odd places."""
     shape, item = value.shape, dtypes.itemsize(value.dtype)
     hi = np.maximum(hi, lo)
@@ -124,10 +125,11 @@ def _copied(v: int, value: Value, lo: np.ndarray, hi: np.ndarray, limit: int) ->
     # Axes behind the first cut one are whole: every row is a run of them.
     steps = [lo[:, d] * s * item for d, s in enumerate(row_major(shape))]
     run = sizes[:, -1] * item
-    strides = [s * item for d, s in enumerate(row_major(shape)[:-1]) if shape[d] > 1]
+    last = len(shape) if shift is not None and shift.axis == len(shape) - 1 else len(shape) - 1
+    strides = [s * item for d, s in enumerate(row_major(shape)[:last]) if shape[d] > 1]
     for unit in (16, 8, 4):
         if all((x % unit == 0).all() for x in (*steps, run)) and all(s % unit == 0 for s in strides) and unit >= item:
             rows = int(sizes[:, :-1].prod(axis=1).max(initial=0)) if len(shape) > 1 else 1
             pad = 16 // item if rows > 1 and unit == 16 and int(sizes[:, -1].max()) * item % 128 == 0 else 0
-            return Copied(v, lo, hi, unit, pad)
+            return Copied(v, lo, hi, unit, pad, shift)
     return None

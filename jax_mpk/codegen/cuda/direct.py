@@ -47,6 +47,8 @@ def direct(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction as ``multiply_rows`` or ``multiply_columns``; False where it is neither."""
     if op.acc != ("f32",) or op.epilogue is None or len(op.rspace) != 1 or len(op.body.results) != 2:
         return False
+    if frame.live.limits[member] or not frame.live.shifts.keys().isdisjoint(op.operands):
+        return False
     found = [find_factor(op.body, r) for r in op.body.results]
     types = [_types(op.body, r) for r in op.body.results]
     for k in range(2):
@@ -178,6 +180,8 @@ def _side(frame: Frame, op: Nest, small: Factor, x: Array) -> _Side | None:
     """How the small factor lies, if that is contiguous along the reduced axis, and aligned."""
     rank = len(op.space)
     node = op.body.nodes[small.load]
+    if op.operands[node.attr] in frame.views:
+        return None
     constant, strides = _affine(op.body, small.load, x)
     low = frame.low_corner(op.operands[node.attr]) @ np.array(x.strides, np.int64)
     steps = [s for d, s in enumerate(strides[:rank]) if op.space[d] > 1]

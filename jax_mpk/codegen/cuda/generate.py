@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from jax_mpk._version import __version__
+from jax_mpk.codegen.cuda.architectures import check_architecture, check_streams
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots, scratch_bytes
+from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
-from jax_mpk.codegen.cuda.routine import PACED, WARPS, Code, Frame
+from jax_mpk.codegen.cuda.routine import PACED, WARPS, Code, Frame, too_large
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES, match, sums_bytes
-from jax_mpk.codegen.cuda.tables import State, Tables, buffer_of, build_tables, segments, state_layout
+from jax_mpk.codegen.cuda.tables import UNIT, State, Tables, buffer_of, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
+from jax_mpk.codegen.cuda.views import take_views
 from jax_mpk.errors import UnsupportedError
 from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
 from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
@@ -41,12 +44,17 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
 
     Raises:
       UnsupportedError: the plan has members that only the CPU executor runs.
-      ValueError: a task does not fit the device (shared memory, 32-bit extents).
+      TargetError: there is no code for the target's architecture, or none for a kind of task.
+      TaskTooLargeError: a task does not fit the device (shared memory, 32-bit extents).
     """
+    check_architecture(plan.target)
     # What streams needs a ring beside the scratch of all tasks; where there is no room for one, nothing streams.
     made = _made(plan, streams=True) or _made(plan, streams=False)
     if made is None:
-        raise ValueError(f"a task needs more than the {_SHARED_BYTES} bytes of shared memory that an SM has")
+        needs = [code.scratch + code.partials for code in routine_codes(plan, streams=False)]
+        most = int(np.argmax(needs))
+        reason = f"its scratch takes {needs[most]} of the {_SHARED_BYTES} bytes of shared memory that an SM has"
+        raise too_large(plan, plan.routines[most], reason)
     case, bodies, state, tables, shape = made
     shape["kTrace"] = state.size if trace else 0
     text = _source(plan, shape, case, bodies)
@@ -64,12 +72,15 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
         arguments=len(plan.graph.inputs),
         results=len(plan.graph.results),
         labels=_task_labels(plan),
+        values=_value_names(plan, state),
     )
 
 
 def _made(plan: Plan, *, streams: bool) -> _Made | None:
     """Everything of a program but its text; None if it needs more shared memory than there is."""
     codes = routine_codes(plan, streams=streams)
+    streaming = [r for r, code in enumerate(codes) if any(stream.chunk_bytes > PACED for stream in code.streams)]
+    check_streams(plan.target, [_label(plan, r) for r in streaming])
     bodies: dict[tuple[str, ...], int] = {}
     case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
     count = len(segments(plan.schedule))
@@ -99,12 +110,21 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
                 "has no code for GPUs; split the reduced axis in the graph instead, as plan/split_reduce.py does"
             )
         ops = inline_members(plan, routine, boxes)
+        views = take_views(plan, routine, ops, boxes)
         memory = slots[table["worker"][tasks]]
-        copied = copies(plan, routine, ops, boxes)
         room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0) - reserved
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
-        frame = Frame(plan, routine, ops, boxes, staging.of(number, tasks), copied, memory, room=room, streams=streams)
-        for m, op in enumerate(ops):
+        staged = staging.of(number, tasks)
+        far: set[int] = set()  # values with live parts that do not fit into scratch
+        while True:
+            live = live_members(plan, routine, ops, boxes, far)
+            copied = copies(plan, routine, live, boxes)
+            frame = Frame(plan, routine, live, boxes, staged, copied, memory, views, room=room, streams=streams)
+            left = {v for v in live.shifts if not frame.brings(v)}
+            if not left:
+                break
+            far |= left
+        for m, op in enumerate(live.ops):
             if op is None:
                 continue
             if isinstance(op, Update):
@@ -182,6 +202,12 @@ def _task_labels(plan: Plan) -> tuple[tuple[int, str], ...]:
     routine = plan.tasks.table["routine"]
     first = np.flatnonzero(np.diff(routine, prepend=-1))
     return tuple((int(task), _label(plan, int(routine[task]))) for task in first)
+
+
+def _value_names(plan: Plan, state: State) -> tuple[tuple[int, str], ...]:
+    """Names of tagged values, as plans print them: (where the words begin, name)."""
+    tagged = [(state.tagged[s] // UNIT, f"%{v}") for v, s in enumerate(plan.value_storage.tolist()) if s >= 0]
+    return tuple(sorted(entry for entry in tagged if entry[0] >= 0))
 
 
 def _ring(room: int) -> tuple[int, int]:

@@ -27,8 +27,8 @@ class CudaProgram:
       workspace_bytes: device memory of one launch; 0: none.
       arguments: buffers that come first.
       results: buffers behind them, without the workspace.
-      poison: what the kernel writes to its results when it gives up: (result, bytes of it, element type) each.
       labels: names of tasks for error texts, sorted: (first task, text), which holds up to the next one's task.
+      values: names of tagged values for error texts, sorted: (where its words begin in the state, in 16 bytes; text).
     """
 
     source: str
@@ -42,8 +42,8 @@ class CudaProgram:
     workspace_bytes: int
     arguments: int
     results: int
-    poison: tuple[tuple[int, int, str], ...] = ()
     labels: tuple[tuple[int, str], ...] = ()
+    values: tuple[tuple[int, str], ...] = ()
 
     def __str__(self) -> str:
         """The source under a stamp that says what made it and how it is launched."""

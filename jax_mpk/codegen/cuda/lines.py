@@ -75,14 +75,14 @@ def emit_cumulative(frame: Frame, member: int, op: Cumulative) -> None:
     operands = [frame.array(v) for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
     lines = _lines(frame, member, len(op.space), op.axis)
-    frame.meet(operands, outputs)
+    together = length >= _TOGETHER_LENGTH and lines.most < 32 * _TOGETHER_WARPS
+    frame.meet(operands, outputs, joins=together)
     frame.line(title(frame, op))
     if lines.most == 0:
         return
     along = f"const int i{op.axis} = {length - 1} - r;" if op.reverse else f"const int i{op.axis} = r;"
     coords = [*lines.coords[: op.axis], Term(f"i{op.axis}"), *lines.coords[op.axis :]]
     acc = accumulators(op.acc)
-    together = length >= _TOGETHER_LENGTH and lines.most < 32 * _TOGETHER_WARPS
     if together:
         frame.code.partials = max(frame.code.partials, partials(op.acc))
     frame.line(f"{'scan_together' if together else 'scan'}<{acc}>(")

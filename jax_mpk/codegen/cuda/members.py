@@ -9,7 +9,7 @@ from dataclasses import replace
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.direct import direct
 from jax_mpk.codegen.cuda.routine import Frame, product
-from jax_mpk.codegen.cuda.scalars import Load, Scalars, Term
+from jax_mpk.codegen.cuda.scalars import Load, Scalars, Term, constant
 from jax_mpk.codegen.cuda.stream import stream_rows
 from jax_mpk.codegen.cuda.texts import accumulator, accumulators, group, loader, made, partials, rounded, stores, title
 from jax_mpk.codegen.cuda.tile import tile
@@ -40,7 +40,8 @@ def emit_map(frame: Frame, member: int, op: Nest) -> None:
 
 
 def emit_contract(frame: Frame, member: int, op: Nest) -> None:
-    if stream_rows(frame, member, op) or tile(frame, member, op) or direct(frame, member, op):
+    live = bool(frame.live.limits[member])
+    if (not live and stream_rows(frame, member, op)) or tile(frame, member, op) or direct(frame, member, op):
         return
     kind = "or" if op.acc[0] == "b1" else "sum"
     emit_reduce(frame, member, replace(op, body=bodies.product(op), combine=Combine(kind)))
@@ -50,31 +51,54 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     assert op.combine is not None and op.epilogue is not None
     if wide_reduce(frame, member, op, combined):
         return
-    rank = len(op.space)
+    rank, depth = len(op.space), math.prod(op.rspace)
     low, extents, most = frame.box(member, rank)
+    count = frame.live_count(member, rank)
+    together = count is None and depth >= _TOGETHER_DEPTH and most <= _TOGETHER_OUTPUTS
+    if not together and (factors := _factors(op)) is not None and tile(frame, member, factors):
+        return
     operands = [frame.array(v) for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
-    frame.meet(operands, outputs)
+    everyone = together and all(a.kind == "local" for a in outputs)
+    frame.meet(operands, outputs, joins=together, alike=everyone)
     frame.line(title(frame, op))
     if most == 0:
         return
-    depth = math.prod(op.rspace)
     coords, decode = frame.coordinates("n", low, extents, [f"i{d}" for d in range(rank)])
     inner, decode_inner = frame.whole("r", op.rspace)
     acc = accumulators(op.acc)
     spread = "Spread::kRuns" if op.combine.kind == "generic" else "Spread::kStrided"
-    if depth >= _TOGETHER_DEPTH and most <= _TOGETHER_OUTPUTS:
-        frame.line(f"reduce_together<{acc}, {spread}>(")
+    if count is not None:
+        frame.line(f"reduce_live<{acc}, {group(most, depth)}>(")
+        frame.line(f"    c, {product(extents).text}, {count.text}, {nothing(op.combine, acc)},")
+    elif together:
+        frame.line(f"reduce_together<{acc}, {spread}, {'true' if everyone else 'false'}>(")
         frame.code.partials = max(frame.code.partials, partials(op.acc))
     else:
         frame.line(f"reduce<{acc}, {group(most, depth)}, {spread}>(")
-    frame.line(f"    c, {product(extents).text}, {depth},")
+    if count is None:
+        frame.line(f"    c, {product(extents).text}, {depth},")
     at = [*coords, *inner]
     body = accumulated(op.body, op.combine, op.acc, at, loader(operands), at[rank].text)
     frame.lines_of(f"[&](int n, int r) -> {acc} {{", [*decode, *decode_inner, *body], "},")
     frame.lines_of(f"[&]({acc} a, {acc} b) -> {acc} {{", combined(op.combine, op.acc), "},")
     finish = stores(op.epilogue, coords, loader(operands), outputs, lambda node: accumulator(op.acc, "a", node))
     frame.lines_of(f"[&](int n, {acc} a) {{", [*decode, *finish], "});")
+    if together and not everyone:
+        frame.met()
+
+
+def _factors(op: Nest) -> Nest | None:
+    """A sum of products in f32 as a contraction."""
+    product = op.body.result()
+    if op.combine != Combine("sum") or op.acc != ("f32",) or product.op != "mul" or product.dtype != "f32":
+        return None
+    return replace(op, kind="contract", combine=None, body=Expr(op.body.nodes, product.args, op.body.extents))
+
+
+def nothing(combine: Combine, acc: str) -> str:
+    """The accumulator that changes no other: of a sum or a maximum."""
+    return constant(dtypes.to_bits(0.0 if combine.kind == "sum" else -math.inf, acc), acc).text
 
 
 def accumulated(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array, is_wide, row_major
-from jax_mpk.codegen.cuda.scalars import Term, fixed
+from jax_mpk.codegen.cuda.live import Live
+from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed
 from jax_mpk.codegen.cuda.staging import Copied, Staged
+from jax_mpk.codegen.cuda.views import View
+from jax_mpk.errors import TaskTooLargeError, task_too_large
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Op
 from jax_mpk.plan.ir import Plan, Routine
 
 #: Words of a task before those its code reads: `TaskWords` in csrc/device/persistent.cuh.
@@ -26,7 +28,13 @@ PREFETCH, PACED = 0, 1
 #: Rows of fewer elements are brought by element.
 _SHORT = 32
 
+#: Largest copy in scratch of a tagged value that its task reads again: a load from device memory takes a microsecond.
+_COPY_BYTES = 4 << 10
+
 Brought = TypeVar("Brought", Staged, Copied)
+#: Bytes of scratch, a storage, or `_PARTIALS`.
+_Place = tuple[int, int] | int
+_PARTIALS = -2
 
 
 @dataclass(frozen=True)
@@ -106,17 +114,24 @@ class _Rows:
     lines: list[str]
 
 
+def too_large(plan: Plan, routine: Routine, reason: str) -> TaskTooLargeError:
+    """The error for a routine whose tasks the generated code cannot hold."""
+    source = plan.ops[routine.members[-1].op].source
+    return task_too_large(source.primitive, source.line, reason)
+
+
 class Frame:
     """Writes what members of a routine share.
 
     Args:
       plan: the plan.
       routine: the routine.
-      ops: its operators; None: nothing to do for that member.
+      live: its members, and which positions of theirs are live.
       boxes: int64 [members, tasks, 2, rank].
       staged: tagged values to bring to scratch first.
       copied: other values to copy there meanwhile.
       memory: int64 [tasks]: number of the device memory that a task may use, or -1.
+      views: local values that lie as another one.
       room: bytes of scratch for local values and for what is brought there. What does not fit is read where it is.
       streams: weights may stream.
     """
@@ -125,11 +140,12 @@ class Frame:
         self,
         plan: Plan,
         routine: Routine,
-        ops: Sequence[Op | None],
+        live: Live,
         boxes: np.ndarray,
         staged: Sequence[Staged],
         copied: Sequence[Copied],
         memory: np.ndarray,
+        views: Mapping[int, View],
         *,
         room: int,
         streams: bool,
@@ -138,17 +154,22 @@ class Frame:
         self.routine = routine
         self.boxes = boxes
         self.memory = memory
+        self.views = views
         self.streams = streams
-        self.ops = [op for op in ops if op is not None]
+        self.live = live
+        self.ops = [op for op in live.ops if op is not None]
         self.code = Code(scratch=max([0, *self._local_ends(plan, routine)]))
         self.values = plan.graph.values
         self._local = {v: k for k, v in enumerate(routine.local_values)}
-        self._maker = {v: m for m, op in enumerate(ops) if op is not None for v in op.outputs}
+        self._maker = {v: m for m, op in enumerate(live.ops) if op is not None for v in op.outputs}
+        self._maker |= {view.target: self._maker[v] for v, view in views.items()}
         self._numbers: dict[bytes, Term] = {}
         self._names: dict[tuple[str, int], str] = {}
-        self._since: list[tuple[tuple[int, int] | int, bool]] = []  # bytes or storage, written: since the last sync
+        self._since: list[tuple[_Place, bool]] = []  # what, and whether it was written: since the last sync
+        self._copies: dict[int, Array | None] = {}
         self._brought: dict[int, Staged | Copied] = {}
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
+        self._scalars = self._live_scalars()
         room -= self.code.scratch
         waited = self._fitting([s for s in staged if any(s.value in op.operands for op in self.ops)], room)
         copied = self._fitting(copied, room - sum(map(self._brought_bytes, waited)))
@@ -173,6 +194,10 @@ class Frame:
     def line(self, text: str = "") -> None:
         self.code.lines.append(text)
 
+    def brings(self, v: int) -> bool:
+        """Whether a value was brought to scratch."""
+        return v in self._brought
+
     # -- numbers -----------------------------------------------------------------------------------------------
 
     def number(self, column: np.ndarray) -> Term:
@@ -185,13 +210,40 @@ class Frame:
         found = self._numbers.get(key)
         if found is None:
             if np.abs(column).max() > 2**31 - 1:
-                raise ValueError("a task's box reaches beyond 2^31 elements along an axis")
+                raise too_large(self.plan, self.routine, "its box reaches beyond 2^31 elements along an axis")
             name = f"at{len(self._numbers)}"
             self.line(f"const int {name} = c.box({self.code.words});")
             self.code.columns.append((self.code.words, column))
             self.code.words += 1
             found = self._numbers[key] = Term(name)
         return found
+
+    def _live_scalars(self) -> list[Term]:
+        """Computes what bounds the live positions."""
+        expr = self.live.scalars
+        used = {op: {node.attr for node in expr.nodes if node.op.startswith(op)} for op in ("coord", "load")}
+        columns = [self.number(c) if k in used["coord"] else fixed(0) for k, c in enumerate(self.live.columns)]
+        arrays = [self.array(v) if k in used["load"] else None for k, v in enumerate(self.live.operands)]
+
+        def load(slot: int, indices: list[Term], dtype: str, pred: str | None) -> str:
+            array = arrays[slot]
+            assert array is not None
+            return array.load(indices)
+
+        scalars = Scalars(expr, columns, load, prefix="u")
+        results = scalars.results()
+        for text in scalars.lines:
+            self.line(text)
+        out = []
+        for k, term in enumerate(results):
+            self.line(f"const int live{k} = {term.text};")
+            out.append(Term(f"live{k}"))
+        return out
+
+    def live_count(self, member: int, coord: int) -> Term | None:
+        """How many positions along a coordinate a member runs over; None: all."""
+        scalar = self.live.limits[member].get(coord)
+        return None if scalar is None else self._scalars[scalar]
 
     def box(self, member: int, rank: int) -> tuple[list[Term], list[Term], int]:
         """Low corner and extents of a member's box, and the most elements a task has."""
@@ -200,8 +252,8 @@ class Frame:
         sizes = np.maximum(boxes[:, 1, :rank] - boxes[:, 0, :rank], 0)
         most = int(sizes.prod(axis=1).max(initial=0))
         if most > 2**31 - 1:
-            raise ValueError("a task has more than 2^31 elements")
-        return low, [self.number(sizes[:, d]) for d in range(rank)], most
+            raise too_large(self.plan, self.routine, "it has more than 2^31 elements")
+        return low, [self.live_count(member, d) or self.number(sizes[:, d]) for d in range(rank)], most
 
     def coordinates(
         self, position: str, low: Sequence[Term], extents: Sequence[Term], names: Sequence[str]
@@ -243,6 +295,8 @@ class Frame:
     def array(self, v: int, *, store: bool = False) -> Array:
         """Value ``v`` as the next member reads or writes it."""
         value = self.values[v]
+        if v in self.views:
+            return replace(self.array(self.views[v].target), strides=self.views[v].strides, shape=value.shape)
         if v in self._local:
             k = self._local[v]
             extents = self.routine.local_extents[k]
@@ -255,11 +309,28 @@ class Frame:
             return self._in_scratch(f"s{list(self._brought).index(v)}", value.dtype, at, extents, low)
         storage = int(self.plan.value_storage[v])
         tagged = self.plan.storages[storage].tagged
+        copy = self._copy_of(v) if tagged and v in self._maker else None
+        if copy is not None and not store:
+            return copy
         kind = "global" if not tagged else "own" if store or v in self._maker else "tagged"
         name = self._pointer(storage, value.dtype, tagged)
         return Array(
-            kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape
+            kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape, copy
         )
+
+    def _copy_of(self, v: int) -> Array | None:
+        """Scratch for what a task stores of tagged value ``v``, if its other members read that."""
+        if v not in self._copies:
+            value, box = self.values[v], self.boxes[self._maker[v]]
+            rank = len(value.shape)
+            extents = tuple(int(e) for e in (box[:, 1, :rank] - box[:, 0, :rank]).max(axis=0, initial=0))
+            size = math.prod(extents) * dtypes.itemsize(value.dtype)
+            self._copies[v] = None
+            if any(v in op.operands for op in self.ops) and 0 < size <= _COPY_BYTES:
+                low = [self.number(box[:, 0, d]) for d in range(rank)]
+                name = f"c{len(self._copies)}"
+                self._copies[v] = self._in_scratch(name, value.dtype, self.scratch(size), extents, low)
+        return self._copies[v]
 
     def low_corner(self, v: int) -> np.ndarray:
         """int64 [tasks, rank]: what lies first in scratch of a value that is there."""
@@ -304,6 +375,12 @@ class Frame:
         self.code.scratch = at + size
         return at
 
+    def scratch_array(self, dtype: str, count: int) -> Array:
+        """A vector in scratch that only the current member uses."""
+        return self._in_scratch(
+            f"v{self.code.scratch}", dtype, self.scratch(count * dtypes.itemsize(dtype)), (count,), [fixed(0)]
+        )
+
     # -- what is brought to scratch first ------------------------------------------------------------------------
 
     def _brought_bytes(self, what: Staged | Copied) -> int:
@@ -340,13 +417,18 @@ class Frame:
         array = self.array(what.value)
         assert array.bytes is not None
         self._since.append((array.bytes, True))
-        return array, [self.number(sizes[:, d]) for d in range(len(extents))]
+        numbers = [self.number(sizes[:, d]) for d in range(len(extents))]
+        if isinstance(what, Copied) and what.shift is not None:
+            numbers[what.shift.axis] = self._scalars[what.shift.count]
+        return array, numbers
 
     def _rows(self, what: Staged | Copied, size: list[Term], target: Array) -> _Rows:
         """A box as rows of consecutive elements; ``size``: its extents."""
         strides = row_major(self.values[what.value].shape)
         run = self._run_axes(what, self._brought_at[what.value][1])
         low = [(self.number(what.lo[:, d]), stride) for d, stride in enumerate(strides)]
+        if isinstance(what, Copied) and what.shift is not None:
+            low.append((self._scalars[what.shift.first], strides[what.shift.axis]))
         start = " + ".join(f"{t} * {k}" if k != 1 else t.text for t, k in low if t.value != 0)
         coords, lines = self.coordinates("n", [fixed(0)] * run, size[:run], [f"n{d}" for d in range(run)])
         moving = [(d, c) for d, c in enumerate(coords) if c.value != 0]
@@ -417,7 +499,8 @@ class Frame:
         self.line(f"// copies {value.dtype}[{','.join(map(str, value.shape))}] meanwhile")
         self._prefetch(what)
         unit = what.unit // dtypes.itemsize(value.dtype)
-        self.line(f"copy_rows(c, {rows.count.text}, {rows.length} / {unit}, [&](int n, int k) {{")
+        each = rows.length.value // unit if rows.length.value is not None else 0
+        self.line(f"copy_rows<{each}>(c, {rows.count.text}, {each or f'{rows.length} / {unit}'}, [&](int n, int k) {{")
         for text in rows.lines:
             self.line(f"  {text}")
         to_text = " + ".join(t for t in (target.name, rows.target) if t != "0")
@@ -437,6 +520,8 @@ class Frame:
         size = sizes[:, run:].prod(axis=1) * item
         if self.plan.storages[storage].kind == "workspace" or what.unit != 16 or len(moving) > 1:
             return
+        if what.shift is not None:
+            return
         rows = sizes[:, moving[0]] if moving else np.ones(len(size), np.int64)
         stride = strides[moving[0]] * item if moving else 0
         first = what.lo @ np.array(strides, np.int64) * item
@@ -444,13 +529,34 @@ class Frame:
 
     # -- where threads meet ------------------------------------------------------------------------------------
 
-    def meet(self, reads: Sequence[Array], writes: Sequence[Array]) -> None:
-        """A barrier, if what comes next touches what earlier code of the routine wrote, or overwrites what it read."""
-        new = [(_place(a), False) for a in reads] + [(_place(a), True) for a in writes]
-        if any((w or wrote) and _overlap(a, b) for a, wrote in self._since for b, w in new):
+    def meet(
+        self, reads: Sequence[Array], writes: Sequence[Array], *, joins: bool = False, alike: bool = False
+    ) -> None:
+        """A barrier, if what comes next touches what earlier code of the routine wrote, or overwrites what it read.
+
+        Args:
+          reads, writes: what comes next.
+          joins: it uses the partials.
+          alike: every thread writes the same, and reads it without a barrier.
+        """
+        new = _touched(reads, writes)
+        if joins:
+            new.append((_PARTIALS, True))
+        if self._meets(new):
             self.line("c.sync();")
             self._since.clear()
-        self._since += new
+        self._since += [(place, wrote and not alike) for place, wrote in new]
+
+    def would_meet(self, reads: Sequence[Array], writes: Sequence[Array]) -> bool:
+        """Whether ``meet`` would put a barrier there."""
+        return self._meets(_touched(reads, writes))
+
+    def _meets(self, new: Sequence[tuple[_Place, bool]]) -> bool:
+        return any((w or wrote) and _overlap(a, b) for a, wrote in self._since for b, w in new)
+
+    def met(self) -> None:
+        """What was written last ended with a barrier."""
+        self._since.clear()
 
 
 def product(terms: Sequence[Term]) -> Term:
@@ -465,11 +571,15 @@ def product(terms: Sequence[Term]) -> Term:
     return Term(" * ".join(texts), len(texts) == 1)
 
 
-def _place(a: Array) -> tuple[int, int] | int:
-    return a.storage if a.bytes is None else a.bytes
+def _places(a: Array) -> list[_Place]:
+    return [a.storage if a.bytes is None else a.bytes, *(_places(a.copy) if a.copy is not None else [])]
 
 
-def _overlap(a: tuple[int, int] | int, b: tuple[int, int] | int) -> bool:
+def _touched(reads: Sequence[Array], writes: Sequence[Array]) -> list[tuple[_Place, bool]]:
+    return [(p, False) for a in reads for p in _places(a)] + [(p, True) for a in writes for p in _places(a)]
+
+
+def _overlap(a: _Place, b: _Place) -> bool:
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
     return a[0] < b[1] and b[0] < a[1]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_mpk.codegen.cuda.live import Shift
 from jax_mpk.plan.ir import Plan
 from jax_mpk.plan.tags import tagged_accesses
 
@@ -33,6 +34,7 @@ class Copied:
       lo, hi: int64 [tasks, rank]: the box each task copies.
       unit: bytes copied at a time: 16, 8 or 4.
       pad: elements between rows, so that columns spread over the banks of shared memory.
+      shift: where the box begins along an axis, and how much of it there is, where that is known at run time.
       place: position of the local value in whose place it is copied, or -1.
     """
 
@@ -41,6 +43,7 @@ class Copied:
     hi: np.ndarray
     unit: int
     pad: int
+    shift: Shift | None = None
     place: int = -1
 
 

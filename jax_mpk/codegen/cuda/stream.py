@@ -195,7 +195,7 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     weight = op.operands[found.weight]
     arrays = [frame.array(v) if v != weight else None for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
-    frame.meet([a for a in arrays if a is not None], outputs)
+    others = [a for v, a in zip(op.operands, arrays, strict=True) if a is not None and v != op.operands[found.other]]
     at = [
         f"{t} * {factor.strides[d]}"
         for d, t in enumerate(low)
@@ -216,11 +216,27 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     assert op.epilogue is not None
     finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "sum")
     dtype, x_dtype = frame.values[weight].dtype, frame.values[op.operands[found.other]].dtype
+    rows = product([extents[d] for d in found.free])
+    # Where the epilogue reads what other warps have just written, it comes behind all chunks: nobody waits before them.
+    later = not found.height and frame.would_meet(others, outputs)
+    sums = frame.scratch_array("f32", int(found.rows.max()) * found.count) if later else None
+    frame.meet([x, *([] if later else others)], [sums] if sums else outputs, joins=found.parts > 1 or found.height > 0)
     frame.line(f"{title(frame, op)}: streams {dtype} rows")
     kind = f"tiles<{dtype}, {found.count}, {depth}, {found.height}, {str(x.kind == 'local').lower()}>"
     frame.line(f"stream_{kind if found.height else f'rows<{dtype}, {x_dtype}, {found.count}, {depth}>'}(")
-    frame.line(f"    c, {start}, {step}, {product([extents[d] for d in found.free]).text},")
-    frame.lines_of("[&](int row, int m, f32 sum) {", [*decode, *finish], "});")
+    frame.line(f"    c, {start}, {step}, {rows.text},")
+    if sums is None:
+        frame.lines_of("[&](int row, int m, f32 sum) {", [*decode, *finish], "});")
+    else:
+        one = found.count == 1
+        where = "row" if one else f"row * {found.count} + m"
+        frame.line(f"    [&](int row, int m, f32 sum) {{ {sums.name}[{where}] = sum; }});")
+        frame.meet([sums, *others], outputs)
+        frame.line(f"map(c, {product([rows, fixed(found.count)]).text}, [&](int n) {{")
+        split = "const int row = n;" if one else f"const int row = n / {found.count}, m = n % {found.count};"
+        for text in (split, f"const f32 sum = {sums.name}[n];", *decode, *finish):
+            frame.line(f"  {text}")
+        frame.line("});")
     frame.code.streams.append(_stream(frame.plan, weight, depth, dtypes.itemsize(dtype), found))
     if found.height:
         frame.code.partials = max(frame.code.partials, sums_bytes(found.count))

@@ -12,8 +12,9 @@ from jax_mpk.graph import dtypes
 from jax_mpk.plan.ir import BranchNode, LoopNode, Plan, Schedule, Segment
 from jax_mpk.plan.ir import Storage as PlanStorage
 
-#: Bytes of `Header` in csrc/device/launch.cuh, and of a counter in handoff.cuh.
+#: Bytes of `StateHeader` in csrc/device/launch.cuh, of a segment's sequence behind it, and of a counter in handoff.cuh.
 HEADER_BYTES = 256
+SEQUENCE_BYTES = 8
 EVENT_BYTES = 32
 _STATE_ALIGN = 256
 #: Offsets of operands are in units of so many bytes.
@@ -79,7 +80,7 @@ def segments(schedule: Schedule) -> list[Segment]:
 
 def state_layout(plan: Plan, segment_count: int, memory_bytes: int = 0, memories: int = 0) -> State:
     """A call site's state: header, sequences of the segments, counters, tagged words, memories of workers."""
-    events = _aligned(HEADER_BYTES + 4 * segment_count)
+    events = _aligned(HEADER_BYTES + SEQUENCE_BYTES * segment_count)
     at = _aligned(events + EVENT_BYTES * plan.events)
     itemsize = {}
     for v, s in enumerate(plan.value_storage.tolist()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from jax_mpk.graph.windows import factor as find_factor
 
 #: Elements a thread loads at a time.
 WIDTH = 8
+#: Of what a task has room for, one in so many are expected to be live.
+_LIVE = 4
 _TYPES = ("bf16", "f16", "f32")
 
 
@@ -36,28 +39,34 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     if any(arrays[s].kind != "local" or arrays[s].dtype not in _TYPES for s in slots):
         return False
     low, extents, most = frame.box(member, rank)
-    if most == 0 or any(e.value is None for e in extents):
+    live = frame.live.limits[member]
+    if most == 0 or any(e.value is None and d not in live for d, e in enumerate(extents)):
         return False
+    count = frame.live_count(member, rank)
     windowed = [f for f in found if f is not None and f.new >= 0]
     if not all(_alone(frame, op, f) and _patch(frame, op, f, arrays, low, extents, dry=True) for f in windowed):
         return False
-    code = factors(frame.plan.graph, op, {s: arrays[s].strides for s in slots})
+    # Conversions are written out where they do not keep every value, and new rows will lie in the old ones' place.
+    loads = tuple(f.load for f in found if f is not None)
+    bare = replace(op, body=Expr(op.body.nodes, loads, op.body.extents))
+    code = factors(frame.plan.graph, bare, {s: arrays[s].strides for s in slots})
     if code is None:
         return False
     sides = (code.lhs, code.rhs)
+    chains = [_conversions(op, root) for root in op.body.results]
     outputs = [frame.array(v, store=True) for v in op.outputs]
     last = rank + len(op.rspace) - 1
     along = [d for d in range(rank) if extents[d].value != 1]
     depth = math.prod(op.rspace)
     starts = [_aligned(frame, member, op, s, arrays[s.slot]) for s in sides]
     dot = op.rspace[-1] % WIDTH == 0 and all(s.strides[last] == 1 for s in sides) and all(starts)
-    dot &= all(_multiples(s.strides, {last}) for s in sides)
-    outer = -1
-    if not dot and along and extents[along[-1]].known % WIDTH == 0:
+    dot &= all(_multiples(s.strides, {last}) for s in sides) and not any(chains) and count is None
+    outer, d = -1, -1
+    for axis in (a for a in along if extents[a].value is not None) if not dot else ():
         for k, s in enumerate(sides):
-            d = along[-1]
-            if s.strides[d] == 1 and sides[1 - k].strides[d] == 0 and starts[k] and _multiples(s.strides, {d}):
-                outer = k
+            fits = extents[axis].known % WIDTH == 0 and starts[k] and _multiples(s.strides, {axis}) and not chains[k]
+            if s.strides[axis] == 1 and sides[1 - k].strides[axis] == 0 and fits:
+                outer, d = k, axis
     if not dot and outer < 0:
         return False
     if windowed:
@@ -74,7 +83,8 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         inner, decode_inner = frame.whole("r", steps)
         inner[-1] = Term(f"{inner[-1]} * {WIDTH}", False) if inner[-1].value is None else inner[-1]
         texts = [_at(s, arrays[s.slot], [*coords, *inner]) for s in sides]
-        frame.line(f"reduce<f32, {group(most, depth // WIDTH)}, Spread::kStrided>(")
+        lanes = group(most // _LIVE if any(e.value is None for e in extents) else most, depth // WIDTH)
+        frame.line(f"reduce<f32, {lanes}, Spread::kStrided>(")
         frame.line(f"    c, {product(extents).text}, {depth // WIDTH},")
         body = f"return dot<{WIDTH}>({texts[0]}, {texts[1]});"
         frame.lines_of("[&](int n, int r) -> f32 {", [*decode, *decode_inner, body], "},")
@@ -82,7 +92,6 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "a")
         frame.lines_of("[&](int n, f32 a) {", [*decode, *finish], "});")
         return True
-    d = along[-1]
     wide = [fixed(e.known // WIDTH) if k == d else e for k, e in enumerate(extents)]
     zero = [fixed(0) if k == d else t for k, t in enumerate(low)]
     coords, decode = frame.coordinates("n", zero, wide, names)
@@ -93,9 +102,16 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     group_coords[d] = first
     inner, decode_inner = frame.whole("r", op.rspace)
     texts = [_at(s, arrays[s.slot], [*group_coords, *inner]) for s in sides]
-    frame.line(f"reduce<Pack<{WIDTH}>, {group(most // WIDTH, depth)}, Spread::kStrided>(")
-    frame.line(f"    c, {product(wide).text}, {depth},")
-    body = f"return scaled<{WIDTH}>({texts[outer]}, *({texts[1 - outer]}));"
+    if count is None:
+        frame.line(f"reduce<Pack<{WIDTH}>, {group(most // WIDTH, depth)}, Spread::kStrided>(")
+        frame.line(f"    c, {product(wide).text}, {depth},")
+    else:
+        frame.line(f"reduce_live<Pack<{WIDTH}>, {group(most // WIDTH, depth)}>(")
+        frame.line(f"    c, {product(wide).text}, {count.text}, Pack<{WIDTH}>{{}},")
+    factor = f"*({texts[1 - outer]})"
+    for dtype in chains[1 - outer]:
+        factor = f"convert<{dtype}>({factor})"
+    body = f"return scaled<{WIDTH}>({texts[outer]}, {factor});"
     frame.lines_of(f"[&](int n, int r) -> Pack<{WIDTH}> {{", [*decode, *decode_inner, body], "},")
     frame.line(f"    [&](const Pack<{WIDTH}>& a, const Pack<{WIDTH}>& b) {{ return a + b; }},")
     element = list(coords)
@@ -105,6 +121,18 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     unrolled += [*(f"  {text}" for text in finish), "}"]
     frame.lines_of(f"[&](int n, const Pack<{WIDTH}>& a) {{", [*decode, *unrolled], "});")
     return True
+
+
+def _conversions(op: Nest, root: int) -> list[str]:
+    """Types that a factor passes through on its way to the accumulator's, where that changes values."""
+    if bodies.exact_conversions(op.body, root, op.acc[0]):
+        return []
+    chain = []
+    node = op.body.nodes[root]
+    while node.op == "convert":
+        chain.append(node.dtype)
+        node = op.body.nodes[node.args[0]]
+    return chain[::-1]
 
 
 def _alone(frame: Frame, op: Nest, factor: Factor) -> bool:

@@ -34,6 +34,8 @@ class _Step:
 def wide_map(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a map eight elements at a time; False where its elements do not lie so."""
     rank = len(op.space)
+    if frame.live.limits[member]:
+        return False
     low, extents, most = frame.box(member, rank)
     along = [d for d in range(rank) if extents[d].value != 1]
     if most < _LEAST or not along or extents[along[-1]].value is None:
@@ -89,7 +91,13 @@ def wide_reduce(
     """
     assert op.combine is not None and op.epilogue is not None
     rank, depth = len(op.space), math.prod(op.rspace)
-    if op.combine.kind not in _KINDS or op.acc != ("f32",) or not op.rspace or op.rspace[-1] % WIDTH:
+    if (
+        frame.live.limits[member]
+        or op.combine.kind not in _KINDS
+        or op.acc != ("f32",)
+        or not op.rspace
+        or op.rspace[-1] % WIDTH
+    ):
         return False
     low, extents, most = frame.box(member, rank)
     if most * depth < least or most < 2:
@@ -188,6 +196,8 @@ def consecutive(body: Expr, indices: Sequence[int], strides: Sequence[int], axis
 
 def corner(frame: Frame, v: int, array: Array) -> bool:
     """Whether what lies first in scratch keeps groups aligned."""
+    if v in frame.views or v in frame.live.shifts:
+        return False
     if array.kind != "local":
         return True
     return bool(np.all(frame.low_corner(v) @ np.array(array.strides, np.int64) % WIDTH == 0))
@@ -195,7 +205,13 @@ def corner(frame: Frame, v: int, array: Array) -> bool:
 
 def _storable(frame: Frame, v: int, out: Array, axis: int) -> bool:
     """Whether a group of an output's elements is stored at once."""
-    if out.kind not in ("local", "global") or out.wide or out.strides[axis] != 1 or not corner(frame, v, out):
+    if (
+        out.kind not in ("local", "global")
+        or out.wide
+        or out.copy is not None
+        or out.strides[axis] != 1
+        or not corner(frame, v, out)
+    ):
         return False
     shape = out.shape
     return all(s % WIDTH == 0 for d, s in enumerate(out.strides) if d != axis and shape[d] > 1)

@@ -18,17 +18,22 @@ from jax_mpk.capture import capture
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.plan import targets
-from jax_mpk.plan.ir import Plan
+from jax_mpk.plan.ir import Plan, Target
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.verify import verify_plan
 
 DEVICE = Path(__file__).resolve().parents[3] / "csrc" / "device"
 
 
-def planned(function: Callable[..., Any], *avals: Any, donated: frozenset[int] = frozenset()) -> Plan:
+def planned(
+    function: Callable[..., Any],
+    *avals: Any,
+    donated: frozenset[int] = frozenset(),
+    target: Target = targets.H100,
+) -> Plan:
     captured = capture(jax.make_jaxpr(function)(*avals))
     assert not captured.consts
-    plan = make_plan(fuse(build_graph(captured.jaxpr, donated=donated)), targets.H100)
+    plan = make_plan(fuse(build_graph(captured.jaxpr, donated=donated)), target)
     verify_plan(plan)
     return plan
 

@@ -13,6 +13,7 @@ from jax_mpk.codegen.cuda.routine import FIRST_WORD, Code
 from jax_mpk.codegen.cuda.tables import (
     EVENT_BYTES,
     HEADER_BYTES,
+    SEQUENCE_BYTES,
     UNIT,
     State,
     Tables,
@@ -151,7 +152,7 @@ def test_streams_follow_the_queue(name: str) -> None:
 def test_state(name: str) -> None:
     """Header, sequences, counters, tagged words, memories of workers: aligned, one behind the other."""
     planned, _, state, _ = made(name)
-    taken = [(0, HEADER_BYTES + 4 * len(segments(planned.schedule)))]
+    taken = [(0, HEADER_BYTES + SEQUENCE_BYTES * len(segments(planned.schedule)))]
     taken.append((state.events, state.events + EVENT_BYTES * planned.events))
     for storage, at in enumerate(state.tagged):
         assert (at >= 0) == planned.storages[storage].tagged

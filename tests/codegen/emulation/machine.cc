@@ -2,8 +2,6 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <chrono>
-
 #include "machine.h"  // last: its macros are not for other headers
 
 namespace machine {
@@ -15,7 +13,7 @@ namespace {
 constexpr size_t kStack = 128 << 10;
 std::vector<Fiber*> ready;
 jmp_buf scheduler;
-uint64_t random_state;
+uint64_t random_state, turns;
 void (*kernel)(const void*);
 const void* parameter;
 int finished;
@@ -52,6 +50,7 @@ void join(int& arrived, int total, std::vector<Fiber*>& waiting) {
 
 void resume(Fiber* f) {
   self = f;
+  ++turns;
   if (_setjmp(scheduler) != 0) return;
   if (f->started) _longjmp(f->at, 1);
   f->started = true;
@@ -74,9 +73,7 @@ __attribute__((noinline)) void yield() {
 __attribute__((noinline)) void sync(int count) { join(self->cta->arrived, count, self->cta->waiting); }
 __attribute__((noinline)) void sync_all() { join(self->cta->all_arrived, self->cta->total, self->cta->all_waiting); }
 
-uint64_t now() {
-  return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
-}
+uint64_t now() { return 100 * turns; }
 
 __attribute__((noinline)) Meeting& meet(unsigned mask, uint64_t given) {
   if ((mask >> lane() & 1) == 0) std::fprintf(stderr, "a lane is not in its own mask\n"), std::abort();

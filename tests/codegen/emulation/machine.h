@@ -60,7 +60,7 @@ extern Fiber* self;
 void yield();                         // lets others run
 void sync(int count);                 // of the CTA's first `count` threads
 void sync_all();
-uint64_t now();                       // nanoseconds
+uint64_t now();                       // nanoseconds, of which a thread's turn takes a hundred
 Meeting& meet(unsigned mask, uint64_t given);  // all lanes of the mask; `seen` is what they gave
 
 inline int lane() { return static_cast<int>(self->thread.x % 32); }

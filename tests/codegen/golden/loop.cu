@@ -52,7 +52,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   s32* const g0 = c.template global<s32>(5);
   s32* const s0 = c.template local<s32>(0);
   // copies s32[] meanwhile
-  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
+  copy_rows<1>(c, 1, 1, [&](int n, int k) {
     copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
   copies_wait();
@@ -70,13 +70,13 @@ __device__ __forceinline__ void routine_2(C& c) {
   s32* const g0 = c.template global<s32>(5);
   s32* const s0 = c.template local<s32>(128);
   // copies s32[] meanwhile
-  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
+  copy_rows<1>(c, 1, 1, [&](int n, int k) {
     copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
   bf16* const g1 = c.template global<bf16>(7);
   bf16* const s1 = c.template local<bf16>(256);
   // copies bf16[64,256] meanwhile
-  copy_rows(c, 64, 256 / 8, [&](int n, int k) {
+  copy_rows<32>(c, 64, 32, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s1 + n0 * 264 + k * 8, g1 + n0 * 256 + k * 8);
   });
@@ -110,7 +110,7 @@ __device__ __forceinline__ void routine_4(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(0);
   // copies bf16[256] meanwhile
-  copy_rows(c, 1, 256 / 8, [&](int n, int k) {
+  copy_rows<32>(c, 1, 32, [&](int n, int k) {
     copy_async<16>(s0 + k * 8, g0 + k * 8);
   });
   copies_wait();
@@ -129,7 +129,7 @@ __device__ __forceinline__ void routine_5(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(0);
   // copies bf16[256] meanwhile
-  copy_rows(c, 1, 256 / 8, [&](int n, int k) {
+  copy_rows<32>(c, 1, 32, [&](int n, int k) {
     copy_async<16>(s0 + k * 8, g0 + k * 8);
   });
   copies_wait();
@@ -179,7 +179,7 @@ __device__ __forceinline__ void routine_8(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(128);
   // copies bf16[256] meanwhile
-  copy_rows(c, 1, 256 / 8, [&](int n, int k) {
+  copy_rows<32>(c, 1, 32, [&](int n, int k) {
     copy_async<16>(s0 + k * 8, g0 + k * 8);
   });
   copies_wait();

@@ -42,13 +42,13 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(64);
   // copies bf16[16,1024] meanwhile
-  copy_rows(c, 1, 16384 / 8, [&](int n, int k) {
+  copy_rows<2048>(c, 1, 2048, [&](int n, int k) {
     copy_async<16>(s0 + k * 8, g0 + k * 8);
   });
   bf16* const g1 = c.template global<bf16>(7);
   bf16* const s1 = c.template local<bf16>(32896);
   // copies bf16[1024] meanwhile
-  copy_rows(c, 1, 1024 / 8, [&](int n, int k) {
+  copy_rows<128>(c, 1, 128, [&](int n, int k) {
     copy_async<16>(s1 + k * 8, g1 + k * 8);
   });
   copies_wait();
@@ -118,7 +118,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   bf16* const s0 = c.template local<bf16>(0);
   const int o0 = at0;
   // copies bf16[16,1024] meanwhile
-  copy_rows(c, 16, 8 / 8, [&](int n, int k) {
+  copy_rows<1>(c, 16, 1, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s0 + n0 * 8 + k * 8, g0 + at0 + n0 * 1024 + k * 8);
   });

@@ -235,4 +235,23 @@ __device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 fir
   }
 }
 
+// Brings one element to shared memory.
+template <class T, class C>
+struct BringOne {
+  const C& c;
+  const Tagged<T>& from;
+  __device__ void operator()(u64 at, T* to) const { *to = from.get(c, at); }
+};
+
+// The same for `count` elements that lie anywhere: element(k, bring) calls bring(from, to) once.
+template <class T, class C, class Element>
+__device__ __forceinline__ void stage_each(const C& c, const Tagged<T>& from, int count, int warp, int warps,
+                                           Element&& element) {
+  if (c.warp() < warp || c.warp() >= warp + warps) return;
+#pragma unroll 1
+  for (int k = c.thread() - warp * 32; k < count; k += warps * 32) {
+    element(k, BringOne<T, C>{c, from});
+  }
+}
+
 }  // namespace mpk

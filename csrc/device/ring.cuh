@@ -13,12 +13,17 @@
 namespace mpk {
 
 // What the producer does for a task, see tables.py: consecutive bytes of a buffer that the task streams; or, where
-// chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the L2 cache.
-// Where chunk_bytes is at least kLiveRows, Shape::live_rows says which rows these are, given the number in `rows`.
+// `height` is not 0, `rows` rows of `bytes` bytes, `height` at a time, chunk_bytes of each per chunk; or, where
+// chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the L2 cache; or
+// the same with chunk_bytes 1, of more bytes than may be asked for at once. Where chunk_bytes is at least kLiveRows,
+// Shape::live_rows says which rows these are, given the number in `rows`.
 struct StreamJob {
   u32 buffer, chunk_bytes;
   u64 offset, bytes;
-  u32 rows, stride;
+  u32 rows;
+  union {
+    u32 stride, height;
+  };
 };
 static_assert(sizeof(StreamJob) == 32);
 constexpr u32 kLiveRows = 1u << 30;
@@ -119,8 +124,8 @@ struct Producer {
         StreamJob job;
         job.buffer = __shfl_sync(~0u, mine.buffer, j), job.chunk_bytes = __shfl_sync(~0u, mine.chunk_bytes, j);
         job.offset = __shfl_sync(~0u, mine.offset, j), job.bytes = __shfl_sync(~0u, mine.bytes, j);
+        job.rows = __shfl_sync(~0u, mine.rows, j), job.stride = __shfl_sync(~0u, mine.stride, j);
         if (job.chunk_bytes == 0 || job.chunk_bytes >= kLiveRows) {
-          job.rows = __shfl_sync(~0u, mine.rows, j), job.stride = __shfl_sync(~0u, mine.stride, j);
           if constexpr (Shape::kLiveRows > 0) {
             if (job.chunk_bytes >= kLiveRows) {
               int first = 0, count = 0;
@@ -130,6 +135,11 @@ struct Producer {
           }
 #pragma unroll 1
           for (u32 row = lane; row < job.rows; row += 32) prefetch(at(job) + u64(row) * job.stride, job.bytes);
+        } else if (job.chunk_bytes == 1) {
+          prefetch_slowly(job);
+        } else if (job.height != 0) {
+          next = __shfl_sync(~0u, next, 0);
+          stream_tiles(job);
         } else if (lane == 0) {
           stream(job);
         }
@@ -184,20 +194,76 @@ struct Producer {
     return static_cast<const char*>(launch.buffers[job.buffer]) + job.offset;
   }
 
+  // Waits until the next stage is free and few enough chunks are in flight; false: the launch gave up.
+  __device__ __forceinline__ bool room() const {
+    using R = Ring<Shape>;
+    const u32 stage = next % Shape::kStages, parity = next / Shape::kStages & 1;
+    if (!until([&] { return barrier_done_now(R::empty(stage), parity ^ 1); })) return false;
+    if (next >= Shape::kFlight) {
+      const u32 old = next - Shape::kFlight;
+      if (!until([&] { return barrier_done(R::full(old % Shape::kStages), old / Shape::kStages & 1); })) return false;
+    }
+    return true;
+  }
+
+  // No faster than memory is: other accesses should not wait behind these.
+  __device__ void prefetch_slowly(const StreamJob& job) const {
+    constexpr u32 kBytesPerCycle = 12;  // a worker's share
+#pragma unroll 1
+    for (u32 first = 0; first < job.rows; first += 32) {
+      const char* from = at(job) + u64(first + lane) * job.stride;
+#pragma unroll 1
+      for (u32 k = 0; k < job.bytes; k += 32) {
+        if (first + lane < job.rows) prefetch_sector(from + k);
+      }
+      pause(static_cast<u32>(job.bytes) * 32 / kBytesPerCycle);
+    }
+  }
+
   __device__ void stream(const StreamJob& job) {
     using R = Ring<Shape>;
     const char* from = at(job);
 #pragma unroll 1
     for (u64 done = 0; done < job.bytes; done += job.chunk_bytes, ++next) {
-      const u32 stage = next % Shape::kStages, parity = next / Shape::kStages & 1;
-      if (!until([&] { return barrier_done_now(R::empty(stage), parity ^ 1); })) return;
-      if (next >= Shape::kFlight) {
-        const u32 old = next - Shape::kFlight;
-        if (!until([&] { return barrier_done(R::full(old % Shape::kStages), old / Shape::kStages & 1); })) return;
-      }
+      if (!room()) return;
+      const u32 stage = next % Shape::kStages;
       const u32 size = static_cast<u32>(min(u64(job.chunk_bytes), job.bytes - done));
       barrier_expect(R::full(stage), size);
       bulk_load(shared_at<char>(Shape::kRing + stage * Shape::kStageBytes), from + done, size, R::full(stage), policy);
+    }
+  }
+
+  // Rows are too short for bulk copies, which take as long as 50 cycles each: the lanes copy 16 bytes at a time. Bytes
+  // of odd rows change places within every 128, so that two rows are read without bank conflicts.
+  __device__ void stream_tiles(const StreamJob& job) {
+    using R = Ring<Shape>;
+    const u32 length = static_cast<u32>(job.bytes), pitch = (job.chunk_bytes + 127) / 128 * 128;
+#pragma unroll 1
+    for (u32 row = 0; row < job.rows; row += job.height) {
+      const u32 count = min(job.height, job.rows - row);
+      const char* from = at(job) + u64(row) * length;
+#pragma unroll 1
+      for (u32 done = 0; done < length; done += job.chunk_bytes, ++next) {
+        const u32 stage = next % Shape::kStages, size = min(job.chunk_bytes, length - done);
+        const bool go = lane != 0 || room();
+        if (!__all_sync(~0u, go)) return;
+        char* to = shared_at<char>(Shape::kRing + stage * Shape::kStageBytes);
+#pragma unroll 1
+        for (u32 k = lane * 16; k < size; k += 512) {
+          const char* source = from + done + k;
+          char *even = to + k, *odd = to + pitch + (k ^ 64);
+          u32 r = 0;
+#pragma unroll 4
+          for (; r + 2 <= count; r += 2, source += 2 * u64(length), even += 2 * pitch, odd += 2 * pitch) {
+            copy_async(even, source, policy);
+            copy_async(odd, source + length, policy);
+          }
+          if (r < count) copy_async(even, source, policy);
+        }
+        copies_arrive(R::full(stage));
+        __syncwarp();
+        if (lane == 0) barrier_arrive(R::full(stage));
+      }
     }
   }
 };

@@ -35,7 +35,8 @@ class Target:
       handoff: seconds from one worker's signal to another's proceeding.
       task_overhead: seconds a task costs beyond its bytes and flops.
       granule: elements along the last axis of a weight tile below which loads lose bandwidth.
-      tagged_bytes: size of the largest value that is handed over by tagged words; 0: none ever is.
+      tagged_bytes: size of the largest value that is handed over by tagged words; 0: none ever is. A quarter of it for
+        elements of 8 and 16 bits: activations of that size are better copied as they are.
       live_keys: attention reads only the keys that its mask leaves, in chunks cut at run time; else every chunk has its
         place and all keys are read.
       contracted_last: a contraction streams its weight best with the contracted axes innermost; else row-major order

@@ -155,7 +155,11 @@ class _Planner:
     def _may_be_tagged(self, v: int) -> bool:
         size = dtypes.itemsize(self.graph.values[v].dtype)
         nbytes = int(np.prod(self.shapes[v], dtype=np.int64)) * size
-        return v not in self.pinned and size <= ir.TAGGED_ITEMSIZE and nbytes <= self.target.tagged_bytes
+        return (
+            v not in self.pinned
+            and size <= ir.TAGGED_ITEMSIZE
+            and nbytes <= self.target.tagged_bytes // (4 if size <= 2 else 1)
+        )
 
     def _emit(self, routine: Routine, workers: np.ndarray, found: list[Access]) -> None:
         members = tuple(ir.Member(self.op_number[id(op)]) for op in routine.ops)

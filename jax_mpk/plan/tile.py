@@ -143,7 +143,13 @@ class Tiler:
                 if len(anchors) == 1:
                     found.update(((parts,), None) for parts in choices[0])
                     continue
-                # Several anchors must agree on the number of tasks.
+                # Several anchors must agree on the number of tasks, and if they can on the axes they are cut along.
+                by_cut = [
+                    {(math.prod(parts), tuple(p > 1 for p in parts)): parts for parts in some} for some in choices
+                ]
+                for key in dict.fromkeys(key for some in by_cut for key in some):
+                    if all(key in some for some in by_cut):
+                        found[tuple(some[key] for some in by_cut)] = None
                 by_count = [{math.prod(parts): parts for parts in reversed(some)} for some in choices]
                 exact = {n for some in by_count for n in some}
                 for n in sorted(exact):

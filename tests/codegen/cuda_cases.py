@@ -89,6 +89,16 @@ def _attention(x: jax.Array, w: jax.Array, keys: jax.Array, values: jax.Array, a
     return out, keys, values
 
 
+def _grouped(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array) -> Any:
+    """Several queries for each key, with keys and values too many to be copied to scratch."""
+    keys = lax.dynamic_update_slice_in_dim(keys, k, at, 0)
+    values = lax.dynamic_update_slice_in_dim(values, v, at, 0)
+    scores = jnp.einsum("hgd,khd->hgk", q, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(jnp.arange(keys.shape[0]) <= at, scores * 0.0625, -jnp.inf)
+    weights = jax.nn.softmax(scores, -1).astype(values.dtype)
+    return jnp.einsum("hgk,khd->hgd", weights, values), keys, values
+
+
 def _casts(*arrays: jax.Array) -> Any:
     return [a.astype(t) for a in arrays for t in (*FLOATS, *INTS, "bool")]
 
@@ -233,6 +243,34 @@ CASES: list[Case] = [
     *(
         Case(f"switch_{a}_{b}", _switches, ["20x20 int32", f"int32={a}", f"int32={b}"], ["switch (clamped("])
         for a, b in ((-1, 0), (1, 2), (1, 1), (9, 0))
+    ),
+    *(
+        Case(
+            f"matmul_{t}_{m}",
+            _mlp,
+            [f"{m}x512 {t}", f"1024x512 {t}", f"512x1024 {t}"],
+            [f"stream_tiles<{short}, {m}"],
+            True,
+        )
+        for t, short, m in (("bfloat16", "bf16", 5), ("float16", "f16", 16), ("bfloat16", "bf16", 20))
+    ),
+    Case("matmul_large", _mlp, ["40x512 bfloat16", "1024x512 bfloat16", "512x1024 bfloat16"], ["16, false>("], True),
+    # Pieces of different widths, low tiles; sums are exact.
+    Case(
+        "matmul_odd",
+        lambda x, w: jnp.einsum("bk,nk->bn", x, w),
+        ["7x1120 bfloat16", "2701x1120 bfloat16"],
+        ["stream_tiles<"],
+    ),
+    *(
+        Case(
+            f"attention_direct_{n}",
+            _grouped,
+            [f"2x{g}x{d} bfloat16", *[f"{n}x2x{d} bfloat16"] * 2, *[f"448x2x{d} bfloat16"] * 2, f"int32={at}"],
+            ["multiply_rows<bf16", "multiply_columns<bf16"],
+            True,
+        )
+        for n, g, d, at in ((1, 4, 64, 300), (3, 9, 128, 2), (1, 1, 96, 447))
     ),
     Case("streamed_loop", _streamed_loop, ["256 float32", "256x256 float32", "int32=5"], ["stream_rows<"], True),
     Case(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import row_major
@@ -9,12 +13,15 @@ from jax_mpk.codegen.cuda.live import Live, Shift
 from jax_mpk.codegen.cuda.staging import Copied
 from jax_mpk.codegen.cuda.stream import streamed
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Nest, Update, Value
+from jax_mpk.graph.ir import Nest, Op, Update, Value, reads
 from jax_mpk.graph.regions import op_touches
+from jax_mpk.graph.windows import is_identity
 from jax_mpk.plan.ir import Plan, Routine
 
 #: Most bytes of one value, and of all values of a routine.
 _ONE, _ALL = 36 << 10, 72 << 10
+#: What takes no scratch of its own may be as large as that is.
+_SCRATCH = 1 << 20
 
 
 def copies(plan: Plan, routine: Routine, live: Live, boxes: np.ndarray) -> list[Copied]:
@@ -42,11 +49,16 @@ def copies(plan: Plan, routine: Routine, live: Live, boxes: np.ndarray) -> list[
             regions[touch.value] = (touch.lo, touch.hi) if old is None else _union(*old, touch.lo, touch.hi)
     out, total = [], 0
     for v, (lo, hi) in regions.items():
-        copied = None if v in barred else _copied(v, graph.values[v], lo, hi, live.shifts.get(v))
+        place = None if v in live.shifts else _place(plan, routine, ops, boxes, v, lo, hi)
+        most = _ONE if place is None else _SCRATCH
+        copied = None if v in barred else _copied(v, graph.values[v], lo, hi, most, live.shifts.get(v))
         if copied is None:
             continue
+        if place is not None and copied.unit == 16:
+            out.append(replace(copied, pad=0, place=place))
+            continue
         size = int((hi - lo).max(axis=0).prod()) * dtypes.itemsize(graph.values[v].dtype)
-        if total + size <= _ALL:
+        if size <= _ONE and total + size <= _ALL:
             out.append(copied)
             total += size
     return out
@@ -59,13 +71,54 @@ def _union(a_lo: np.ndarray, a_hi: np.ndarray, b_lo: np.ndarray, b_hi: np.ndarra
     return lo, np.where(a_empty, b_hi, np.where(b_empty, a_hi, np.maximum(a_hi, b_hi)))
 
 
-def _copied(v: int, value: Value, lo: np.ndarray, hi: np.ndarray, shift: Shift | None) -> Copied | None:
+def _place(
+    plan: Plan, routine: Routine, ops: Sequence[Op | None], boxes: np.ndarray, v: int, lo: np.ndarray, hi: np.ndarray
+) -> int | None:
+    """The local value in whose place ``v`` may be copied: a map makes it, element by element, out of ``v``.
+
+    Nothing reads ``v`` behind that map, and no other local value lies there.
+    """
+    readers = [m for m, op in enumerate(ops) if op is not None and v in reads(op)]
+    op = ops[readers[-1]] if readers else None
+    if (
+        not isinstance(op, Nest)
+        or op.kind != "map"
+        or len(op.outputs) != 1
+        or op.outputs[0] not in routine.local_values
+    ):
+        return None
+    value, rank = plan.graph.values[v], len(op.space)
+    slot, local = op.operands.index(v), routine.local_values.index(op.outputs[0])
+    loads = [op.body.nodes[i] for i in op.body.loads() if op.body.nodes[i].attr == slot]
+    if value.shape != op.space or dtypes.itemsize(value.dtype) != dtypes.itemsize(_dtype(plan, routine, local)):
+        return None
+    if any(node.op != "load" or not is_identity(op.body, node.args, op.space) for node in loads):
+        return None
+    box = boxes[readers[-1]]
+    same = np.array_equal(lo, box[:, 0, :rank]) and np.array_equal(hi, box[:, 1, :rank])
+    if not same or tuple((hi - lo).max(axis=0).tolist()) != tuple(routine.local_extents[local]):
+        return None
+    spans = [
+        (at, at + math.prod(extents) * dtypes.itemsize(_dtype(plan, routine, k)))
+        for k, (at, extents) in enumerate(zip(routine.local_offsets, routine.local_extents, strict=True))
+    ]
+    low, high = spans[local]
+    if any(a < high and low < b for k, (a, b) in enumerate(spans) if k != local):
+        return None
+    return local
+
+
+def _dtype(plan: Plan, routine: Routine, local: int) -> str:
+    return plan.graph.values[routine.local_values[local]].dtype
+
+
+def _copied(v: int, value: Value, lo: np.ndarray, hi: np.ndarray, limit: int, shift: Shift | None) -> Copied | None:
     """How boxes of value ``v`` are copied, or None where they are too large or lie at odd places."""
     shape, item = value.shape, dtypes.itemsize(value.dtype)
     hi = np.maximum(hi, lo)
     sizes = hi - lo
     most = int(sizes.max(axis=0).prod()) * item if shape else item
-    if most > _ONE or most == 0:
+    if most > limit or most == 0:
         return None
     if not shape:
         return Copied(v, lo, hi, item, 0) if item in (4, 8, 16) else None

@@ -15,9 +15,9 @@ from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots, scratch_bytes
 from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
-from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame, live_rows, too_large
+from jax_mpk.codegen.cuda.routine import PACED, WARPS, Code, Frame, live_rows, too_large
 from jax_mpk.codegen.cuda.staging import Staging
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES
+from jax_mpk.codegen.cuda.stream import STAGE_BYTES, match, sums_bytes
 from jax_mpk.codegen.cuda.tables import UNIT, State, Tables, buffer_of, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.codegen.cuda.views import take_views
@@ -81,7 +81,7 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
 def _made(plan: Plan, *, streams: bool) -> _Made | None:
     """Everything of a program but its text; None if it needs more shared memory than there is."""
     codes = routine_codes(plan, streams=streams)
-    streaming = [r for r, code in enumerate(codes) if any(stream.chunk_bytes for stream in code.streams)]
+    streaming = [r for r, code in enumerate(codes) if any(stream.chunk_bytes > PACED for stream in code.streams)]
     check_streams(plan.target, [_label(plan, r) for r in streaming])
     bodies: dict[tuple[str, ...], int] = {}
     case = [bodies.setdefault(tuple(code.lines), len(bodies)) for code in codes]
@@ -101,6 +101,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
     staging = Staging(plan)
     slots = memory_slots(plan)
     out = []
+    reserved = _sums(plan, order, edges) if streams else 0
     for number, (routine, (a, b)) in enumerate(zip(plan.routines, pairwise(edges), strict=True)):
         tasks = order[a:b]
         first = table["box"][tasks].astype(np.int64)
@@ -113,7 +114,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
         ops = inline_members(plan, routine, boxes)
         views = take_views(plan, routine, ops, boxes)
         memory = slots[table["worker"][tasks]]
-        room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0)
+        room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0) - reserved
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
         staged = staging.of(number, tasks)
         far: set[int] = set()  # values with live parts that do not fit into scratch
@@ -141,6 +142,19 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
     return out
 
 
+def _sums(plan: Plan, order: np.ndarray, edges: np.ndarray) -> int:
+    """Bytes that routines need for sums of tiles: there is one place for those of all routines."""
+    first = plan.tasks.table["box"].astype(np.int64)
+    most = 0
+    for routine, (a, b) in zip(plan.routines, pairwise(edges), strict=True):
+        for m, member in enumerate(routine.members):
+            op = plan.ops[member.op]
+            found = match(plan, op, plan.tasks.boxes[first[order[a:b]] + m]) if isinstance(op, Nest) else None
+            if found is not None and found.height:
+                most = max(most, sums_bytes(found.count))
+    return most
+
+
 def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int] | None:
     """Sizes and offsets: the members of `Shape` in the generated text; None if there is too little shared memory."""
     at = 0
@@ -156,7 +170,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     place("kSlots", 2 * tables.task_words * 4)
     place("kPartials", max(code.partials for code in codes) if codes else 0)
     place("kScratch", max(code.scratch for code in codes) if codes else 0)
-    streams = any(stream.chunk_bytes for code in codes for stream in code.streams)
+    streams = any(stream.chunk_bytes > PACED for code in codes for stream in code.streams)
     room = (_SHARED_BYTES - at) // STAGE_BYTES
     if at > _SHARED_BYTES or (streams and room < _FEWEST_STAGES):
         return None

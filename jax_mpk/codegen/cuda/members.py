@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jax_mpk.codegen import bodies
+from jax_mpk.codegen.cuda.direct import direct
 from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Load, Scalars, Term, constant, product
 from jax_mpk.codegen.cuda.stream import stream_rows
 from jax_mpk.codegen.cuda.texts import accumulator, accumulators, group, loader, made, partials, rounded, stores, title
 from jax_mpk.codegen.cuda.tile import tile
+from jax_mpk.codegen.cuda.wide import wide_map, wide_reduce
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Combine, Nest
 from jax_mpk.graph.scalar import Expr
@@ -21,6 +23,8 @@ _TOGETHER_DEPTH, _TOGETHER_OUTPUTS = 512, 8
 
 
 def emit_map(frame: Frame, member: int, op: Nest) -> None:
+    if wide_map(frame, member, op):
+        return
     low, extents, most = frame.box(member, len(op.space))
     operands = [frame.array(v) for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
@@ -36,7 +40,8 @@ def emit_map(frame: Frame, member: int, op: Nest) -> None:
 
 
 def emit_contract(frame: Frame, member: int, op: Nest) -> None:
-    if (not frame.live.limits[member] and stream_rows(frame, member, op)) or tile(frame, member, op):
+    live = bool(frame.live.limits[member])
+    if (not live and stream_rows(frame, member, op)) or tile(frame, member, op) or direct(frame, member, op):
         return
     kind = "or" if op.acc[0] == "b1" else "sum"
     emit_reduce(frame, member, replace(op, body=bodies.product(op), combine=Combine(kind)))
@@ -44,6 +49,8 @@ def emit_contract(frame: Frame, member: int, op: Nest) -> None:
 
 def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     assert op.combine is not None and op.epilogue is not None
+    if wide_reduce(frame, member, op, combined):
+        return
     rank, depth = len(op.space), math.prod(op.rspace)
     low, extents, most = frame.box(member, rank)
     count = frame.live_count(member, rank)

@@ -25,6 +25,10 @@ WARPS = 11
 _ALIGN = 128
 #: In a job of the producer, instead of a chunk's size: rows known at run time, found in this way or a later one.
 LIVE = 1 << 30
+#: Instead of the size of a chunk: rows are brought to the L2 cache, at once or at the speed of memory.
+PREFETCH, PACED = 0, 1
+#: Rows of fewer elements are brought by element.
+_SHORT = 32
 
 #: Elements a thread of `stage_few` in csrc/device/handoff.cuh brings, at most.
 _FEW = 4
@@ -56,10 +60,10 @@ class Stream:
 
     Attributes:
       storage: the input.
-      chunk_bytes: size of all chunks but the last; 0: nothing streams, rows are brought to the L2 cache.
+      chunk_bytes: size of all chunks but the last; PREFETCH or PACED: nothing streams, rows come to the L2 cache.
       first, size: int64 [tasks]: first byte; bytes in all, or of one row.
       rows: int64 [tasks] rows; where these are known at run time, ``at`` of ``live``.
-      stride: bytes from row to row.
+      stride: where nothing streams, bytes from row to row; else 0, or the rows of which a chunk holds a part each.
       live: statements that compute ``first`` row and ``count`` of rows to bring to the L2 cache from ``at``; (): these
         are known.
     """
@@ -388,6 +392,8 @@ class Frame:
 
     def _brought_bytes(self, what: Staged | Copied) -> int:
         """Most scratch that a value takes."""
+        if isinstance(what, Copied) and what.place >= 0:
+            return 0
         value = self.values[what.value]
         extents = [int(e) for e in (what.hi - what.lo).max(axis=0)] if value.shape else []
         if extents and isinstance(what, Copied):
@@ -411,7 +417,10 @@ class Frame:
         if pad:
             extents = (*extents[:-1], extents[-1] + pad)
         self._brought[what.value] = what
-        self._brought_at[what.value] = self.scratch(math.prod(extents) * dtypes.itemsize(value.dtype)), extents
+        place = what.place if isinstance(what, Copied) else -1
+        size = math.prod(extents) * dtypes.itemsize(value.dtype)
+        at = self.routine.local_offsets[place] if place >= 0 else self.scratch(size)
+        self._brought_at[what.value] = at, extents
         array = self.array(what.value)
         assert array.bytes is not None
         self._since.append((array.bytes, True))
@@ -469,11 +478,28 @@ class Frame:
         if rows.count.value == 1:
             self.line(f"stage<{few}>(c, {source}, {rows.start}, {rows.length.text}, {target.name}, {warp}, {warps});")
             return
-        self.line(f"for (int n = 0; n < {rows.count.text}; ++n) {{")
+        if rows.length.value is not None and rows.count.value is not None and rows.length.value <= _SHORT:
+            # Short rows: each thread waits for elements of any of them.
+            length = rows.length.value
+            self.line(f"stage_each(c, {source}, {rows.count.value * length}, {warp}, {warps},")
+            self.line(f"    [&](int k, const BringOne<{value.dtype}, C>& bring) {{")
+            for text in (f"const int n = k / {length};", *rows.lines):
+                self.line(f"  {text}")
+            at, to = f"{rows.start} + {rows.source} + k % {length}", f"{target.name} + {rows.target} + k % {length}"
+            self.line(f"  bring({at}, {to});")
+            self.line("});")
+            return
+        # Each warp brings rows of its own: it waits for one after the other.
+        first = f"c.warp() - {warp}" if warp else "c.warp()"
+        until = f"n < {rows.count.text}"
+        if warps != WARPS:
+            until = f"0 <= n && {until} && c.warp() < {warp + warps}"
+        self.line(f"for (int n = {first}; {until}; n += {warps}) {{")
         for text in rows.lines:
             self.line(f"  {text}")
         places = f"{source}, {rows.start} + {rows.source}, {rows.length.text}, {target.name} + {rows.target}"
-        self.line(f"  stage<{few}>(c, {places}, {warp}, {warps});")
+        few = "true" if most <= _FEW * 32 else "false"
+        self.line(f"  stage<{few}>(c, {places}, c.warp(), 1);")
         self.line("}")
 
     def _copy(self, what: Copied) -> None:
@@ -508,12 +534,12 @@ class Frame:
         stride = strides[moving[0]] * item if moving else 0
         first = what.lo @ np.array(strides, np.int64) * item
         if what.shift is None:
-            self.code.streams.append(Stream(storage, 0, first, size, np.where(size > 0, rows, 0), stride))
+            self.code.streams.append(Stream(storage, PREFETCH, first, size, np.where(size > 0, rows, 0), stride))
             return
         found = self._first_and_count(what.shift)
         if found is not None and moving == [what.shift.axis]:
             lines, column = found
-            self.code.streams.append(Stream(storage, 0, first, size, column, stride, lines))
+            self.code.streams.append(Stream(storage, PREFETCH, first, size, column, stride, lines))
 
     def _first_and_count(self, shift: Shift) -> tuple[tuple[str, ...], np.ndarray] | None:
         """How the producer computes where live rows begin, and how many there are, from one number of each task.
@@ -530,7 +556,7 @@ class Frame:
 
         def load(slot: int, indices: list[Term], dtype: str, pred: str | None) -> str:
             where = offset(indices, row_major(self.values[self.live.operands[slot]].shape))
-            return f"launch.template at<{dtype}>({self.plan.storages[stored[slot]].index})[{where}]"
+            return f"static_cast<const {dtype}*>(launch.buffers[{self.plan.storages[stored[slot]].index}])[{where}]"
 
         written = Scalars(expr, [Term("at")] * len(self.live.columns), load)
         first, count = written.results()

@@ -35,6 +35,7 @@ class Copied:
       unit: bytes copied at a time: 16, 8 or 4.
       pad: elements between rows, so that columns spread over the banks of shared memory.
       shift: where the box begins along an axis, and how much of it there is, where that is known at run time.
+      place: position of the local value in whose place it is copied, or -1.
     """
 
     value: int
@@ -43,6 +44,7 @@ class Copied:
     unit: int
     pad: int
     shift: Shift | None = None
+    place: int = -1
 
 
 class Staging:

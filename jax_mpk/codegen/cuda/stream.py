@@ -1,4 +1,8 @@
-"""Contractions whose constant factor streams through the ring: whole rows, contiguous along the reduced axes."""
+"""Contractions whose constant factor streams through the ring: whole rows, contiguous along the reduced axes.
+
+With a few columns a chunk holds whole rows, which are multiplied by f32 arithmetic; with more, it holds a piece of each
+of up to 16 rows, for tensor cores.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.arrays import row_major
-from jax_mpk.codegen.cuda.routine import Frame, Stream
+from jax_mpk.codegen.cuda.routine import WARPS, Frame, Stream
 from jax_mpk.codegen.cuda.scalars import Term, fixed, product
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.graph import dtypes
@@ -20,8 +24,10 @@ from jax_mpk.plan.ir import Plan
 STAGE_BYTES = 8 << 10
 #: Most rows of a chunk, and most parts of a row: `Chunks` in csrc/device/tasks/contract.cuh.
 _MOST_ROWS, _MOST_PARTS = 16, 32
-#: Most columns of the other factor: beyond, matrix instructions would be worth it.
-_MOST_COLUMNS = 8
+#: Most columns of the other factor for f32 arithmetic; columns that tensor cores are worth it for, and most of them.
+_MOST_COLUMNS, _MATRIX_COLUMNS, _MOST_MATRIX_COLUMNS = 8, 5, 64
+#: Rows of a tile and steps of the reduced axis: `Pieces` in csrc/device/tasks/matmul.cuh.
+_HEIGHT, _STEP = 16, 32
 #: Fewer bytes a task are not worth the ring.
 _LEAST_BYTES = 2048
 _TYPES = ("bf16", "f16", "f32")
@@ -37,6 +43,7 @@ class Rows:
       free, columns: parallel axes that the weight has, and has not.
       count: columns of every task.
       chunk_rows, parts: how rows are cut into chunks.
+      height: rows of a tile, of which a chunk holds a piece of each; 0: no tensor cores.
       first: int64 [tasks]: the first element of the weight.
       rows: int64 [tasks].
     """
@@ -49,6 +56,7 @@ class Rows:
     count: int
     chunk_rows: int
     parts: int
+    height: int
     first: np.ndarray
     rows: np.ndarray
 
@@ -105,12 +113,18 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     count = int(sizes[:, columns].prod(axis=1).max(initial=0))
     rows = sizes[:, free].prod(axis=1)
     item = dtypes.itemsize(dtype)
-    cut = cut_rows(depth, item)
-    if cut is None or any(op.space[d] > 1 and other.strides[d] for d in free):
+    if any(op.space[d] > 1 and other.strides[d] for d in free):
         return None
-    if not 0 < count <= _MOST_COLUMNS or not (sizes[:, columns].prod(axis=1) == count).all() or not rows.all():
+    if count == 0 or not (sizes[:, columns].prod(axis=1) == count).all() or not rows.all():
         return None
-    if rows.max(initial=0) * depth * item < _LEAST_BYTES or (cut[1] == 1 and cut[0] * count > 32):
+    if rows.max(initial=0) * depth * item < _LEAST_BYTES:
+        return None
+    # Of two factors the one with fewer rows is no weight.
+    wide = math.prod(op.space[d] for d in free) >= math.prod(op.space[d] for d in columns)
+    same = values[op.operands[other.slot]].dtype == dtype != "f32"
+    height = tile_height(int(rows.max()), depth, count) if same and wide else 0
+    cut = (0, 0) if height else cut_rows(depth, item)
+    if cut is None or (not height and (count > _MOST_COLUMNS or (cut[1] == 1 and cut[0] * count > 32))):
         return None
     # A task's rows are consecutive: axes behind the first one it cuts are whole.
     split = np.zeros(len(boxes), bool)
@@ -126,7 +140,7 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     first = weight.constant + boxes[:, 0, free] @ np.array([weight.strides[d] for d in free], np.int64)
     if np.any(first * item % 16):
         return None
-    return Rows(weight.slot, other.slot, swapped, free, columns, count, *cut, first, rows)
+    return Rows(weight.slot, other.slot, swapped, free, columns, count, *cut, height, first, rows)
 
 
 def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
@@ -138,14 +152,34 @@ def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
     return None
 
 
+def tile_height(rows: int, depth: int, columns: int) -> int:
+    """Rows of a tile for tensor cores; 0: too few or too many columns for them, or an odd reduced axis."""
+    if depth % _STEP or not _MATRIX_COLUMNS <= columns <= _MOST_MATRIX_COLUMNS:
+        return 0
+    height = 1
+    while height < min(rows, _HEIGHT):
+        height *= 2
+    return height
+
+
+def piece_columns(depth: int, height: int, itemsize: int) -> int:
+    """Columns of a piece of a tile: `Pieces` in matmul.cuh."""
+    return min(STAGE_BYTES // height // itemsize // _STEP * _STEP, depth)
+
+
+def sums_bytes(columns: int) -> int:
+    """Bytes of what the warps have of a tile, of two of them where columns are few: `stream_tiles` in matmul.cuh."""
+    return (2 if columns <= 16 else 1) * WARPS * -(-columns // 8) * 8 * _HEIGHT * 4
+
+
 def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
-    """Writes a contraction as ``stream_rows``; False where it is not one."""
+    """Writes a contraction as ``stream_rows`` or ``stream_tiles``; False where it is neither."""
     found = match(frame.plan, op, frame.boxes[member])
     if found is None or not frame.streams:
         return False
     rank, depth = len(op.space), math.prod(op.rspace)
     x = frame.array(op.operands[found.other])
-    if x.kind != "local":
+    if x.wide or x.kind not in (("local", "global") if found.height else ("local",)):
         return False
     low, extents, _ = frame.box(member, rank)
     # The other factor where it lies in scratch: it must be contiguous along the reduced axes, with one step a column.
@@ -184,11 +218,12 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     dtype, x_dtype = frame.values[weight].dtype, frame.values[op.operands[found.other]].dtype
     rows = product([extents[d] for d in found.free])
     # Where the epilogue reads what other warps have just written, it comes behind all chunks: nobody waits before them.
-    later = frame.would_meet(others, outputs)
+    later = not found.height and frame.would_meet(others, outputs)
     sums = frame.scratch_array("f32", int(found.rows.max()) * found.count) if later else None
-    frame.meet([x, *([] if later else others)], [sums] if sums else outputs, joins=found.parts > 1)
+    frame.meet([x, *([] if later else others)], [sums] if sums else outputs, joins=found.parts > 1 or found.height > 0)
     frame.line(f"{title(frame, op)}: streams {dtype} rows")
-    frame.line(f"stream_rows<{dtype}, {x_dtype}, {found.count}, {depth}>(")
+    kind = f"tiles<{dtype}, {found.count}, {depth}, {found.height}, {str(x.kind == 'local').lower()}>"
+    frame.line(f"stream_{kind if found.height else f'rows<{dtype}, {x_dtype}, {found.count}, {depth}>'}(")
     frame.line(f"    c, {start}, {step}, {rows.text},")
     if sums is None:
         frame.lines_of("[&](int row, int m, f32 sum) {", [*decode, *finish], "});")
@@ -202,11 +237,20 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
         for text in (split, f"const f32 sum = {sums.name}[n];", *decode, *finish):
             frame.line(f"  {text}")
         frame.line("});")
-    item = dtypes.itemsize(dtype)
-    chunk = depth // found.parts * item * found.chunk_rows
-    storage = int(frame.plan.value_storage[weight])
-    once = np.ones(len(found.rows), np.int64)
-    frame.code.streams.append(Stream(storage, chunk, found.first * item, found.rows * depth * item, once, 0))
-    if found.parts > 1:
+    frame.code.streams.append(_stream(frame.plan, weight, depth, dtypes.itemsize(dtype), found))
+    if found.height:
+        frame.code.partials = max(frame.code.partials, sums_bytes(found.count))
+    elif found.parts > 1:
         frame.code.partials = max(frame.code.partials, int(found.rows.max()) * found.parts * found.count * 4)
     return True
+
+
+def _stream(plan: Plan, weight: int, depth: int, item: int, found: Rows) -> Stream:
+    """What the producer does for a contraction."""
+    storage = int(plan.value_storage[weight])
+    first = found.first * item
+    if found.height:
+        chunk = piece_columns(depth, found.height, item) * item
+        return Stream(storage, chunk, first, np.full_like(first, depth * item), found.rows, found.height)
+    chunk = depth // found.parts * item * found.chunk_rows
+    return Stream(storage, chunk, first, found.rows * depth * item, np.ones_like(first), 0)

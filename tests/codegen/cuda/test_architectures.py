@@ -35,9 +35,10 @@ KINDS = (
     "while_3",
     "switch_1_1",
     "contract_f64",
+    "attention_direct_3",
 )
 #: And those whose weights stream.
-STREAMED = ("streamed_bfloat16_3", "streamed_parts", "attention", "streamed_loop")
+STREAMED = ("streamed_bfloat16_3", "streamed_parts", "attention", "streamed_loop", "matmul_float16_16", "matmul_large")
 
 
 def planned_for(arch: str, name: str) -> Plan:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES, Rows, cut_rows, match
+from jax_mpk.codegen.cuda import generate
+from jax_mpk.codegen.cuda.stream import STAGE_BYTES, Rows, cut_rows, match, piece_columns
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest
 from jax_mpk.plan.ir import Plan
@@ -62,7 +63,11 @@ def test_every_row_is_streamed_once_for_each_group_of_columns(dtype, columns: in
     assert (read == columns / rows.count).all()
     item = dtypes.itemsize(plan.graph.values[op.operands[rows.weight]].dtype)
     assert (rows.first * item % 16 == 0).all()
-    assert k // rows.parts * item * rows.chunk_rows <= STAGE_BYTES
+    if rows.height:
+        assert columns == 8 and dtype != jnp.float32
+        assert piece_columns(k, rows.height, item) * item * rows.height <= STAGE_BYTES
+    else:
+        assert k // rows.parts * item * rows.chunk_rows <= STAGE_BYTES
 
 
 def test_batched_weights_and_several_axes() -> None:
@@ -80,8 +85,10 @@ def computed(x: jax.Array, w: jax.Array) -> jax.Array:
     ("function", "shapes", "dtype"),
     [
         pytest.param(lambda x, w: x @ w, ((1, 1024), (1024, 4096)), jnp.bfloat16, id="strided along the sum"),
-        pytest.param(rows_of, ((64, 1024), (4096, 1024)), jnp.bfloat16, id="many columns"),
-        pytest.param(rows_of, ((8, 512), (4096, 512)), jnp.bfloat16, id="more sums in a chunk than lanes"),
+        pytest.param(rows_of, ((16, 1024), (4096, 1024)), jnp.float32, id="many columns"),
+        pytest.param(rows_of, ((65, 1024), (4096, 1024)), jnp.bfloat16, id="too many columns"),
+        pytest.param(rows_of, ((16, 1016), (4096, 1016)), jnp.bfloat16, id="many columns, an odd depth"),
+        pytest.param(rows_of, ((8, 256), (4096, 256)), jnp.float32, id="more sums in a chunk than lanes"),
         pytest.param(rows_of, ((1, 1024), (4096, 1024)), jnp.int32, id="integers"),
         pytest.param(rows_of, ((1, 8), (264, 8)), jnp.bfloat16, id="few bytes"),
         pytest.param(rows_of, ((1, 1020), (4096, 1020)), jnp.bfloat16, id="rows of an odd length"),
@@ -128,6 +135,29 @@ def test_chunks(depth: int, item: int) -> None:
     assert parts == 1 or depth * item > STAGE_BYTES  # no more parts than needed
     if parts == 1 and rows < 16:
         assert (rows + 1) * depth * item > STAGE_BYTES
+
+
+def test_the_kernel_cuts_tiles_alike() -> None:
+    lines = ['#include "jax_mpk.cuh"']
+    for depth in (32, 96, 1024, 1120, 2048, 12_288):
+        for height in (1, 2, 4, 8, 16):
+            columns = piece_columns(depth, height, 2)
+            assert columns % 32 == 0 and -(-columns // 64) * 128 * height <= STAGE_BYTES
+            pieces = f"mpk::Pieces<mpk::bf16, {depth}, {height}, {STAGE_BYTES}>"
+            lines.append(f"static_assert({pieces}::kColumns == {columns});")
+    nvrtc.compile_source("\n".join([*lines, 'extern "C" __global__ void nothing() {}']), "sm_90a")
+
+
+@pytest.mark.parametrize(("columns", "dtype"), [(5, jnp.bfloat16), (16, jnp.float16), (64, jnp.bfloat16)])
+def test_many_columns_go_to_tensor_cores(columns: int, dtype: Any) -> None:
+    """Their kernel streams tiles, and nothing spills."""
+    plan, _, _, rows = one(rows_of, (columns, 1024), (4096, 1024), dtype=dtype)
+    assert rows is not None and rows.height == 16 and rows.count == columns
+    assert rows.rows.sum() == 4096
+    program = generate(plan)
+    assert "stream_tiles<" in program.source
+    compiled = nvrtc.compile_source(program.source, program.arch)
+    assert compiled.resources.spill_bytes == 0
 
 
 def test_the_kernel_cuts_rows_alike() -> None:

@@ -39,7 +39,7 @@ struct Shape {
 };
 using C = Context<Shape>;
 
-// functions.py:59 hgt,thd->hgd dot_general  (routines 0)
+// functions.py:68 hgt,thd->hgd dot_general  (routines 0)
 __device__ __forceinline__ void routine_0(C& c) {
   const int at0 = c.box(5);
   s32* const g0 = c.template global<s32>(6);
@@ -97,7 +97,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   const int at3 = c.box(20);
   f32* const l5 = c.template local<f32>(1408);
   const int o3 = at0 * 128 + at2 * 128 + at3 * 128;
-  // new rows, in the place of those the update will overwrite  functions.py:56
+  // new rows, in the place of those the update will overwrite  functions.py:65
   map(c, 64, [&](int n) {
     const int i4 = n;
     const s32 w0 = s0[0];
@@ -109,7 +109,7 @@ __device__ __forceinline__ void routine_0(C& c) {
     s3[i3 * 72 + at2 * 72 + i4 - o2] = s2[at2 * 64 + i4 - o1];
   });
   c.sync();
-  // contract f32[8,4,4,128] over 64  functions.py:56
+  // contract f32[8,4,4,128] over 64  functions.py:65
   reduce<f32, 8, Spread::kStrided>(
       c, live1, 8,
       [&](int n, int r) -> f32 {
@@ -126,7 +126,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   const int o4 = at0 + at2 + at3;
   const auto g6 = c.template tagged<f32>(21);
   c.sync();
-  // reduce f32[8,4,4] over 128  functions.py:58
+  // reduce f32[8,4,4] over 128  functions.py:67
   reduce_live<f32, 32>(
       c, 1, live1, bitcast<f32>(u32(0xff800000u)),
       [&](int n, int r) -> f32 {
@@ -145,7 +145,7 @@ __device__ __forceinline__ void routine_0(C& c) {
       });
   f32* const l6 = c.template local<f32>(1920);
   c.sync();
-  // map f32[8,4,4,128]  functions.py:58
+  // map f32[8,4,4,128]  functions.py:67
   map(c, live1, [&](int n) {
     const int i3 = n;
     const s32 t0 = s0[0];
@@ -156,7 +156,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   });
   const auto g7 = c.template tagged<f32>(22);
   c.sync();
-  // reduce f32[8,4,4] over 128  functions.py:58
+  // reduce f32[8,4,4] over 128  functions.py:67
   reduce_live<f32, 32>(
       c, 1, live1, 0.0f,
       [&](int n, int r) -> f32 {
@@ -170,7 +170,7 @@ __device__ __forceinline__ void routine_0(C& c) {
         g7.put(at0 * 16 + at2 * 4 + at3, a);
       });
   const auto g8 = c.template tagged<f32>(23);
-  // new rows, in the place of those the update will overwrite  functions.py:59
+  // new rows, in the place of those the update will overwrite  functions.py:68
   map(c, 64, [&](int n) {
     const int i3 = n;
     const s32 w0 = s0[0];
@@ -182,7 +182,7 @@ __device__ __forceinline__ void routine_0(C& c) {
     s5[i4 * 72 + at2 * 72 + i3 - o2] = s4[at2 * 64 + i3 - o1];
   });
   c.sync();
-  // contract f32[8,4,4,64] over 128  functions.py:59
+  // contract f32[8,4,4,64] over 128  functions.py:68
   reduce_packs<8, 32>(
       c, 8, live1,
       [&](int n, int r) -> Pack<8> {
@@ -197,7 +197,7 @@ __device__ __forceinline__ void routine_0(C& c) {
       });
 }
 
-// functions.py:60 convert_element_type  (routines 1)
+// functions.py:69 convert_element_type  (routines 1)
 __device__ __forceinline__ void routine_1(C& c) {
   const auto g0 = c.template tagged<f32>(5);
   const int at0 = c.box(6);
@@ -205,29 +205,33 @@ __device__ __forceinline__ void routine_1(C& c) {
   f32* const s0 = c.template local<f32>(512);
   const int o0 = at0 + at1;
   // waits for f32[8,4,4]
-  for (int n = 0; n < 8; ++n) {
+  stage_each(c, g0, 8, 0, 1,
+      [&](int k, const BringOne<f32, C>& bring) {
+    const int n = k / 1;
     const int n0 = n;
-    stage<true>(c, g0, at0 * 4 + at1 + n0 * 16, 1, s0 + n0 * 1, 0, 1);
-  }
+    bring(at0 * 4 + at1 + n0 * 16 + k % 1, s0 + n0 * 1 + k % 1);
+  });
   const auto g1 = c.template tagged<f32>(8);
   f32* const s1 = c.template local<f32>(640);
   // waits for f32[8,4,4]
-  for (int n = 0; n < 8; ++n) {
+  stage_each(c, g1, 8, 1, 1,
+      [&](int k, const BringOne<f32, C>& bring) {
+    const int n = k / 1;
     const int n0 = n;
-    stage<true>(c, g1, at0 * 4 + at1 + n0 * 16, 1, s1 + n0 * 1, 1, 1);
-  }
+    bring(at0 * 4 + at1 + n0 * 16 + k % 1, s1 + n0 * 1 + k % 1);
+  });
   const auto g2 = c.template tagged<f32>(9);
   f32* const s2 = c.template local<f32>(768);
   const int o1 = at0 * 64 + at1 * 64;
   // waits for f32[8,4,4,64]
-  for (int n = 0; n < 8; ++n) {
+  for (int n = c.warp() - 2; 0 <= n && n < 8 && c.warp() < 11; n += 9) {
     const int n0 = n;
-    stage<true>(c, g2, at0 * 256 + at1 * 64 + n0 * 1024, 64, s2 + n0 * 64, 2, 9);
+    stage<true>(c, g2, at0 * 256 + at1 * 64 + n0 * 1024, 64, s2 + n0 * 64, c.warp(), 1);
   }
   c.sync();
   c.stamp(1);
   f32* const l0 = c.template local<f32>(0);
-  // reduce f32[4,4] over 8  functions.py:58
+  // reduce f32[4,4] over 8  functions.py:67
   reduce<f32, 8, Spread::kStrided>(
       c, 1, 8,
       [&](int n, int r) -> f32 {
@@ -242,7 +246,7 @@ __device__ __forceinline__ void routine_1(C& c) {
       });
   f32* const l2 = c.template local<f32>(128);
   c.sync();
-  // reduce f32[4,4] over 8  functions.py:58
+  // reduce f32[4,4] over 8  functions.py:67
   reduce<f32, 8, Spread::kStrided>(
       c, 1, 8,
       [&](int n, int r) -> f32 {
@@ -258,7 +262,7 @@ __device__ __forceinline__ void routine_1(C& c) {
       });
   f32* const l3 = c.template local<f32>(192);
   c.sync();
-  // reduce f32[4,4,64] over 8  functions.py:59
+  // reduce f32[4,4,64] over 8  functions.py:68
   reduce<f32, 4, Spread::kStrided>(
       c, 64, 8,
       [&](int n, int r) -> f32 {
@@ -277,21 +281,21 @@ __device__ __forceinline__ void routine_1(C& c) {
   const int at2 = c.box(10);
   bf16* const g3 = c.template global<bf16>(11);
   c.sync();
-  // map bf16[16,64]  functions.py:60
+  // map bf16[16,64]  functions.py:69
   map(c, 64, [&](int n) {
     const int i1 = n;
     g3[at2 * 64 + i1] = convert<bf16>(l3[(at2 / 4) * 64 + (at2 % 4) * 64 + i1 - o1]);
   });
 }
 
-// functions.py:53 dynamic_update_slice  (routines 2)
+// functions.py:62 dynamic_update_slice  (routines 2)
 __device__ __forceinline__ void routine_2(C& c) {
   c.stamp(1);
   const int at0 = c.box(5);
   s32* const g0 = c.template global<s32>(6);
   bf16* const g1 = c.template global<bf16>(8);
   bf16* const g2 = c.template global<bf16>(10);
-  // update bf16[1024,4,64]  functions.py:53
+  // update bf16[1024,4,64]  functions.py:62
   update_each(
       c, 64,
       [&](int n) -> s64 {
@@ -306,14 +310,14 @@ __device__ __forceinline__ void routine_2(C& c) {
       });
 }
 
-// functions.py:54 dynamic_update_slice  (routines 3)
+// functions.py:63 dynamic_update_slice  (routines 3)
 __device__ __forceinline__ void routine_3(C& c) {
   c.stamp(1);
   const int at0 = c.box(5);
   s32* const g0 = c.template global<s32>(6);
   bf16* const g1 = c.template global<bf16>(8);
   bf16* const g2 = c.template global<bf16>(10);
-  // update bf16[1024,4,64]  functions.py:54
+  // update bf16[1024,4,64]  functions.py:63
   update_each(
       c, 64,
       [&](int n) -> s64 {
@@ -341,7 +345,7 @@ __device__ __forceinline__ void Shape::run(Any& c, u32 routine) {
 __device__ void Shape::live_rows(const Launch& launch, u32 way, int at, int& first, int& count) {
   switch (way) {
     case 0: {
-      const s64 t0 = s64(int(launch.template at<s32>(5)[0])) + s64(1);
+      const s64 t0 = s64(int(static_cast<const s32*>(launch.buffers[5])[0])) + s64(1);
       const int t1 = (t0 > s64(0)) ? int(op_min(op_max(t0, s64(1)), s64(1024))) : 1024;
       const int t2 = (t1 + 7) / 8;
       const int t3 = at * t2;

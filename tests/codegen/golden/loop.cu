@@ -38,11 +38,11 @@ struct Shape {
 };
 using C = Context<Shape>;
 
-// functions.py:73 scan  (routines 0)
+// functions.py:82 scan  (routines 0)
 __device__ __forceinline__ void routine_0(C& c) {
   c.stamp(1);
   s32* const g0 = c.template global<s32>(5);
-  // map s32[]  functions.py:73
+  // map s32[]  functions.py:82
   map(c, 1, [&](int n) {
     g0[0] = 0;
   });
@@ -66,7 +66,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   });
 }
 
-// functions.py:69 squeeze  (routines 2)
+// functions.py:78 squeeze  (routines 2)
 __device__ __forceinline__ void routine_2(C& c) {
   s32* const g0 = c.template global<s32>(5);
   s32* const s0 = c.template local<s32>(128);
@@ -85,7 +85,7 @@ __device__ __forceinline__ void routine_2(C& c) {
   c.sync();
   c.stamp(1);
   bf16* const g2 = c.template global<bf16>(9);
-  // map bf16[256]  functions.py:69
+  // map bf16[256]  functions.py:78
   map(c, 256, [&](int n) {
     const int i0 = n;
     const s32 t0 = s0[0];
@@ -94,11 +94,11 @@ __device__ __forceinline__ void routine_2(C& c) {
   });
 }
 
-// functions.py:69 convert_element_type  (routines 3)
+// functions.py:78 convert_element_type  (routines 3)
 __device__ __forceinline__ void routine_3(C& c) {
   c.stamp(1);
   s32* const g0 = c.template global<s32>(5);
-  // map s32[]  functions.py:69
+  // map s32[]  functions.py:78
   map(c, 1, [&](int n) {
     const s32 t0 = op_rem(g0[0], 2);
     const s32 t1 = convert<s32>(((((t0 < 0) != false) & (t0 != 0)) ? op_add(t0, 2) : t0) == 0);
@@ -106,7 +106,7 @@ __device__ __forceinline__ void routine_3(C& c) {
   });
 }
 
-// functions.py:69 add  (routines 4)
+// functions.py:78 add  (routines 4)
 __device__ __forceinline__ void routine_4(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(0);
@@ -118,14 +118,14 @@ __device__ __forceinline__ void routine_4(C& c) {
   c.sync();
   c.stamp(1);
   bf16* const g1 = c.template global<bf16>(7);
-  // map bf16[256]  functions.py:69
+  // map bf16[256]  functions.py:78
   map(c, 256, [&](int n) {
     const int i0 = n;
     g1[i0] = convert<bf16>(convert<f32>(s0[i0]) + 1.0f);
   });
 }
 
-// functions.py:69 mul  (routines 5)
+// functions.py:78 mul  (routines 5)
 __device__ __forceinline__ void routine_5(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(0);
@@ -137,20 +137,20 @@ __device__ __forceinline__ void routine_5(C& c) {
   c.sync();
   c.stamp(1);
   bf16* const g1 = c.template global<bf16>(7);
-  // map bf16[256]  functions.py:69
+  // map bf16[256]  functions.py:78
   map(c, 256, [&](int n) {
     const int i0 = n;
     g1[i0] = convert<bf16>(convert<f32>(s0[i0]) * 2.0f);
   });
 }
 
-// functions.py:70 dynamic_update_slice  (routines 6)
+// functions.py:79 dynamic_update_slice  (routines 6)
 __device__ __forceinline__ void routine_6(C& c) {
   c.stamp(1);
   s32* const g0 = c.template global<s32>(5);
   bf16* const g1 = c.template global<bf16>(7);
   bf16* const g2 = c.template global<bf16>(9);
-  // update bf16[64,256]  functions.py:70
+  // update bf16[64,256]  functions.py:79
   update_each(
       c, 256,
       [&](int n) -> s64 {
@@ -187,7 +187,7 @@ __device__ __forceinline__ void routine_8(C& c) {
   c.sync();
   c.stamp(1);
   s32* const l0 = c.template local<s32>(0);
-  // reduce s32[] over 256  functions.py:71
+  // reduce s32[] over 256  functions.py:80
   reduce<Accumulators<f32, s64>, 32, Spread::kStrided>(
       c, 1, 256,
       [&](int n, int r) -> Accumulators<f32, s64> {

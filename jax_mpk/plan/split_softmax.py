@@ -47,7 +47,8 @@ def split_softmax(graph: Graph, target: Target) -> Graph:
             if found is None or chunks == 1:
                 ops.append(op)
                 continue
-            scored = _scored(found, makers) if target.live_keys else {}
+            part = _value_bytes(found) // (chunks * math.prod(found.row_extents[: found.own]))
+            scored = _scored(found, makers) if part <= target.live_bytes else {}
             ops += _Split(values, found, chunks, scored).ops()
         return prune(Block(tuple(ops), block.results), set())
 
@@ -63,12 +64,9 @@ def _chunks(values: list[Value], found: Attention, target: Target) -> int:
     has to merge them before anything else.
     """
     out, keys = found.out, found.keys
-    load = out.body.nodes[found.values]
-    indexed = {node.attr for node in out.body.only(*load.args).nodes if node.op == "coord"}
     own, group = math.prod(found.row_extents[: found.own]), math.prod(found.row_extents[found.own :])
-    # As many bytes of keys as of values.
-    once = 2 * math.prod((out.space + out.rspace)[d] for d in indexed) * dtypes.itemsize(load.dtype)
-    size = once // 2
+    size = _value_bytes(found)
+    once = 2 * size  # as many bytes of keys as of values
     flops = 4 * math.prod(out.space) * keys
     written = math.prod(out.space) * dtypes.itemsize(_part_dtype(values, found))
     best = math.inf, 1
@@ -85,6 +83,14 @@ def _chunks(values: list[Value], found: Attention, target: Target) -> int:
             seconds += costs.task_seconds(target, chunks * written, 0.0, 0.0)
         best = min(best, (float(seconds), chunks))
     return best[1]
+
+
+def _value_bytes(found: Attention) -> int:
+    """Bytes of all values."""
+    out = found.out
+    load = out.body.nodes[found.values]
+    indexed = {node.attr for node in out.body.only(*load.args).nodes if node.op == "coord"}
+    return math.prod((out.space + out.rspace)[d] for d in indexed) * dtypes.itemsize(load.dtype)
 
 
 def _divisors(number: int) -> list[int]:

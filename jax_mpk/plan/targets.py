@@ -31,7 +31,7 @@ def cpu(workers: int, tagged: bool = False) -> Target:
         task_overhead=0.5e-6,
         granule=16,
         tagged_bytes=1 << 20 if tagged else 0,
-        live_keys=tagged,
+        live_bytes=1 << 20 if tagged else 0,
     )
 
 
@@ -48,9 +48,9 @@ H100 = Target(
     handoff=0.8e-6,
     task_overhead=0.05e-6,
     granule=64,
-    tagged_bytes=256 << 10,
+    tagged_bytes=128 << 10,
     contracted_last=True,
-    live_keys=True,
+    live_bytes=36 << 10,
 )
 
 #: One H200 SXM: the same chip with faster memory; its rated bandwidth at the H100's share of what can be read.

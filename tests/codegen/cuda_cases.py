@@ -90,11 +90,11 @@ def _attention(x: jax.Array, w: jax.Array, keys: jax.Array, values: jax.Array, a
 
 
 def _grouped(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array) -> Any:
-    """Several queries for each key, with keys and values too many to be copied to scratch."""
+    """Several queries for each key, with keys and values too many to be copied to scratch; all are read."""
     keys = lax.dynamic_update_slice_in_dim(keys, k, at, 0)
     values = lax.dynamic_update_slice_in_dim(values, v, at, 0)
     scores = jnp.einsum("hgd,khd->hgk", q, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(jnp.arange(keys.shape[0]) <= at, scores * 0.0625, -jnp.inf)
+    scores = jnp.where(jnp.arange(keys.shape[0]) <= at, scores * 0.0625, -1e9)
     weights = jax.nn.softmax(scores, -1).astype(values.dtype)
     return jnp.einsum("hgk,khd->hgd", weights, values), keys, values
 

@@ -52,13 +52,6 @@ struct Launch {
   Record* record;
   u64 deadline_ns;    // of one wait; 0: none
   void* buffers[N];
-
-#ifdef __CUDACC__
-  template <class T>
-  __device__ const T* at(int buffer) const {
-    return static_cast<const T*>(buffers[buffer]);
-  }
-#endif
 };
 
 static_assert(sizeof(u32) == 4 && sizeof(u64) == 8 && sizeof(void*) == 8, "sizes of the host and the device differ");

@@ -530,7 +530,7 @@ class Frame:
 
         def load(slot: int, indices: list[Term], dtype: str, pred: str | None) -> str:
             where = offset(indices, row_major(self.values[self.live.operands[slot]].shape))
-            return f"launch.template at<{dtype}>({self.plan.storages[stored[slot]].index})[{where}]"
+            return f"static_cast<const {dtype}*>(launch.buffers[{self.plan.storages[stored[slot]].index}])[{where}]"
 
         written = Scalars(expr, [Term("at")] * len(self.live.columns), load)
         first, count = written.results()

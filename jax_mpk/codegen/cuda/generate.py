@@ -116,7 +116,8 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
         room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0)
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
         staged = staging.of(number, tasks)
-        far: set[int] = set()  # values with live parts that do not fit into scratch
+        # Values whose live parts do not begin scratch: staged boxes begin where the plan says, others do not fit.
+        far = {s.value for s in staged}
         while True:
             live = live_members(plan, routine, ops, boxes, far)
             copied = copies(plan, routine, live, boxes)

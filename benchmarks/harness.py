@@ -23,6 +23,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+#: The commit of a checkout of which git knows nothing.
+UNKNOWN = "unknown"
 
 Row = dict[str, Any]
 
@@ -141,7 +143,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return UNKNOWN
 
 
 def write(rows: Sequence[Row], path: Path, *, commit: str | None = None, **about: Any) -> None:
@@ -149,12 +151,14 @@ def write(rows: Sequence[Row], path: Path, *, commit: str | None = None, **about
 
     Args:
         rows: the measurements.
-        path: JSON file.
+        path: JSON file. Rows whose commit nobody knows are no record: they go to ``<name>.unknown.json`` beside it.
         commit: the checkout's commit, where git cannot say.
         about: further fields beside the rows, such as the command's options.
     """
     here = environment() | ({"commit": commit} if commit else {})
     document = {**about, "command": _command(sys.orig_argv[1:]), "rows": [{**row, **here} for row in rows]}
+    if here["commit"] == UNKNOWN:
+        path = path.with_suffix(f".{UNKNOWN}{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote {path}")

@@ -22,14 +22,18 @@ struct Watch {
   __device__ StateHeader* header() const { return static_cast<StateHeader*>(launch->state); }
   __device__ bool aborted() const { return load_relaxed(&header()->abort) != 0; }
 
+  // How long a wait may last, in quarters of the deadline: what may be late because another wait is outlasts that one,
+  // which knows more.
+  enum Patience { kForItself = 4, kForAnother, kForAll };
+
   // Repeats `done` until it holds; false: the launch gave up.
   template <class Done, class Report>
-  __device__ __forceinline__ bool until(Done&& done, Report&& report) const {
+  __device__ __forceinline__ bool until(Done&& done, Report&& report, Patience patience = kForAnother) const {
     u64 start = 0;
 #pragma unroll 1
     for (u32 spins = 1; !done(); ++spins) {
       if (spins % 256 != 0) continue;
-      const Late late = look(start);
+      const Late late = look(start, patience);
       if (late == kFirst) report();
       if (late != kInTime) return false;
     }
@@ -51,11 +55,11 @@ struct Watch {
 
   // Whether it is time to give up, and whether this thread is the first to find that.
   enum Late { kInTime, kAborted, kFirst };
-  __device__ __noinline__ Late look(u64& start) const {
+  __device__ __noinline__ Late look(u64& start, Patience patience) const {
     if (aborted()) return kAborted;
     const u64 now = nanoseconds();
     if (start == 0) start = now;
-    if (launch->deadline_ns == 0 || now - start <= launch->deadline_ns) return kInTime;
+    if (launch->deadline_ns == 0 || now - start <= launch->deadline_ns / 4 * patience) return kInTime;
     return atomicCAS(&header()->abort, 0u, 1u) == 0 ? kFirst : kAborted;
   }
 
@@ -69,7 +73,7 @@ struct Watch {
   __device__ bool barrier(u32 number, u32 threshold) const {
     u32 seen;
     return until([&] { return static_cast<s32>((seen = load_acquire(&header()->arrivals)) - threshold) >= 0; },
-                 [&] { note(kNoTask, kWaitBarrier, number, threshold, seen); });
+                 [&] { note(kNoTask, kWaitBarrier, number, threshold, seen); }, kForAll);
   }
 };
 

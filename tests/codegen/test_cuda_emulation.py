@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_mpk.codegen.cuda import generate
 from tests.codegen import cuda_emulation
 from tests.codegen.cuda_cases import CASES, Case
 from tests.codegen.test_cuda_compiles import plan_of
@@ -59,3 +61,24 @@ def test_random_program(family: str, seed: int) -> None:
     plan, inputs = plan_of(program.function(), expected.args, workers=WORKERS[seed % len(WORKERS)])
     got = cuda_emulation.run(plan, inputs, launches=1 + seed % 2, seed=seed)
     assert disagreement(program, expected, got) is None
+
+
+def _many_layers(q: jax.Array, k: jax.Array, v: jax.Array, kept: jax.Array, last: jax.Array) -> jax.Array:
+    at = jnp.arange(k.shape[1])
+    visible = (at <= last) & (jnp.sin(jnp.tanh(kept)) > 0)
+    for _ in range(28):  # too many for each to compute its own mask
+        scores = jnp.where(visible, jnp.einsum("bhd,bshd->bhs", q, k) / 8, -jnp.inf)
+        q = q / 2 + jnp.einsum("bhs,bshd->bhd", jax.nn.softmax(scores), v)
+    return q
+
+
+def test_a_mask_handed_over_is_read_where_live_keys_begin() -> None:
+    rng = np.random.default_rng(0)
+    shapes = (1, 4, 32), (1, 256, 4, 32), (1, 256, 4, 32), (256,)
+    args = [*(rng.standard_normal(s, np.float32) for s in shapes), np.int32(200)]
+    plan, inputs = plan_of(_many_layers, args, workers=16)
+    text = generate(plan).source
+    assert "waits for b1[256]" in text and "reduce_live" in text
+    for seed in range(2):  # scratch begins with ones or with zeros
+        (got,) = cuda_emulation.run(plan, inputs, seed=seed)
+        np.testing.assert_allclose(got, jax.jit(_many_layers)(*args), rtol=1e-5, atol=1e-5)

@@ -1,13 +1,16 @@
 """Damages programs word by word: every damaged one must be refused or run within its buffers.
 
 Run as a script, so that a crash is seen from outside: ``python tests/host/fuzz_program.py SEED COUNT``. Prints how many
-were refused and how many ran.
+were refused, how many ran, and how many ran for so long that they were stopped.
 """
 
 from __future__ import annotations
 
+import collections
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from jax_mpk.plan.ir import Plan
 from tests.codegen.harness import plan_of
 
 F32 = np.ones
+#: Seconds of CPU after which a program is stopped: a damaged count of updates or rounds can be any number.
+PATIENCE = 3.0
 
 
 def _step(x: Any, w: Any, cache: Any, new: Any, at: Any) -> Any:
@@ -79,36 +84,63 @@ def damage(words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return words
 
 
+def tried(plan: Plan, damaged: np.ndarray) -> str:
+    """What becomes of a program: "refused", "large" (not run), "ok" or "failed"."""
+    try:
+        executable = _native.parse_program(damaged.tobytes())
+    except (RuntimeError, ValueError) as error:
+        assert str(error), "a refusal says why"
+        return "refused"
+    if executable.workspace_bytes > 1 << 24 or executable.scratch_bytes > 1 << 24:
+        return "large"
+    sizes = {s.index: s.nbytes for s in plan.storages if s.kind == "input"}
+    inputs = [np.zeros(sizes.get(i, 0), np.uint8) for i in range(len(plan.graph.inputs))]
+    outputs = [np.zeros(s.nbytes, np.uint8) for s in plan.storages if s.kind == "output"]
+    workspace = [np.zeros(executable.workspace_bytes, np.uint8)] if executable.workspace_bytes else []
+    signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE)
+    try:
+        return "ok" if executable.run(inputs, outputs + workspace, threads=1).kind == "ok" else "failed"
+    except (RuntimeError, ValueError):
+        return "refused"
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def tried_elsewhere(programs: Sequence[tuple[Plan, np.ndarray]]) -> list[str]:
+    """What becomes of programs in a process of their own, up to the first that does not end ("endless")."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        for program in programs:
+            os.write(writer, f"{tried(*program)}\n".encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as lines:
+        found = lines.read().split()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGVTALRM:
+        return [*found, "endless"]
+    if status != 0:
+        raise SystemExit(f"program {len(found)} of {len(programs)} ended its process with status {status}")
+    return found
+
+
 def main(seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
-    refused = ran = failed = 0
     everything = [(plan, encode(plan).words) for plan in plans()]
+    programs = []
     for k in range(count):
         plan, words = everything[k % len(everything)]
-        if k % 50 == 49:
-            damaged = words[: int(rng.integers(len(words)))]
-        else:
-            damaged = damage(words, rng)
-        try:
-            executable = _native.parse_program(damaged.tobytes())
-        except (RuntimeError, ValueError) as error:
-            assert str(error), "a refusal says why"
-            refused += 1
-            continue
-        if executable.workspace_bytes > 1 << 24 or executable.scratch_bytes > 1 << 24:
-            continue
-        sizes = {s.index: s.nbytes for s in plan.storages if s.kind == "input"}
-        inputs = [np.zeros(sizes.get(i, 0), np.uint8) for i in range(len(plan.graph.inputs))]
-        outputs = [np.zeros(s.nbytes, np.uint8) for s in plan.storages if s.kind == "output"]
-        workspace = [np.zeros(executable.workspace_bytes, np.uint8)] if executable.workspace_bytes else []
-        try:
-            outcome = executable.run(inputs, outputs + workspace, threads=1)
-        except (RuntimeError, ValueError):
-            refused += 1
-            continue
-        ran += 1
-        failed += outcome.kind != "ok"
-    print(f"{count} damaged programs: {refused} refused, {ran} ran, {failed} of them reported a failure")
+        damaged = words[: int(rng.integers(len(words)))] if k % 50 == 49 else damage(words, rng)
+        programs.append((plan, damaged))
+    found: list[str] = []
+    while len(found) < count:
+        found += tried_elsewhere(programs[len(found) :])
+    n = collections.Counter(found)
+    print(
+        f"{count} damaged programs: {n['refused']} refused, {n['ok'] + n['failed']} ran, "
+        f"{n['failed']} of them reported a failure, {n['endless']} were stopped"
+    )
 
 
 if __name__ == "__main__":

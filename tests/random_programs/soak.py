@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--programs", type=int, default=20_000)
     add("--processes", type=int, default=harness.cores())
     add("--out", type=Path, default=harness.RESULTS / "random_programs.json")
+    add("--commit", help="where git cannot say")
     options = parser.parse_args(argv)
     log = options.out.with_suffix(".jsonl")
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{chunk['family']} {seed}: {message}", flush=True)
             print(f"{len(done)} of {len(wanted)} chunks", flush=True)
     row = summary(done)
-    harness.write([row], options.out, programs_asked=options.programs)
+    harness.write([row], options.out, commit=options.commit, programs_asked=options.programs)
     print(f"{row['programs']} programs, {len(row['wrong'])} wrong, {row['refused']} that jax.jit refuses")
     return 1 if row["wrong"] else 0
 

@@ -104,9 +104,8 @@ __device__ __forceinline__ void reduce_live(const C& c, int outputs, int depth, 
   }
 }
 
-// Each output by all threads; depth is at least their number. `everyone`: every thread finishes, to the same effect, and
-// there is no barrier behind; else the first thread does.
-template <class Acc, Spread spread, bool everyone, class C, class Body, class Combine, class Finish>
+// Each output by all threads; depth is at least their number. A barrier is behind.
+template <class Acc, Spread spread, class C, class Body, class Combine, class Finish>
 __device__ __forceinline__ void reduce_together(const C& c, int outputs, int depth, Body&& body, Combine&& combine,
                                                 Finish&& finish) {
   const int first = spread == Spread::kStrided ? c.thread() : static_cast<int>(s64(depth) * c.thread() / C::kThreads);
@@ -120,16 +119,15 @@ __device__ __forceinline__ void reduce_together(const C& c, int outputs, int dep
 #pragma unroll 4
     for (int r = first + kStep; r < last; r += kStep) acc = combine(acc, body(output, r));
     acc = across_lanes<kWarp>(acc, combine);
-    if (everyone && output > 0) c.sync();
     if (c.lane() == 0) partials[c.warp()] = acc;
     c.sync();
-    if (everyone || c.thread() == 0) {
+    if (c.thread() == 0) {
       Acc all = partials[0];
 #pragma unroll kUnroll
       for (int w = 1; w < C::kWarps; ++w) all = combine(all, partials[w]);
       finish(output, all);
     }
-    if (!everyone) c.sync();
+    c.sync();
   }
 }
 

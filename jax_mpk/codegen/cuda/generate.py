@@ -117,15 +117,16 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
         room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0) - reserved
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
         staged = staging.of(number, tasks)
-        far: set[int] = set()  # values with live parts that do not fit into scratch
+        # Values whose live parts do not begin scratch: staged boxes begin where the plan says, others do not fit.
+        barred = {s.value for s in staged}
         while True:
-            live = live_members(plan, routine, ops, boxes, far)
+            live = live_members(plan, routine, ops, boxes, barred)
             copied = copies(plan, routine, live, boxes)
             frame = Frame(plan, routine, live, boxes, staged, copied, memory, views, room=room, streams=streams)
             left = {v for v in live.shifts if not frame.brings(v)}
             if not left:
                 break
-            far |= left
+            barred |= left
         for m, op in enumerate(live.ops):
             if op is None:
                 continue

@@ -59,8 +59,7 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
         return
     operands = [frame.array(v) for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
-    everyone = together and all(a.kind == "local" for a in outputs)
-    frame.meet(operands, outputs, joins=together, alike=everyone)
+    frame.meet(operands, outputs, joins=together)
     frame.line(title(frame, op))
     if most == 0:
         return
@@ -72,7 +71,7 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
         frame.line(f"reduce_live<{acc}, {group(most, depth)}>(")
         frame.line(f"    c, {product(extents).text}, {count.text}, {nothing(op.combine, acc)},")
     elif together:
-        frame.line(f"reduce_together<{acc}, {spread}, {'true' if everyone else 'false'}>(")
+        frame.line(f"reduce_together<{acc}, {spread}>(")
         frame.code.partials = max(frame.code.partials, partials(op.acc))
     else:
         frame.line(f"reduce<{acc}, {group(most, depth)}, {spread}>(")
@@ -84,7 +83,7 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     frame.lines_of(f"[&]({acc} a, {acc} b) -> {acc} {{", combined(op.combine, op.acc), "},")
     finish = stores(op.epilogue, coords, loader(operands), outputs, lambda node: accumulator(op.acc, "a", node))
     frame.lines_of(f"[&](int n, {acc} a) {{", [*decode, *finish], "});")
-    if together and not everyone:
+    if together:
         frame.met()
 
 

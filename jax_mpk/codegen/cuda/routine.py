@@ -566,15 +566,12 @@ class Frame:
 
     # -- where threads meet ------------------------------------------------------------------------------------
 
-    def meet(
-        self, reads: Sequence[Array], writes: Sequence[Array], *, joins: bool = False, alike: bool = False
-    ) -> None:
+    def meet(self, reads: Sequence[Array], writes: Sequence[Array], *, joins: bool = False) -> None:
         """A barrier, if what comes next touches what earlier code of the routine wrote, or overwrites what it read.
 
         Args:
           reads, writes: what comes next.
           joins: it uses the partials.
-          alike: every thread writes the same, and reads it without a barrier.
         """
         new = _touched(reads, writes)
         if joins:
@@ -582,7 +579,7 @@ class Frame:
         if self._meets(new):
             self.line("c.sync();")
             self._since.clear()
-        self._since += [(place, wrote and not alike) for place, wrote in new]
+        self._since += new
 
     def would_meet(self, reads: Sequence[Array], writes: Sequence[Array]) -> bool:
         """Whether ``meet`` would put a barrier there."""

@@ -114,7 +114,7 @@ extern "C" int emulate(void (*kernel)(const void*), const void* parameter, int w
     Cta& cta = ctas[static_cast<size_t>(w)];
     const size_t size = (static_cast<size_t>(shared_bytes) + 2047) / 1024 * 1024;
     cta.shared = static_cast<char*>(std::aligned_alloc(1024, size));
-    std::memset(cta.shared, 0xFF, size);  // NaN, and no index
+    std::memset(cta.shared, seed % 2 ? 0 : 0xFF, size);  // zero and false; NaN, true and no index
     cta.total = threads;
     cta.warps.resize(static_cast<size_t>((threads + 31) / 32));
     for (int t = 0; t < threads; ++t) {

@@ -170,18 +170,6 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
   }
 }
 
-// The same, of bytes that are read once; 16 of them.
-__device__ __forceinline__ void copy_async(void* to, const void* from, u64 policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "l"(policy)
-               : "memory");
-}
-
-// A phase of the barrier does not end before this thread's copies have landed.
-__device__ __forceinline__ void copies_arrive(u64* b) {
-  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
-}
-
 // Lets so many cycles pass.
 __device__ __forceinline__ void pause(u32 cycles) {
   u32 start, now;

@@ -13,7 +13,7 @@
 namespace mpk {
 
 // What the producer does for a task, see tables.py: consecutive bytes of a buffer that the task streams; or, where
-// `height` is not 0, `rows` rows of `bytes` bytes, `height` at a time, chunk_bytes of each per chunk; or, where
+// `height` is not 0, `rows` rows of `bytes` bytes in tiles, chunk_bytes of `height` rows each per chunk; or, where
 // chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the L2 cache; or
 // the same with chunk_bytes 1, of more bytes than may be asked for at once. Where chunk_bytes is at least kLiveRows,
 // Shape::live_rows says which rows these are, given the number in `rows`.
@@ -27,6 +27,11 @@ struct StreamJob {
 };
 static_assert(sizeof(StreamJob) == 32);
 constexpr u32 kLiveRows = 1u << 30;
+
+// Tiles, see matmul.cuh: most rows of one; bytes from row to row in a stage, an odd number of halves of a line, so that two
+// rows are read without bank conflicts.
+constexpr int kTileRows = 16;
+__device__ constexpr int tile_pitch(int bytes) { return bytes / 64 % 2 != 0 ? bytes : bytes + 64; }
 
 // The consumer's side.
 template <class Shape>
@@ -69,7 +74,10 @@ struct Ring {
       c.watch().note(task, kWaitBulkLoad, number, before + 1, before);
     };
     const bool ok = c.watch().until([&] { return barrier_done(full(stage), parity); }, report, Watch::kForItself);
-    return ok ? Shape::kRing + static_cast<int>(stage) * Shape::kStageBytes : -1;
+    return ok ? place(number) : -1;
+  }
+  __device__ static int place(u32 number) {
+    return Shape::kRing + static_cast<int>(number % Shape::kStages) * Shape::kStagePitch;
   }
 
   // One thread, after all its warp has read.
@@ -137,13 +145,11 @@ struct Producer {
           }
 #pragma unroll 1
           for (u32 row = lane; row < job.rows; row += 32) prefetch(at(job) + u64(row) * job.stride, job.bytes);
-        } else if (job.chunk_bytes == 1) {
+        } else if (Shape::kPaced != 0 && job.chunk_bytes == 1) {
           prefetch_slowly(job);
-        } else if (job.height != 0) {
-          next = __shfl_sync(~0u, next, 0);
-          stream_tiles(job);
         } else if (lane == 0) {
-          stream(job);
+          if (Shape::kStagePitch != Shape::kStageBytes && job.height != 0) stream_tiles(job);
+          else stream(job);
         }
       }
       __syncwarp();
@@ -231,40 +237,32 @@ struct Producer {
       const u32 stage = next % Shape::kStages;
       const u32 size = static_cast<u32>(min(u64(job.chunk_bytes), job.bytes - done));
       barrier_expect(R::full(stage), size);
-      bulk_load(shared_at<char>(Shape::kRing + stage * Shape::kStageBytes), from + done, size, R::full(stage), policy);
+      bulk_load(shared_at<char>(R::place(next)), from + done, size, R::full(stage), policy);
     }
   }
 
-  // Rows are too short for bulk copies, which take as long as 50 cycles each: the lanes copy 16 bytes at a time. Bytes
-  // of odd rows change places within every 128, so that two rows are read without bank conflicts.
+  // Of each tile one piece of columns after the other.
   __device__ void stream_tiles(const StreamJob& job) {
     using R = Ring<Shape>;
-    const u32 length = static_cast<u32>(job.bytes), pitch = (job.chunk_bytes + 127) / 128 * 128;
+    const u32 length = static_cast<u32>(job.bytes), pitch = tile_pitch(job.chunk_bytes);
 #pragma unroll 1
-    for (u32 row = 0; row < job.rows; row += job.height) {
-      const u32 count = min(job.height, job.rows - row);
-      const char* from = at(job) + u64(row) * length;
+    for (u32 tile = 0; tile < job.rows; tile += kTileRows) {
+      const u32 end = min(tile + kTileRows, job.rows);
 #pragma unroll 1
-      for (u32 done = 0; done < length; done += job.chunk_bytes, ++next) {
-        const u32 stage = next % Shape::kStages, size = min(job.chunk_bytes, length - done);
-        const bool go = lane != 0 || room();
-        if (!__all_sync(~0u, go)) return;
-        char* to = shared_at<char>(Shape::kRing + stage * Shape::kStageBytes);
+      for (u32 done = 0; done < length; done += job.chunk_bytes) {
+        const u32 size = min(job.chunk_bytes, length - done);
 #pragma unroll 1
-        for (u32 k = lane * 16; k < size; k += 512) {
-          const char* source = from + done + k;
-          char *even = to + k, *odd = to + pitch + (k ^ 64);
-          u32 r = 0;
-#pragma unroll 4
-          for (; r + 2 <= count; r += 2, source += 2 * u64(length), even += 2 * pitch, odd += 2 * pitch) {
-            copy_async(even, source, policy);
-            copy_async(odd, source + length, policy);
+        for (u32 row = tile; row < end; row += job.height, ++next) {
+          if (!room()) return;
+          const u32 count = min(job.height, end - row);
+          u64* full = R::full(next % Shape::kStages);
+          barrier_expect(full, size * count);
+          const char* from = at(job) + u64(row) * length + done;
+#pragma unroll 1
+          for (u32 r = 0; r < count; ++r, from += length) {
+            bulk_load(shared_at<char>(R::place(next) + r * pitch), from, size, full, policy);
           }
-          if (r < count) copy_async(even, source, policy);
         }
-        copies_arrive(R::full(stage));
-        __syncwarp();
-        if (lane == 0) barrier_arrive(R::full(stage));
       }
     }
   }

@@ -70,7 +70,8 @@ class Faulty:
 
 _SIGNAL = "add_release(events() + "
 _STORE = "store_relaxed(words + i, Word("
-_LOAD = "bulk_load(shared_at<char>(Shape::kRing "
+_LOAD = "bulk_load(shared_at<char>(R::place(next)), "
+_TILE_LOAD = "bulk_load(shared_at<char>(R::place(next) + r * pitch)"
 _DECIDED = "barrier_arrive(decided());"
 _DALLY = (
     "for (const u64 begin = nanoseconds(); nanoseconds() - begin < c.launch.deadline_ns / 100;) "
@@ -78,6 +79,7 @@ _DALLY = (
 )
 _ARRIVAL = "add_release(&watch().header()->arrivals, 1);"
 _MLP = ("1x512 bfloat16", "1024x512 bfloat16", "512x1024 bfloat16")
+_TILES = ("8x512 bfloat16", *_MLP[1:])
 _STEPS = ("256 float32", "256x256 float32", "int32=4")
 _TASK = r"at task \d+ \(cuda_faults\.py:\d+ [^)]*\)"
 
@@ -107,6 +109,15 @@ FAULTY = (
         _MLP,
         _LOAD,
         f"if (!(FAULT && blockIdx.x == {WORKER} && next == {CHUNK})) {_LOAD}",
+        rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
+    ),
+    Faulty(
+        "bulk load of a tile",
+        BULK_LOAD,
+        _mlp,
+        _TILES,
+        _TILE_LOAD,
+        f"if (!(FAULT && blockIdx.x == {WORKER} && next == {CHUNK} && r == 1)) {_TILE_LOAD}",
         rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
     ),
     *(

@@ -2,9 +2,9 @@
 // straight into the registers of the warp that multiplies it; what it is made of may lie in several places, row by row.
 #pragma once
 
-#include "../convert.cuh"
-#include "map.cuh"
-#include "matmul.cuh"
+#include "convert.cuh"
+#include "tasks/map.cuh"
+#include "tasks/matmul.cuh"
 
 namespace mpk {
 

@@ -17,7 +17,7 @@ from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import PACED, WARPS, Code, Frame, live_rows, too_large
 from jax_mpk.codegen.cuda.staging import Staging
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES, match, sums_bytes
+from jax_mpk.codegen.cuda.stream import STAGE_BYTES, TILE_PITCH, match, sums_bytes
 from jax_mpk.codegen.cuda.tables import UNIT, State, Tables, buffer_of, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.codegen.cuda.views import take_views
@@ -114,7 +114,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
         ops = inline_members(plan, routine, boxes)
         views = take_views(plan, routine, ops, boxes)
         memory = slots[table["worker"][tasks]]
-        room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * STAGE_BYTES if streams else 0) - reserved
+        room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * TILE_PITCH if streams else 0) - reserved
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
         staged = staging.of(number, tasks)
         # Values whose live parts do not begin scratch: staged boxes begin where the plan says, others do not fit.
@@ -171,8 +171,10 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     place("kSlots", 2 * tables.task_words * 4)
     place("kPartials", max(code.partials for code in codes) if codes else 0)
     place("kScratch", max(code.scratch for code in codes) if codes else 0)
-    streams = any(stream.chunk_bytes > PACED for code in codes for stream in code.streams)
-    room = (_SHARED_BYTES - at) // STAGE_BYTES
+    streaming = [stream for code in codes for stream in code.streams if stream.chunk_bytes > PACED]
+    streams = bool(streaming)
+    pitch = TILE_PITCH if any(stream.stride for stream in streaming if not stream.live) else STAGE_BYTES
+    room = (_SHARED_BYTES - at) // pitch
     if at > _SHARED_BYTES or (streams and room < _FEWEST_STAGES):
         return None
     stages, readers = _ring(min(_STAGES, room)) if streams else (0, 1)
@@ -194,10 +196,12 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kStages": stages,
         "kReaders": readers,
         "kStageBytes": STAGE_BYTES,
+        "kStagePitch": pitch,
         "kFlight": min(_FLIGHT, max(stages - 1, 1)),
         "kLiveRows": len(live_rows(codes)),
+        "kPaced": int(any(stream.chunk_bytes == PACED for code in codes for stream in code.streams)),
         **out,
-        "shared": at + stages * STAGE_BYTES,
+        "shared": at + stages * pitch,
     }
 
 

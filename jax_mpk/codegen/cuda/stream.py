@@ -1,7 +1,7 @@
 """Contractions whose constant factor streams through the ring: whole rows, contiguous along the reduced axes.
 
-With a few columns a chunk holds whole rows, which are multiplied by f32 arithmetic; with more, it holds a piece of each
-of up to 16 rows, for tensor cores.
+With a few columns a chunk holds whole rows, whose products with each column a warp computes by itself; with more, it
+holds a piece of each of some rows, and all warps multiply tiles of 16 rows on tensor cores.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from jax_mpk.plan.ir import Plan
 STAGE_BYTES = 8 << 10
 #: Most rows of a chunk, and most parts of a row: `Chunks` in csrc/device/tasks/contract.cuh.
 _MOST_ROWS, _MOST_PARTS = 16, 32
-#: Most columns of the other factor for f32 arithmetic; columns that tensor cores are worth it for, and most of them.
-_MOST_COLUMNS, _MATRIX_COLUMNS, _MOST_MATRIX_COLUMNS = 8, 5, 64
+#: Most columns of the other factor for whole rows; columns that tiles are worth it for, and most of them.
+_MOST_COLUMNS, _TILE_COLUMNS, _MOST_TILE_COLUMNS = 8, 5, 64
 #: Rows of a tile and steps of the reduced axis: `Pieces` in csrc/device/tasks/matmul.cuh.
-_HEIGHT, _STEP = 16, 32
+_TILE_ROWS, _STEP = 16, 32
+#: Bytes from stage to stage where stages hold tiles, whose rows lie apart.
+TILE_PITCH = STAGE_BYTES + 256
 #: Fewer bytes a task are not worth the ring.
 _LEAST_BYTES = 2048
 _TYPES = ("bf16", "f16", "f32")
@@ -43,7 +45,7 @@ class Rows:
       free, columns: parallel axes that the weight has, and has not.
       count: columns of every task.
       chunk_rows, parts: how rows are cut into chunks.
-      height: rows of a tile, of which a chunk holds a piece of each; 0: no tensor cores.
+      height: rows of a chunk that holds a piece of each; 0: chunks hold whole rows or parts of one.
       first: int64 [tasks]: the first element of the weight.
       rows: int64 [tasks].
     """
@@ -122,7 +124,8 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     # Of two factors the one with fewer rows is no weight.
     wide = math.prod(op.space[d] for d in free) >= math.prod(op.space[d] for d in columns)
     same = values[op.operands[other.slot]].dtype == dtype != "f32"
-    height = tile_height(int(rows.max()), depth, count) if same and wide else 0
+    tiles = same and wide and depth % _STEP == 0 and _TILE_COLUMNS <= count <= _MOST_TILE_COLUMNS
+    height = piece(depth, item)[1] if tiles else 0
     cut = (0, 0) if height else cut_rows(depth, item)
     if cut is None or (not height and (count > _MOST_COLUMNS or (cut[1] == 1 and cut[0] * count > 32))):
         return None
@@ -152,24 +155,17 @@ def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
     return None
 
 
-def tile_height(rows: int, depth: int, columns: int) -> int:
-    """Rows of a tile for tensor cores; 0: too few or too many columns for them, or an odd reduced axis."""
-    if depth % _STEP or not _MATRIX_COLUMNS <= columns <= _MOST_MATRIX_COLUMNS:
-        return 0
-    height = 1
-    while height < min(rows, _HEIGHT):
-        height *= 2
-    return height
-
-
-def piece_columns(depth: int, height: int, itemsize: int) -> int:
-    """Columns of a piece of a tile: `Pieces` in matmul.cuh."""
-    return min(STAGE_BYTES // height // itemsize // _STEP * _STEP, depth)
+def piece(depth: int, itemsize: int) -> tuple[int, int]:
+    """Columns of a piece of a tile, and rows of it that a stage holds: `Pieces` in matmul.cuh."""
+    pieces = -(-depth // (STAGE_BYTES // 4 // itemsize))
+    columns = -(-(depth // _STEP) // pieces) * _STEP
+    halves = columns * itemsize // 64 | 1
+    return columns, next(rows for rows in (16, 8, 4) if halves * 64 * rows <= TILE_PITCH)
 
 
 def sums_bytes(columns: int) -> int:
     """Bytes of what the warps have of a tile, of two of them where columns are few: `stream_tiles` in matmul.cuh."""
-    return (2 if columns <= 16 else 1) * WARPS * -(-columns // 8) * 8 * _HEIGHT * 4
+    return (2 if columns <= 16 else 1) * WARPS * -(-columns // 8) * 8 * _TILE_ROWS * 4
 
 
 def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
@@ -222,7 +218,7 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     sums = frame.scratch_array("f32", int(found.rows.max()) * found.count) if later else None
     frame.meet([x, *([] if later else others)], [sums] if sums else outputs, joins=found.parts > 1 or found.height > 0)
     frame.line(f"{title(frame, op)}: streams {dtype} rows")
-    kind = f"tiles<{dtype}, {found.count}, {depth}, {found.height}, {str(x.kind == 'local').lower()}>"
+    kind = f"tiles<{dtype}, {found.count}, {depth}, {str(x.kind == 'local').lower()}>"
     frame.line(f"stream_{kind if found.height else f'rows<{dtype}, {x_dtype}, {found.count}, {depth}>'}(")
     frame.line(f"    c, {start}, {step}, {rows.text},")
     if sums is None:
@@ -250,7 +246,7 @@ def _stream(plan: Plan, weight: int, depth: int, item: int, found: Rows) -> Stre
     storage = int(plan.value_storage[weight])
     first = found.first * item
     if found.height:
-        chunk = piece_columns(depth, found.height, item) * item
+        chunk = piece(depth, item)[0] * item
         return Stream(storage, chunk, first, np.full_like(first, depth * item), found.rows, found.height)
     chunk = depth // found.parts * item * found.chunk_rows
     return Stream(storage, chunk, first, found.rows * depth * item, np.ones_like(first), 0)

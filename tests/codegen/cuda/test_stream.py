@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jax_mpk.codegen.cuda import generate
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES, Rows, cut_rows, match, piece_columns
+from jax_mpk.codegen.cuda.stream import STAGE_BYTES, TILE_PITCH, Rows, cut_rows, match, piece
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest
 from jax_mpk.plan.ir import Plan
@@ -65,7 +65,7 @@ def test_every_row_is_streamed_once_for_each_group_of_columns(dtype, columns: in
     assert (rows.first * item % 16 == 0).all()
     if rows.height:
         assert columns == 8 and dtype != jnp.float32
-        assert piece_columns(k, rows.height, item) * item * rows.height <= STAGE_BYTES
+        assert piece(k, item)[0] * item * rows.height <= STAGE_BYTES
     else:
         assert k // rows.parts * item * rows.chunk_rows <= STAGE_BYTES
 
@@ -139,12 +139,13 @@ def test_chunks(depth: int, item: int) -> None:
 
 def test_the_kernel_cuts_tiles_alike() -> None:
     lines = ['#include "jax_mpk.cuh"']
-    for depth in (32, 96, 1024, 1120, 2048, 12_288):
-        for height in (1, 2, 4, 8, 16):
-            columns = piece_columns(depth, height, 2)
-            assert columns % 32 == 0 and -(-columns // 64) * 128 * height <= STAGE_BYTES
-            pieces = f"mpk::Pieces<mpk::bf16, {depth}, {height}, {STAGE_BYTES}>"
-            lines.append(f"static_assert({pieces}::kColumns == {columns});")
+    for depth in (32, 96, 512, 1024, 1056, 1120, 2048, 12_288, 50_016):
+        columns, rows = piece(depth, 2)
+        count = -(-depth // columns)
+        assert columns % 32 == 0 and columns * 2 * rows <= STAGE_BYTES
+        pieces = f"mpk::Pieces<mpk::bf16, {depth}, {STAGE_BYTES}, {TILE_PITCH}>"
+        lines.append(f"static_assert({pieces}::kColumns == {columns} && {pieces}::kRows == {rows});")
+        lines.append(f"static_assert({pieces}::kCount == {count});")
     nvrtc.compile_source("\n".join([*lines, 'extern "C" __global__ void nothing() {}']), "sm_90a")
 
 
@@ -152,7 +153,7 @@ def test_the_kernel_cuts_tiles_alike() -> None:
 def test_many_columns_go_to_tensor_cores(columns: int, dtype: Any) -> None:
     """Their kernel streams tiles, and nothing spills."""
     plan, _, _, rows = one(rows_of, (columns, 1024), (4096, 1024), dtype=dtype)
-    assert rows is not None and rows.height == 16 and rows.count == columns
+    assert rows is not None and rows.height == 4 and rows.count == columns
     assert rows.rows.sum() == 4096
     program = generate(plan)
     assert "stream_tiles<" in program.source

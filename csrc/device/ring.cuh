@@ -15,8 +15,8 @@ namespace mpk {
 // What the producer does for a task, see tables.py: consecutive bytes of a buffer that the task streams; or, where
 // `height` is not 0, `rows` rows of `bytes` bytes in tiles, chunk_bytes of `height` rows each per chunk; or, where
 // chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the L2 cache; or
-// the same with chunk_bytes 1, of more bytes than may be asked for at once. Where chunk_bytes is at least kLiveRows,
-// Shape::live_rows says which rows these are, given the number in `rows`.
+// the same with kPaced there, of more bytes than may be asked for at once. A multiple of kLiveRows added to one of these
+// says that Shape::live_rows knows which rows these are, given the number in `rows`.
 struct StreamJob {
   u32 buffer, chunk_bytes;
   u64 offset, bytes;
@@ -26,7 +26,7 @@ struct StreamJob {
   };
 };
 static_assert(sizeof(StreamJob) == 32);
-constexpr u32 kLiveRows = 1u << 30;
+constexpr u32 kPaced = 1, kLiveRows = 1u << 20;
 
 // Tiles, see matmul.cuh: most rows of one; bytes from row to row in a stage, an odd number of halves of a line, so that two
 // rows are read without bank conflicts.
@@ -135,18 +135,21 @@ struct Producer {
         job.buffer = __shfl_sync(~0u, mine.buffer, j), job.chunk_bytes = __shfl_sync(~0u, mine.chunk_bytes, j);
         job.offset = __shfl_sync(~0u, mine.offset, j), job.bytes = __shfl_sync(~0u, mine.bytes, j);
         job.rows = __shfl_sync(~0u, mine.rows, j), job.stride = __shfl_sync(~0u, mine.stride, j);
-        if (job.chunk_bytes == 0 || job.chunk_bytes >= kLiveRows) {
+        if (job.chunk_bytes <= kPaced || job.chunk_bytes >= kLiveRows) {
+          const bool paced = Shape::kPacedJobs != 0 && job.chunk_bytes % kLiveRows == kPaced;
           if constexpr (Shape::kLiveRows > 0) {
             if (job.chunk_bytes >= kLiveRows) {
               int first = 0, count = 0;
-              Shape::live_rows(launch, job.chunk_bytes - kLiveRows, job.rows, first, count);
+              Shape::live_rows(launch, job.chunk_bytes / kLiveRows - 1, job.rows, first, count);
               job.offset += u64(first) * job.stride, job.rows = count;
             }
           }
+          if (paced) {
+            prefetch_slowly(job);
+            continue;
+          }
 #pragma unroll 1
           for (u32 row = lane; row < job.rows; row += 32) prefetch(at(job) + u64(row) * job.stride, job.bytes);
-        } else if (Shape::kPaced != 0 && job.chunk_bytes == 1) {
-          prefetch_slowly(job);
         } else if (lane == 0) {
           if (Shape::kStagePitch != Shape::kStageBytes && job.height != 0) stream_tiles(job);
           else stream(job);

@@ -37,8 +37,8 @@ class Target:
       granule: elements along the last axis of a weight tile below which loads lose bandwidth.
       tagged_bytes: size of the largest value that is handed over by tagged words; 0: none ever is. A quarter of it for
         elements of 8 and 16 bits: activations of that size are better copied as they are.
-      live_bytes: attention reads only the keys that its mask leaves, in chunks cut at run time, where the keys of a chunk
-        take no more than this, so that a task can copy them; else every chunk has its place and all are read.
+      live_keys: attention reads only the keys that its mask leaves, in chunks cut at run time; else every chunk has its
+        place and all keys are read.
       contracted_last: a contraction streams its weight best with the contracted axes innermost; else row-major order
         is as good as any.
     """
@@ -56,7 +56,7 @@ class Target:
     granule: int
     tagged_bytes: int
     contracted_last: bool = False
-    live_bytes: int = 0
+    live_keys: bool = False
 
 
 @dataclass(frozen=True)

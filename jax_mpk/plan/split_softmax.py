@@ -10,7 +10,7 @@ clamped to the smallest finite number, so e_p is 0 there and not NaN.
 
 Where the target asks for it and the mask says how many keys are live (:mod:`jax_mpk.plan.live`), C is no constant but
 ⌈live / chunks⌉: every chunk has its share of the live keys, whatever their number, and no other key is read. Scores
-are then computed chunk by chunk as well.
+are then computed chunk by chunk as well. That holds for a single chunk, too, which needs no merge.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ def split_softmax(graph: Graph, target: Target) -> Graph:
         ops: list[Op] = []
         for op in block.ops:
             found = find_attention(op, makers, uses)
-            chunks = 1 if found is None else _chunks(values, found, target)
-            if found is None or chunks == 1:
+            if found is None:
                 ops.append(op)
                 continue
-            part = _value_bytes(found) // (chunks * math.prod(found.row_extents[: found.own]))
-            scored = _scored(found, makers) if part <= target.live_bytes else {}
-            ops += _Split(values, found, chunks, scored).ops()
+            chunks = _chunks(values, found, target)
+            scored = _scored(found, makers) if target.live_keys else {}
+            ops += _Split(values, found, chunks, scored).ops() if chunks > 1 or scored else [op]
         return prune(Block(tuple(ops), block.results), set())
 
     out = map_blocks(graph, visit)
@@ -64,9 +63,12 @@ def _chunks(values: list[Value], found: Attention, target: Target) -> int:
     has to merge them before anything else.
     """
     out, keys = found.out, found.keys
+    load = out.body.nodes[found.values]
+    indexed = {node.attr for node in out.body.only(*load.args).nodes if node.op == "coord"}
     own, group = math.prod(found.row_extents[: found.own]), math.prod(found.row_extents[found.own :])
-    size = _value_bytes(found)
-    once = 2 * size  # as many bytes of keys as of values
+    # As many bytes of keys as of values.
+    once = 2 * math.prod((out.space + out.rspace)[d] for d in indexed) * dtypes.itemsize(load.dtype)
+    size = once // 2
     flops = 4 * math.prod(out.space) * keys
     written = math.prod(out.space) * dtypes.itemsize(_part_dtype(values, found))
     best = math.inf, 1
@@ -83,14 +85,6 @@ def _chunks(values: list[Value], found: Attention, target: Target) -> int:
             seconds += costs.task_seconds(target, chunks * written, 0.0, 0.0)
         best = min(best, (float(seconds), chunks))
     return best[1]
-
-
-def _value_bytes(found: Attention) -> int:
-    """Bytes of all values."""
-    out = found.out
-    load = out.body.nodes[found.values]
-    indexed = {node.attr for node in out.body.only(*load.args).nodes if node.op == "coord"}
-    return math.prod((out.space + out.rspace)[d] for d in indexed) * dtypes.itemsize(load.dtype)
 
 
 def _divisors(number: int) -> list[int]:
@@ -224,6 +218,8 @@ class _Split:
             body = b.convert(b.load(0, b.coords(), "f32"), rounded)
             weights = self._map(keyed, powers.outputs, b.build(body), rounded)
             ops.append(weights)
+        if self.chunks == 1:
+            return [*ops, self._only(weights.outputs[0], total.outputs[0])]
         part = self._part(weights.outputs[0])
         return [*ops, part, *self._merge(top.outputs[0], total.outputs[0], part.outputs[0])]
 
@@ -233,7 +229,7 @@ class _Split:
 
     def _place(self, b: Builder, slots: Slots, rows: dict[int, int], inner: int) -> _Place:
         """Where key ``inner`` of the chunk that coordinate 0 numbers lies."""
-        chunk, live = b.coord(0), self.found.live
+        chunk, live = b.index(0) if self.chunks == 1 else b.coord(0), self.found.live
         if not self.cut or live is None:
             return _Place(b, slots, b.add(b.mul(chunk, b.index(self.size)), inner), inner, None)
         at = [rows.get(d, b.index(0)) for d in range(len(self.found.out.space))]
@@ -297,19 +293,10 @@ class _Split:
         found, out = self.found, self.found.out
         space = (*self.lead, *(out.space[d] for d in self.rest))
         b, slots = Builder((*space, self.size)), Slots()
-        inner = b.coord(len(space))
         at = [b.index(0)] * len(out.space)
         for k, d in enumerate([*found.rows, *self.rest]):
             at[d] = b.coord(1 + k)
-        keys = self._place(b, slots, self._rows(b), inner)
-        plain = keys.loader(out.operands)
-
-        def load(s: int, i: list[int], t: str, p: int | None) -> int:
-            if out.operands[s] == found.weights:
-                return slots.load(b, weights, [*b.coords()[: len(self.lead)], inner], t, p)
-            return plain(s, i, t, p)
-
-        results = inline(b, out.body, [*at, keys.key], load)
+        results = self._weighted(b, slots, weights, b.coord(0), at)
         dtype = _part_dtype(self.values, found)
         after = Builder(space)
         return replace(
@@ -320,6 +307,32 @@ class _Split:
             outputs=(self._value(space, dtype),),
             body=b.build(*results),
             epilogue=after.build(after.convert(after.acc(0, "f32"), dtype, implicit=True)),
+        )
+
+    def _weighted(self, b: Builder, slots: Slots, weights: int, chunk: int, at: list[int]) -> tuple[int, ...]:
+        """The factors of the contraction of a chunk's weights and values; ``at``: nodes of all but the key."""
+        found, out = self.found, self.found.out
+        inner = b.coord(len(b.extents) - 1)
+        keys = self._place(b, slots, {d: at[d] for d in found.rows}, inner)
+        plain = keys.loader(out.operands)
+
+        def load(s: int, i: list[int], t: str, p: int | None) -> int:
+            if out.operands[s] == found.weights:
+                return slots.load(b, weights, [chunk, *(at[d] for d in found.rows), inner], t, p)
+            return plain(s, i, t, p)
+
+        return inline(b, out.body, [*at, keys.key], load)
+
+    def _only(self, weights: int, total: int) -> Nest:
+        """The contraction of the only chunk, divided by the sum of the weights."""
+        out = self.found.out
+        b, slots = Builder((*out.space, self.size)), Slots()
+        results = self._weighted(b, slots, weights, b.index(0), b.coords()[:-1])
+        after = Builder(out.space)
+        row = [after.index(0), *(after.coord(d) for d in self.found.rows)]
+        epilogue = self._epilogue(after, slots, lambda: slots.load(after, total, row, "f32", None))
+        return replace(
+            out, rspace=(self.size,), operands=tuple(slots.values), body=b.build(*results), epilogue=epilogue
         )
 
     def _merge(self, top: int, total: int, part: int) -> list[Op]:
@@ -349,8 +362,16 @@ class _Split:
             slots.slot(v)
         row = [after.coord(d) for d in found.rows]
 
-        def divisor() -> int:
-            return slots.load(after, norm.outputs[0], row, "f32", None)
+        epilogue = self._epilogue(after, slots, lambda: slots.load(after, norm.outputs[0], row, "f32", None))
+        final = Nest(
+            "reduce", out.space, (chunks,), tuple(slots.values), out.outputs, weighted, Combine("sum"), ("f32",),
+            epilogue, out.source,
+        )  # fmt: skip
+        return [whole, weight, norm, final]
+
+    def _epilogue(self, after: Builder, slots: Slots, divisor: Callable[[], int]) -> Expr:
+        """What becomes of the sum of all weighted values; ``divisor``: loads the sum of all weights."""
+        found, out = self.found, self.found.out
 
         def load(s: int, i: list[int], t: str, p: int | None) -> int:
             total = found.totals.get(out.operands[s])
@@ -374,12 +395,7 @@ class _Split:
                 total_at = after.compute(after.convert(total_at, found.rounded))
             merged = after.op("div", merged, total_at)
         assert out.epilogue is not None
-        results = inline(after, out.epilogue, after.coords(), load, lambda _: merged)
-        final = Nest(
-            "reduce", out.space, (chunks,), tuple(slots.values), out.outputs, weighted, Combine("sum"), ("f32",),
-            after.build(*results), out.source,
-        )  # fmt: skip
-        return [whole, weight, norm, final]
+        return after.build(*inline(after, out.epilogue, after.coords(), load, lambda _: merged))
 
     # -- new operators -----------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ def cpu(workers: int, tagged: bool = False) -> Target:
         task_overhead=0.5e-6,
         granule=16,
         tagged_bytes=1 << 20 if tagged else 0,
-        live_bytes=1 << 20 if tagged else 0,
+        live_keys=tagged,
     )
 
 
@@ -50,7 +50,7 @@ H100 = Target(
     granule=64,
     tagged_bytes=128 << 10,
     contracted_last=True,
-    live_bytes=36 << 10,
+    live_keys=True,
 )
 
 #: One H200 SXM: the same chip with faster memory; its rated bandwidth at the H100's share of what can be read.

@@ -248,14 +248,21 @@ CASES: list[Case] = [
         Case(
             f"matmul_{t}_{m}",
             _mlp,
-            [f"{m}x512 {t}", f"1024x512 {t}", f"512x1024 {t}"],
-            [f"stream_tiles<{short}, {m}"],
+            [f"{m}x512 {t}", f"2048x512 {t}", f"512x2048 {t}"],
+            [f"stream_tiles<{short}, {m}, 512, true>"],
             True,
         )
         for t, short, m in (("bfloat16", "bf16", 5), ("float16", "f16", 16), ("bfloat16", "bf16", 20))
     ),
-    Case("matmul_large", _mlp, ["40x512 bfloat16", "1024x512 bfloat16", "512x1024 bfloat16"], ["16, false>("], True),
-    # Pieces of different widths, low tiles; sums are exact.
+    # So many that weights are read once for all columns; hidden values that are too large for scratch.
+    Case(
+        "matmul_large",
+        _mlp,
+        ["40x512 bfloat16", "4096x512 bfloat16", "512x4096 bfloat16"],
+        ["stream_tiles<bf16, 40, 512, false>"],
+        True,
+    ),
+    # Pieces of different widths, tiles of few rows; sums are exact.
     Case(
         "matmul_odd",
         lambda x, w: jnp.einsum("bk,nk->bn", x, w),

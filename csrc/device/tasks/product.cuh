@@ -86,8 +86,8 @@ __device__ __forceinline__ void multiply_rows(const C& c, int rows, const X* x, 
   }
 }
 
-// y[d, n] = sum over k of at(k)[d] * x[n, k]: at(k) is where D consecutive elements begin. The warps share out the
-// depth, and add what they have in their order. A thread loads eight elements of four positions, which are rows of eight
+// y[d, n] = sum over k < depth of at(k)[d] * x[n, k]: at(k) is where D consecutive elements begin. The warps share out
+// the depth, and add what they have in their order. A thread loads eight elements of four positions, which are rows of eight
 // instructions once pairs of positions are put together.
 template <class T, int N, int D, class X, class C, class At, class Finish>
 __device__ __forceinline__ void multiply_columns(const C& c, int depth, const X* x, int x_stride, At&& at,
@@ -104,7 +104,7 @@ __device__ __forceinline__ void multiply_columns(const C& c, int depth, const X*
     for (int m = 0; m < kMany; ++m) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const T* from = at(min(first + m * 16, depth - 16) + 4 * q + j);
+        const T* from = at(min(first + m * 16 + 4 * q + j, depth - 1));
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) v[m][b][j] = *reinterpret_cast<const Quad*>(from + min(b * 64 + 8 * g, D - 8));
       }
@@ -115,8 +115,9 @@ __device__ __forceinline__ void multiply_columns(const C& c, int depth, const X*
       if (k >= depth) continue;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        const int column = min(t * 8 + g, N - 1) * x_stride + k + 4 * q;
-        const u64 p = four_as<T, X>(x_byte + column * static_cast<int>(sizeof(X)));
+        const int column = min(t * 8 + g, N - 1) * x_stride + k + 4 * q, left = depth - k - 4 * q;
+        u64 p = left > 0 ? four_as<T, X>(x_byte + column * static_cast<int>(sizeof(X))) : 0;
+        if (left > 0 && left < 4) p &= (u64(1) << 16 * left) - 1;
 #pragma unroll
         for (int i = 0; i < kBlocks * 4; ++i) {
           const Quad(&u)[4] = v[m][i / 4];

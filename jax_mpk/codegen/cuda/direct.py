@@ -47,9 +47,11 @@ def direct(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction as ``multiply_rows`` or ``multiply_columns``; False where it is neither."""
     if op.acc != ("f32",) or op.epilogue is None or len(op.rspace) != 1 or len(op.body.results) != 2:
         return False
-    if frame.live.limits[member] or not frame.live.shifts.keys().isdisjoint(op.operands):
+    if not frame.live.shifts.keys().isdisjoint(op.operands):
         return False
     found = [find_factor(op.body, r) for r in op.body.results]
+    if any(f is not None and f.bound >= 0 for f in found):
+        return False
     types = [_types(op.body, r) for r in op.body.results]
     for k in range(2):
         large, small = found[k], found[1 - k]
@@ -92,9 +94,10 @@ def _emit(frame: Frame, member: int, op: Nest, large: Factor, small: Factor) -> 
         count = product([extents[d] for d in split.large]).text
         position, axes, at = "row", split.large, [fixed(0)]
     else:
-        if not along or extents[along[-1]].value is None or depth % 16 or depth < _LEAST or step % 4:
+        if not along or extents[along[-1]].value is None or depth % 4 or depth < _LEAST or step % 4:
             return False
         axis, length = along[-1], extents[along[-1]].known
+        live = frame.live_count(member, rank)
         if len(along) > 1 or length % WIDTH or -(-length // 64) * -(-columns // 8) > _MOST_SUMS:
             return False
         if np.any(frame.boxes[member][:, 0, axis] % WIDTH):
@@ -102,7 +105,7 @@ def _emit(frame: Frame, member: int, op: Nest, large: Factor, small: Factor) -> 
         if not all(_lies(frame, op, i, arrays, axis) for i in (large.load, large.new) if i >= 0):
             return False
         head = f"multiply_columns<{dtype}, {columns}, {length}>("
-        count = str(depth)
+        count = str(depth) if live is None else live.text
         position, axes, at = "k", [], [Term("k")]
         frame.code.partials = max(frame.code.partials, WARPS * -(-length // 64) * 64 * columns * 4)
     _prefetch(frame, member, op, large, sources[0], rank if position == "k" else -1)
@@ -182,7 +185,10 @@ def _side(frame: Frame, op: Nest, small: Factor, x: Array) -> _Side | None:
     node = op.body.nodes[small.load]
     if op.operands[node.attr] in frame.views:
         return None
-    constant, strides = _affine(op.body, small.load, x)
+    affine = _affine(op.body, small.load, x)
+    if affine is None:
+        return None
+    constant, strides = affine
     low = frame.low_corner(op.operands[node.attr]) @ np.array(x.strides, np.int64)
     steps = [s for d, s in enumerate(strides[:rank]) if op.space[d] > 1]
     if strides[rank] != 1 or constant % WIDTH or np.any(low % WIDTH) or any(s % WIDTH for s in steps):
@@ -190,8 +196,8 @@ def _side(frame: Frame, op: Nest, small: Factor, x: Array) -> _Side | None:
     return _Side(constant, tuple(strides[:rank]))
 
 
-def _affine(body: Expr, load: int, array: Array) -> tuple[int, list[int]]:
-    """First element and strides of a load with an affine index."""
+def _affine(body: Expr, load: int, array: Array) -> tuple[int, list[int]] | None:
+    """First element and strides of a load, if its index is affine in the coordinates."""
     b = Builder(body.extents)
     at = inline(b, Expr(body.nodes, body.nodes[load].args, body.extents), b.coords(), b.load)
     constant, strides = 0, [0] * len(body.extents)
@@ -199,6 +205,8 @@ def _affine(body: Expr, load: int, array: Array) -> tuple[int, list[int]]:
         terms, shift = b.linear(i)
         constant += shift * stride
         for atom, k in terms.items():
+            if b.nodes[atom].op != "coord":
+                return None
             strides[b.nodes[atom].attr] += k * stride
     return constant, strides
 
@@ -212,7 +220,10 @@ def _prefetch(frame: Frame, member: int, op: Nest, large: Factor, source: Array,
       axis: the coordinate that tells its rows apart; -1: the only parallel one along which it is read.
     """
     rank, boxes, item = len(op.space), frame.boxes[member], dtypes.itemsize(source.dtype)
-    constant, strides = _affine(op.body, large.load, source)
+    affine = _affine(op.body, large.load, source)
+    if affine is None:
+        return
+    constant, strides = affine
     sizes = np.maximum(boxes[:, 1, :rank] - boxes[:, 0, :rank], 0)
     moving = [d for d in range(rank) if strides[d] and np.any(sizes[:, d] != 1)]
     if len(moving) != 1:
@@ -220,11 +231,18 @@ def _prefetch(frame: Frame, member: int, op: Nest, large: Factor, source: Array,
     elements = sizes[:, moving[0]]
     reduced = np.full_like(elements, op.rspace[0])
     rows, run = (reduced, elements) if axis == rank else (elements, reduced)
-    stride = strides[axis if axis >= 0 else moving[0]] * item
+    axis = axis if axis >= 0 else moving[0]
+    stride = strides[axis] * item
     if stride % 32 or stride <= 0 or np.any(rows == 0):
         return
+    live: tuple[str, ...] = ()
+    if (count := frame.live.limits[member].get(axis)) is not None:
+        found = frame.first_and_count(None, count)
+        if found is None:
+            return
+        live, rows = found
     first = (constant + boxes[:, 0, :rank] @ np.array(strides[:rank], np.int64)) * item
-    frame.code.streams.append(Stream(source.storage, PACED, first, run * item, rows, stride))
+    frame.code.streams.append(Stream(source.storage, PACED, first, run * item, rows, stride, live))
 
 
 def _split(frame: Frame, op: Nest, large: Factor, small: Factor, extents: list[Term]) -> _Split | None:

@@ -173,7 +173,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     place("kScratch", max(code.scratch for code in codes) if codes else 0)
     streaming = [stream for code in codes for stream in code.streams if stream.chunk_bytes > PACED]
     streams = bool(streaming)
-    pitch = TILE_PITCH if any(stream.stride for stream in streaming if not stream.live) else STAGE_BYTES
+    pitch = TILE_PITCH if any(stream.stride for stream in streaming) else STAGE_BYTES
     room = (_SHARED_BYTES - at) // pitch
     if at > _SHARED_BYTES or (streams and room < _FEWEST_STAGES):
         return None
@@ -199,7 +199,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kStagePitch": pitch,
         "kFlight": min(_FLIGHT, max(stages - 1, 1)),
         "kLiveRows": len(live_rows(codes)),
-        "kPaced": int(any(stream.chunk_bytes == PACED for code in codes for stream in code.streams)),
+        "kPacedJobs": int(any(stream.chunk_bytes == PACED for code in codes for stream in code.streams)),
         **out,
         "shared": at + stages * pitch,
     }

@@ -23,8 +23,9 @@ FIRST_WORD = 5
 #: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
 WARPS = 11
 _ALIGN = 128
-#: In a job of the producer, instead of a chunk's size: rows known at run time, found in this way or a later one.
-LIVE = 1 << 30
+#: Added to a job of the producer that names no size of chunks: rows known at run time, found in the first way; as often
+#: again for every later one.
+LIVE = 1 << 20
 #: Instead of the size of a chunk: rows are brought to the L2 cache, at once or at the speed of memory.
 PREFETCH, PACED = 0, 1
 #: Rows of fewer elements are brought by element.
@@ -536,18 +537,23 @@ class Frame:
         if what.shift is None:
             self.code.streams.append(Stream(storage, PREFETCH, first, size, np.where(size > 0, rows, 0), stride))
             return
-        found = self._first_and_count(what.shift)
+        found = self.first_and_count(what.shift.first, what.shift.count)
         if found is not None and moving == [what.shift.axis]:
             lines, column = found
             self.code.streams.append(Stream(storage, PREFETCH, first, size, column, stride, lines))
 
-    def _first_and_count(self, shift: Shift) -> tuple[tuple[str, ...], np.ndarray] | None:
+    def first_and_count(self, first: int | None, count: int) -> tuple[tuple[str, ...], np.ndarray] | None:
         """How the producer computes where live rows begin, and how many there are, from one number of each task.
 
-        None where that takes more numbers, or something that a task of this launch may write.
+        Args:
+          first, count: results of the live positions' scalars; None: they begin where the task's box does.
+
+        Returns:
+          None where that takes more numbers, or something that a task of this launch may write.
         """
         scalars = self.live.scalars
-        expr = scalars.only(scalars.results[shift.first], scalars.results[shift.count])
+        wanted = (count,) if first is None else (first, count)
+        expr = scalars.only(*(scalars.results[k] for k in wanted))
         columns = sorted({node.attr for node in expr.nodes if node.op == "coord"})
         stored = {k: int(self.plan.value_storage[v]) for k, v in enumerate(self.live.operands)}
         loaded = {node.attr for node in expr.nodes if node.op in ("load", "load_if")}
@@ -559,8 +565,9 @@ class Frame:
             return f"static_cast<const {dtype}*>(launch.buffers[{self.plan.storages[stored[slot]].index}])[{where}]"
 
         written = Scalars(expr, [Term("at")] * len(self.live.columns), load)
-        first, count = written.results()
-        lines = (*written.lines, f"first = {first.text};", f"count = {count.text};")
+        names = ("first", "count")[-len(wanted) :]
+        texts = [f"{name} = {term.text};" for name, term in zip(names, written.results(), strict=True)]
+        lines = (*written.lines, *texts)
         tasks = len(self.boxes[0])
         return lines, self.live.columns[columns[0]] if columns else np.zeros(tasks, np.int64)
 

@@ -1,4 +1,7 @@
-"""Contractions of factors in scratch: eight elements at a time, along the reduced axis or along a parallel one."""
+"""Contractions of factors in scratch: eight elements at a time, along the reduced axis or along a parallel one.
+
+Where few positions are reduced, a factor may lie in device memory: nothing of it is read twice.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,13 @@ from jax_mpk.graph.windows import factor as find_factor
 WIDTH = 8
 #: Of what a task has room for, one in so many are expected to be live.
 _LIVE = 4
+#: Most positions of the reduced axis where factors lie in device memory.
+_FEW = 16
 _TYPES = ("bf16", "f16", "f32")
 
 
 def tile(frame: Frame, member: int, op: Nest) -> bool:
-    """Writes a contraction whose factors both lie in scratch; False where it is not one."""
+    """Writes a contraction whose factors lie so; False where they do not."""
     if op.acc != ("f32",) or op.epilogue is None or (op.rspace[-1] % WIDTH and len(op.rspace) > 1):
         return False
     rank = len(op.space)
@@ -36,7 +41,8 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         return False
     slots = [op.body.nodes[f.load].attr for f in found if f is not None]
     arrays = [frame.array(v) for v in op.operands]
-    if any(arrays[s].kind != "local" or arrays[s].dtype not in _TYPES for s in slots):
+    kinds = ("local", "global") if math.prod(op.rspace) <= _FEW else ("local",)
+    if any(arrays[s].kind not in kinds or arrays[s].wide or arrays[s].dtype not in _TYPES for s in slots):
         return False
     low, extents, most = frame.box(member, rank)
     live = frame.live.limits[member]
@@ -44,6 +50,8 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         return False
     count = frame.live_count(member, rank)
     windowed = [f for f in found if f is not None and f.new >= 0]
+    if windowed and any(arrays[s].kind != "local" for s in slots):
+        return False
     if not all(_alone(frame, op, f) and _patch(frame, op, f, arrays, low, extents, dry=True) for f in windowed):
         return False
     # Conversions are written out where they do not keep every value, and new rows will lie in the old ones' place.
@@ -144,7 +152,8 @@ def _aligned(frame: Frame, member: int, op: Nest, side: bodies.Factor, array: Ar
     """Whether every task's first element of a factor lies at a multiple of the width."""
     low = frame.boxes[member][:, 0, : len(op.space)]
     first = side.constant + low @ np.array(side.strides[: len(op.space)], np.int64)
-    first = first - frame.low_corner(op.operands[side.slot]) @ np.array(array.strides, np.int64)
+    if array.kind == "local":
+        first = first - frame.low_corner(op.operands[side.slot]) @ np.array(array.strides, np.int64)
     return bool(np.all(first % WIDTH == 0))
 
 

@@ -141,7 +141,7 @@ def test_streams_follow_the_queue(name: str) -> None:
                 job = jobs[(first + k) * JOB_WORDS :][:JOB_WORDS]
                 buffer, unit = buffer_of(planned, planned.storages[stream.storage])
                 offset, size = job[2:6].view(np.uint64)
-                kind = LIVE + live_rows(codes)[stream.live] if stream.live else stream.chunk_bytes
+                kind = stream.chunk_bytes + (LIVE * (1 + live_rows(codes)[stream.live]) if stream.live else 0)
                 assert (job[0], job[1]) == (buffer, kind)
                 assert (offset, size) == (unit * UNIT + stream.first[task], stream.size[task])
                 assert (job[6], job[7]) == (stream.rows[task], stream.stride)

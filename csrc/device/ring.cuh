@@ -27,11 +27,7 @@ struct StreamJob {
 };
 static_assert(sizeof(StreamJob) == 32);
 constexpr u32 kPaced = 1, kLiveRows = 1u << 20;
-
-// Tiles, see matmul.cuh: most rows of one; bytes from row to row in a stage, an odd number of halves of a line, so that two
-// rows are read without bank conflicts.
-constexpr int kTileRows = 16;
-__device__ constexpr int tile_pitch(int bytes) { return bytes / 64 % 2 != 0 ? bytes : bytes + 64; }
+constexpr int kTileRows = 16;  // of a tile, see matmul.cuh
 
 // The consumer's side.
 template <class Shape>
@@ -77,7 +73,7 @@ struct Ring {
     return ok ? place(number) : -1;
   }
   __device__ static int place(u32 number) {
-    return Shape::kRing + static_cast<int>(number % Shape::kStages) * Shape::kStagePitch;
+    return Shape::kRing + static_cast<int>(number % Shape::kStages) * Shape::kStageBytes;
   }
 
   // One thread, after all its warp has read.
@@ -151,7 +147,7 @@ struct Producer {
 #pragma unroll 1
           for (u32 row = lane; row < job.rows; row += 32) prefetch(at(job) + u64(row) * job.stride, job.bytes);
         } else if (lane == 0) {
-          if (Shape::kStagePitch != Shape::kStageBytes && job.height != 0) stream_tiles(job);
+          if (Shape::kTiles != 0 && job.height != 0) stream_tiles(job);
           else stream(job);
         }
       }
@@ -247,7 +243,7 @@ struct Producer {
   // Of each tile one piece of columns after the other.
   __device__ void stream_tiles(const StreamJob& job) {
     using R = Ring<Shape>;
-    const u32 length = static_cast<u32>(job.bytes), pitch = tile_pitch(job.chunk_bytes);
+    const u32 length = static_cast<u32>(job.bytes);
 #pragma unroll 1
     for (u32 tile = 0; tile < job.rows; tile += kTileRows) {
       const u32 end = min(tile + kTileRows, job.rows);
@@ -257,13 +253,14 @@ struct Producer {
 #pragma unroll 1
         for (u32 row = tile; row < end; row += job.height, ++next) {
           if (!room()) return;
-          const u32 count = min(job.height, end - row);
+          // Whole rows are one run.
+          const u32 count = min(job.height, end - row), runs = size == length ? 1 : count, run = size * count / runs;
           u64* full = R::full(next % Shape::kStages);
           barrier_expect(full, size * count);
           const char* from = at(job) + u64(row) * length + done;
 #pragma unroll 1
-          for (u32 r = 0; r < count; ++r, from += length) {
-            bulk_load(shared_at<char>(R::place(next) + r * pitch), from, size, full, policy);
+          for (u32 r = 0; r < runs; ++r, from += length) {
+            bulk_load(shared_at<char>(R::place(next) + r * job.chunk_bytes), from, run, full, policy);
           }
         }
       }

@@ -71,7 +71,7 @@ class Faulty:
 _SIGNAL = "add_release(events() + "
 _STORE = "store_relaxed(words + i, Word("
 _LOAD = "bulk_load(shared_at<char>(R::place(next)), "
-_TILE_LOAD = "bulk_load(shared_at<char>(R::place(next) + r * pitch)"
+_TILE_LOAD = "bulk_load(shared_at<char>(R::place(next) + r * job.chunk_bytes)"
 _DECIDED = "barrier_arrive(decided());"
 _DALLY = (
     "for (const u64 begin = nanoseconds(); nanoseconds() - begin < c.launch.deadline_ns / 100;) "
@@ -117,7 +117,7 @@ FAULTY = (
         _mlp,
         _TILES,
         _TILE_LOAD,
-        f"if (!(FAULT && blockIdx.x == {WORKER} && next == {CHUNK} && r == 1)) {_TILE_LOAD}",
+        f"if (!(FAULT && blockIdx.x == {WORKER} && next == {CHUNK})) {_TILE_LOAD}",
         rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
     ),
     *(

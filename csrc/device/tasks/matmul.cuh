@@ -11,16 +11,15 @@ namespace mpk {
 
 constexpr int kTileStep = 32;
 
-// How a tile of rows is cut; stream.py computes the same. Runs of a row that are shorter than a quarter of a stage would
-// be too many copies for the rate of memory.
-template <class T, int K, int stage_bytes, int stage_pitch>
+// How a tile of rows is cut; stream.py computes the same. Runs of a row that are much shorter than a stage would be too
+// many copies for the rate of memory; of much longer ones, too few pieces would fit into the ring.
+template <class T, int K, int stage_bytes>
 struct Pieces {
-  static constexpr int kMost = stage_bytes / 4 / static_cast<int>(sizeof(T));
+  static constexpr int kMost = stage_bytes / 2 / static_cast<int>(sizeof(T));
   static constexpr int kCount = (K + kMost - 1) / kMost;
   static constexpr int kColumns = (K / kTileStep + kCount - 1) / kCount * kTileStep;
-  static constexpr int kPitch = tile_pitch(kColumns * static_cast<int>(sizeof(T)));
-  static constexpr int kRows = kPitch * 16 <= stage_pitch ? 16 : kPitch * 8 <= stage_pitch ? 8 : 4;  // of a stage
-  static_assert(kRows * kPitch <= stage_pitch);
+  static constexpr int kPitch = kColumns * static_cast<int>(sizeof(T));  // from row to row in a stage
+  static constexpr int kRows = kPitch * kTileRows < stage_bytes ? kTileRows : stage_bytes / kPitch;  // of a stage
 };
 
 // Where the sum of a row of a tile and a column lies among a warp's, as mma's accumulators do.
@@ -36,12 +35,13 @@ __device__ __forceinline__ int sum_at(int row, int n) {
 template <class T, int N, int K, bool shared, class C, class Finish>
 __device__ __forceinline__ void stream_tiles(C& c, const T* x, int x_stride, int rows, Finish&& finish) {
   static_assert(K % kTileStep == 0);
-  using P = Pieces<T, K, C::kStageBytes, C::Shape::kStagePitch>;
+  using P = Pieces<T, K, C::kStageBytes>;
   using R = Ring<typename C::Shape>;
   constexpr int kTiles = (N + 7) / 8, kSums = kTiles * 128;
   constexpr int kBuffers = N <= 16 ? 2 : 1;  // so that the next tile need not wait for the sums of this one
   constexpr int kSteps = (P::kColumns / kTileStep + C::kWarps - 1) / C::kWarps;  // a warp's, of a piece
-  constexpr int kAhead = kSteps * kTiles <= 12 ? kSteps : 1;  // whose part of x is loaded before the piece is there
+  // Of so many of them parts of x are loaded at a time; of the first ones before the piece is there.
+  constexpr int kMost = (shared ? 6 : 12) / kTiles, kAhead = kMost > kSteps ? kSteps : kMost > 1 ? kMost : 1;
   const int lane = c.lane(), g = lane / 4, q = lane % 4;
   const int x_byte = shared ? static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0))) : 0;
   bool running = true;
@@ -70,23 +70,27 @@ __device__ __forceinline__ void stream_tiles(C& c, const T* x, int x_stride, int
           else to[t] = load_quad(x + at);
         }
       };
-      if constexpr (kAhead > 1) {
+      const auto load_ahead = [&](int s) {
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) load(c.warp() + u * C::kWarps, b[u]);
-      }
+        for (int u = 0; u < kAhead; ++u) load(s + u * C::kWarps, b[u]);
+      };
+      load_ahead(c.warp());
       if (running) running = __all_sync(~0u, lane >= stages || c.ring.wait(c, c.ring.next + lane) >= 0);
       const int low_byte = row_byte(low), high_byte = row_byte(high);
+#pragma unroll 1
+      for (int first = c.warp(); first < steps; first += kAhead * C::kWarps) {
+        if (kAhead < kSteps && first != c.warp()) load_ahead(first);
 #pragma unroll
-      for (int u = 0; u < kSteps; ++u) {
-        const int s = c.warp() + u * C::kWarps;
-        if (s >= steps) continue;
-        if constexpr (kAhead == 1) load(s, b[0]);
-        const Quad l = *shared_at<Quad>(low_byte + s * 64), h = *shared_at<Quad>(high_byte + s * 64);
+        for (int u = 0; u < kAhead; ++u) {
+          const int s = first + u * C::kWarps;
+          if (s >= steps) continue;
+          const Quad l = *shared_at<Quad>(low_byte + s * 64), h = *shared_at<Quad>(high_byte + s * 64);
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          const Quad& v = b[u % kAhead][t];
-          matrix_multiply<T>(acc[t], l.w[0], h.w[0], l.w[1], h.w[1], v.w[0], v.w[1]);
-          matrix_multiply<T>(acc[t], l.w[2], h.w[2], l.w[3], h.w[3], v.w[2], v.w[3]);
+          for (int t = 0; t < kTiles; ++t) {
+            const Quad& v = b[u][t];
+            matrix_multiply<T>(acc[t], l.w[0], h.w[0], l.w[1], h.w[1], v.w[0], v.w[1]);
+            matrix_multiply<T>(acc[t], l.w[2], h.w[2], l.w[3], h.w[3], v.w[2], v.w[3]);
+          }
         }
       }
       if (p == P::kCount - 1) {

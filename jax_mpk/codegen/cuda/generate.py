@@ -17,7 +17,7 @@ from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import PACED, WARPS, Code, Frame, live_rows, too_large
 from jax_mpk.codegen.cuda.staging import Staging
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES, TILE_PITCH, match, sums_bytes
+from jax_mpk.codegen.cuda.stream import STAGE_BYTES, TILE_STAGES, match, sums_bytes
 from jax_mpk.codegen.cuda.tables import UNIT, State, Tables, buffer_of, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.codegen.cuda.views import take_views
@@ -102,6 +102,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
     slots = memory_slots(plan)
     out = []
     reserved = _sums(plan, order, edges) if streams else 0
+    fewest = TILE_STAGES if reserved else _FEWEST_STAGES
     for number, (routine, (a, b)) in enumerate(zip(plan.routines, pairwise(edges), strict=True)):
         tasks = order[a:b]
         first = table["box"][tasks].astype(np.int64)
@@ -114,7 +115,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
         ops = inline_members(plan, routine, boxes)
         views = take_views(plan, routine, ops, boxes)
         memory = slots[table["worker"][tasks]]
-        room = _SHARED_BYTES - _OTHER_BYTES - (_FEWEST_STAGES * TILE_PITCH if streams else 0) - reserved
+        room = _SHARED_BYTES - _OTHER_BYTES - (fewest * STAGE_BYTES if streams else 0) - reserved
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
         staged = staging.of(number, tasks)
         # Values whose live parts do not begin scratch: staged boxes begin where the plan says, others do not fit.
@@ -172,12 +173,11 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     place("kPartials", max(code.partials for code in codes) if codes else 0)
     place("kScratch", max(code.scratch for code in codes) if codes else 0)
     streaming = [stream for code in codes for stream in code.streams if stream.chunk_bytes > PACED]
-    streams = bool(streaming)
-    pitch = TILE_PITCH if any(stream.stride for stream in streaming) else STAGE_BYTES
-    room = (_SHARED_BYTES - at) // pitch
-    if at > _SHARED_BYTES or (streams and room < _FEWEST_STAGES):
+    tiles = any(stream.stride for stream in streaming)
+    room = (_SHARED_BYTES - at) // STAGE_BYTES
+    if at > _SHARED_BYTES or (streaming and room < (TILE_STAGES if tiles else _FEWEST_STAGES)):
         return None
-    stages, readers = _ring(min(_STAGES, room)) if streams else (0, 1)
+    stages, readers = _ring(min(_STAGES, room)) if streaming else (0, 1)
     out["kRing"] = at
     return {
         "kWorkers": plan.target.workers,
@@ -196,12 +196,12 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kStages": stages,
         "kReaders": readers,
         "kStageBytes": STAGE_BYTES,
-        "kStagePitch": pitch,
         "kFlight": min(_FLIGHT, max(stages - 1, 1)),
         "kLiveRows": len(live_rows(codes)),
+        "kTiles": int(tiles),
         "kPacedJobs": int(any(stream.chunk_bytes == PACED for code in codes for stream in code.streams)),
         **out,
-        "shared": at + stages * pitch,
+        "shared": at + stages * STAGE_BYTES,
     }
 
 

@@ -28,8 +28,8 @@ _MOST_ROWS, _MOST_PARTS = 16, 32
 _MOST_COLUMNS, _TILE_COLUMNS, _MOST_TILE_COLUMNS = 8, 5, 64
 #: Rows of a tile and steps of the reduced axis: `Pieces` in csrc/device/tasks/matmul.cuh.
 _TILE_ROWS, _STEP = 16, 32
-#: Bytes from stage to stage where stages hold tiles, whose rows lie apart.
-TILE_PITCH = STAGE_BYTES + 256
+#: Fewest stages of a ring with tiles: what a piece of a tile takes at most.
+TILE_STAGES = 8
 #: Fewer bytes a task are not worth the ring.
 _LEAST_BYTES = 2048
 _TYPES = ("bf16", "f16", "f32")
@@ -157,10 +157,9 @@ def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
 
 def piece(depth: int, itemsize: int) -> tuple[int, int]:
     """Columns of a piece of a tile, and rows of it that a stage holds: `Pieces` in matmul.cuh."""
-    pieces = -(-depth // (STAGE_BYTES // 4 // itemsize))
+    pieces = -(-depth // (STAGE_BYTES // 2 // itemsize))
     columns = -(-(depth // _STEP) // pieces) * _STEP
-    halves = columns * itemsize // 64 | 1
-    return columns, next(rows for rows in (16, 8, 4) if halves * 64 * rows <= TILE_PITCH)
+    return columns, min(STAGE_BYTES // (columns * itemsize), _TILE_ROWS)
 
 
 def sums_bytes(columns: int) -> int:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jax_mpk.codegen.cuda import generate
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES, TILE_PITCH, Rows, cut_rows, match, piece
+from jax_mpk.codegen.cuda.stream import STAGE_BYTES, Rows, cut_rows, match, piece
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest
 from jax_mpk.plan.ir import Plan
@@ -143,7 +143,7 @@ def test_the_kernel_cuts_tiles_alike() -> None:
         columns, rows = piece(depth, 2)
         count = -(-depth // columns)
         assert columns % 32 == 0 and columns * 2 * rows <= STAGE_BYTES
-        pieces = f"mpk::Pieces<mpk::bf16, {depth}, {STAGE_BYTES}, {TILE_PITCH}>"
+        pieces = f"mpk::Pieces<mpk::bf16, {depth}, {STAGE_BYTES}>"
         lines.append(f"static_assert({pieces}::kColumns == {columns} && {pieces}::kRows == {rows});")
         lines.append(f"static_assert({pieces}::kCount == {count});")
     nvrtc.compile_source("\n".join([*lines, 'extern "C" __global__ void nothing() {}']), "sm_90a")

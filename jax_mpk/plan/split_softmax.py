@@ -309,7 +309,7 @@ class _Split:
             epilogue=after.build(after.convert(after.acc(0, "f32"), dtype, implicit=True)),
         )
 
-    def _weighted(self, b: Builder, slots: Slots, weights: int, chunk: int, at: list[int]) -> tuple[int, ...]:
+    def _weighted(self, b: Builder, slots: Slots, weights: int, chunk: int, at: list[int]) -> list[int]:
         """The factors of the contraction of a chunk's weights and values; ``at``: nodes of all but the key."""
         found, out = self.found, self.found.out
         inner = b.coord(len(b.extents) - 1)

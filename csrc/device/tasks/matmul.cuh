@@ -41,7 +41,7 @@ __device__ __forceinline__ void stream_tiles(C& c, const T* x, int x_stride, int
   constexpr int kBuffers = N <= 16 ? 2 : 1;  // so that the next tile need not wait for the sums of this one
   constexpr int kSteps = (P::kColumns / kTileStep + C::kWarps - 1) / C::kWarps;  // a warp's, of a piece
   // Of so many of them parts of x are loaded at a time; of the first ones before the piece is there.
-  constexpr int kMost = (shared ? 6 : 12) / kTiles, kAhead = kMost > kSteps ? kSteps : kMost > 1 ? kMost : 1;
+  constexpr int kMost = 6 / kTiles, kAhead = kMost > kSteps ? kSteps : kMost > 1 ? kMost : 1;
   const int lane = c.lane(), g = lane / 4, q = lane % 4;
   const int x_byte = shared ? static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0))) : 0;
   bool running = true;

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array, is_wide, row_major
-from jax_mpk.codegen.cuda.live import Live, Shift
+from jax_mpk.codegen.cuda.live import Live
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset, product
 from jax_mpk.codegen.cuda.staging import Copied, Staged
 from jax_mpk.codegen.cuda.views import View

@@ -25,6 +25,8 @@ struct Shape {
     kStageBytes = 8192,
     kFlight = 1,
     kLiveRows = 0,
+    kTiles = 0,
+    kPacedJobs = 0,
     kBarriers = 0,
     kControl = 512,
     kSlots = 640,

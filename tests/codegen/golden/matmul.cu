@@ -25,6 +25,8 @@ struct Shape {
     kStageBytes = 8192,
     kFlight = 5,
     kLiveRows = 0,
+    kTiles = 1,
+    kPacedJobs = 0,
     kBarriers = 0,
     kControl = 512,
     kSlots = 640,
@@ -103,7 +105,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const g2 = c.template global<bf16>(10);
   c.sync();
   // contract bf16[16,3072] over 1024  functions.py:55: streams bf16 rows
-  stream_tiles<bf16, 16, 1024, 16, true>(
+  stream_tiles<bf16, 16, 1024, true>(
       c, l1, 1024, 24,
       [&](int row, int m, f32 sum) {
         const int i1 = at0 + row;
@@ -129,7 +131,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   bf16* const g1 = c.template global<bf16>(8);
   bf16* const g2 = c.template global<bf16>(10);
   // contract bf16[16,1024] over 3072  functions.py:56: streams bf16 rows
-  stream_tiles<bf16, 16, 3072, 8, false>(
+  stream_tiles<bf16, 16, 3072, false>(
       c, g1, 3072, 8,
       [&](int row, int m, f32 sum) {
         const int i1 = at0 + row;

@@ -25,6 +25,8 @@ struct Shape {
     kStageBytes = 8192,
     kFlight = 5,
     kLiveRows = 0,
+    kTiles = 0,
+    kPacedJobs = 0,
     kBarriers = 0,
     kControl = 512,
     kSlots = 640,

@@ -13,7 +13,8 @@ import numpy as np
 
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.arrays import row_major
-from jax_mpk.codegen.cuda.routine import WARPS, Frame, Stream
+from jax_mpk.codegen.cuda.code import Stream
+from jax_mpk.codegen.cuda.routine import WARPS, Frame
 from jax_mpk.codegen.cuda.scalars import Term, fixed, product
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.graph import dtypes

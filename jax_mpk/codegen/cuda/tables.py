@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_mpk.codegen.cuda.routine import FIRST_WORD, LIVE, Code, live_rows
+from jax_mpk.codegen.cuda.code import FIRST_WORD, LIVE, Code, live_rows
 from jax_mpk.graph import dtypes
 from jax_mpk.plan.ir import BranchNode, LoopNode, Plan, Schedule, Segment
 from jax_mpk.plan.ir import Storage as PlanStorage

@@ -35,7 +35,7 @@ KINDS = (
     "while_3",
     "switch_1_1",
     "contract_f64",
-    "attention_direct_3",
+    "attention_direct_9",
 )
 #: And those whose weights stream.
 STREAMED = ("streamed_bfloat16_3", "streamed_parts", "attention", "streamed_loop", "matmul_float16_16", "matmul_large")

@@ -8,8 +8,8 @@ import itertools
 import numpy as np
 import pytest
 
+from jax_mpk.codegen.cuda.code import FIRST_WORD, LIVE, Code, live_rows
 from jax_mpk.codegen.cuda.generate import routine_codes
-from jax_mpk.codegen.cuda.routine import FIRST_WORD, LIVE, Code, live_rows
 from jax_mpk.codegen.cuda.tables import (
     EVENT_BYTES,
     HEADER_BYTES,

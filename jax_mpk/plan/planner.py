@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jax_mpk.graph import dtypes
+from jax_mpk.graph.bounds import Spans
 from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, Update, blocks, reads, walk
 from jax_mpk.plan import ir
 from jax_mpk.plan.access import Access, accesses
@@ -296,13 +297,25 @@ class _Planner:
         rank = max((a.lo.shape[1] for _, a in self.touched), default=0)
         if not self.touched:
             empty = np.zeros(0, np.int32)
-            return ir.Accesses(empty, empty, np.zeros(0, np.uint8), np.zeros((0, 2, rank), np.int64))
+            return ir.Accesses(empty, empty, np.zeros(0, np.uint8), np.zeros((0, 2, rank), np.int64), empty, ())
         task = np.concatenate([ids for ids, _ in self.touched])
         value = np.concatenate([np.full(len(ids), a.value, np.int32) for ids, a in self.touched])
         kind = np.concatenate([np.full(len(ids), a.kind, np.uint8) for ids, a in self.touched])
         box = np.concatenate([_pad(np.stack([a.lo, a.hi], axis=1), rank) for _, a in self.touched])
+        spans: dict[Spans, int] = {(): -1}
+        for _, access in self.touched:
+            for some in access.spans.spans:
+                spans.setdefault(some, len(spans) - 1)
+        within = np.full(len(task), -1, np.int32)
+        at = 0
+        for ids, access in self.touched:
+            if access.spans.which is not None:
+                numbers = np.array([spans[some] for some in access.spans.spans], np.int32)
+                within[at : at + len(ids)] = numbers[access.spans.which]
+            at += len(ids)
         order = np.argsort(task, kind="stable")
-        return ir.Accesses(task[order], value[order], kind[order], box[order])
+        regions = tuple(some for some in spans if some)
+        return ir.Accesses(task[order], value[order], kind[order], box[order], within[order], regions)
 
 
 def _stretches(block: Block) -> Iterator[list[Op] | Loop | Branch]:

@@ -59,7 +59,9 @@ def format_accesses(plan: Plan, task: int) -> str:
         value = int(accesses.value[i])
         rank = len(plan.graph.values[value].shape) if value >= 0 else accesses.box.shape[2]
         name = f"%{value}" if value >= 0 else f"partial{-1 - value}"
-        lines.append(f"{_KINDS[int(accesses.kind[i])]} {name}{_box(accesses.box[i, :, :rank])}")
+        spans = accesses.spans[accesses.within[i]] if accesses.within[i] >= 0 else ()
+        limits = f" where {' and '.join(map(str, spans))}" if spans else ""
+        lines.append(f"{_KINDS[int(accesses.kind[i])]} {name}{_box(accesses.box[i, :, :rank])}{limits}")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_mpk.errors import PlanVerificationError
 from jax_mpk.graph import dtypes
+from jax_mpk.graph.bounds import Spans, apart
 from jax_mpk.graph.ir import Block, Branch, Cumulative, Loop, Nest, Op, Sort, Update, blocks
 from jax_mpk.plan.ir import FINISH, MAY, MUST, PARTIAL, READ, WHOLE, Plan, Segment, Split
 
@@ -68,6 +69,7 @@ class Rows:
       name, kind: int64; touches what and how.
       pointwise: bool; the member reads each element just before it overwrites that same element, if it does.
       box: int64 [rows, 2, rank]: region, axes beyond the name's own hold [0, 1).
+      within: int64; what run-time scalars leave of the box, a position in ``Facts.spans``.
     """
 
     task: np.ndarray
@@ -76,6 +78,7 @@ class Rows:
     kind: np.ndarray
     pointwise: np.ndarray
     box: np.ndarray
+    within: np.ndarray
 
     def take(self, index: np.ndarray) -> Rows:
         return Rows(
@@ -85,6 +88,7 @@ class Rows:
             self.kind[index],
             self.pointwise[index],
             self.box[index],
+            self.within[index],
         )
 
 
@@ -107,6 +111,7 @@ class Facts:
       homes: routine and member of every place where a stage of an operator is stored.
       tasks_of: tasks of each routine, ascending.
       rows: recomputed accesses; filled in by the coverage check.
+      spans: number of everything that run-time scalars leave of boxes; 0: the whole box.
     """
 
     plan: Plan
@@ -128,6 +133,7 @@ class Facts:
     homes: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
     tasks_of: list[np.ndarray] = field(default_factory=list)
     rows: Rows | None = None
+    spans: dict[Spans, int] = field(default_factory=lambda: {(): 0})
 
     # -- derived geometry --------------------------------------------------------------------------------------
 
@@ -220,6 +226,22 @@ class Facts:
             return np.zeros(0, np.int64)
         return np.flatnonzero((self.start >= 0) & (self.start < end) & (start < self.end) & (self.start < self.end))
 
+    def is_local(self, value: int) -> bool:
+        """Whether a value has no bytes of its own."""
+        return bool(self.plan.value_storage[value] < 0)
+
+    def number_spans(self, spans: Sequence[Spans]) -> np.ndarray:
+        """int64: numbers of spans."""
+        return np.array([self.spans.setdefault(some, len(self.spans)) for some in spans], np.int64)
+
+    def never_meet(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """bool [a, b]: whether spans of these numbers are proved to have no element in common."""
+        numbers = list(self.spans)
+        mine, at = np.unique(a, return_inverse=True)
+        theirs, bt = np.unique(b, return_inverse=True)
+        known = [[apart(numbers[i], numbers[j]) for j in theirs.tolist()] for i in mine.tolist()]
+        return np.array(known, bool).reshape(len(mine), len(theirs))[np.ix_(at.ravel(), bt.ravel())]
+
     # -- names for messages ------------------------------------------------------------------------------------
 
     def op_text(self, op: int, stage: int = WHOLE) -> str:
@@ -251,6 +273,11 @@ class Facts:
 def box_text(box: np.ndarray) -> str:
     """A box as slices: ``[0:4, 8:16]``."""
     return "[" + ", ".join(f"{int(a)}:{int(b)}" for a, b in zip(box[0], box[1])) + "]"
+
+
+def spans_text(spans: Spans) -> str:
+    """What run-time scalars leave of a box: `` where axis 1 within %5 : %5 + 1``; "" for all."""
+    return f" where {' and '.join(map(str, spans))}" if spans else ""
 
 
 def scanned_axis(op: Op) -> int | None:

@@ -137,15 +137,17 @@ def _redeclare(draft: Draft) -> None:
     values = facts.value_count
     for task in draft.tasks:
         task.accesses = []
-    for t, name, kind, box in zip(rows.task, rows.name, rows.kind, rows.box):
+    numbers = list(facts.spans)
+    for t, name, kind, box, within in zip(rows.task, rows.name, rows.kind, rows.box, rows.within):
         value = int(name) if name < values else values - 1 - int(name)
-        draft.tasks[t].accesses.append([value, int(kind), box[:, :rank].copy()])
+        draft.tasks[t].accesses.append([value, int(kind), box[:, :rank].copy(), numbers[within]])
 
 
 def corrupt(plan: Plan, rng: random.Random) -> tuple[Plan, str]:
     """Changes one number somewhere in a plan; returns the plan and where."""
     names = (
-        "table boxes wait_start wait_event signal_start signal_event task value kind box value_storage queue".split()
+        "table boxes wait_start wait_event signal_start signal_event task value kind box within value_storage "
+        "queue".split()
     )
     name = rng.choice([*names, "storage", "routine", "local", "split", "total"])
 
@@ -170,7 +172,7 @@ def corrupt(plan: Plan, rng: random.Random) -> tuple[Plan, str]:
     tasks, accesses = plan.tasks, plan.accesses
     if name in ("table", "boxes", "wait_start", "wait_event", "signal_start", "signal_event"):
         return replace(plan, tasks=replace(tasks, **{name: changed(getattr(tasks, name))})), name
-    if name in ("task", "value", "kind", "box"):
+    if name in ("task", "value", "kind", "box", "within"):
         return replace(plan, accesses=replace(accesses, **{name: changed(getattr(accesses, name))})), name
     if name == "value_storage":
         return replace(plan, value_storage=changed(plan.value_storage)), name
@@ -472,7 +474,7 @@ def _access_off(d: Draft, rng: random.Random) -> Outcome:
 
 def _lonely(task: Task, access: list[Any]) -> bool:
     """Whether an access is not empty and declared once."""
-    same = [a for a in task.accesses if a[:2] == access[:2] and np.array_equal(a[2], access[2])]
+    same = [a for a in task.accesses if a[:2] == access[:2] and np.array_equal(a[2], access[2]) and a[3] == access[3]]
     return len(same) == 1 and bool(np.all(access[2][1] > access[2][0]))
 
 
@@ -545,7 +547,7 @@ def _duplicate_task(d: Draft, rng: random.Random) -> Outcome:
         [b.copy() for b in task.boxes],
         list(task.waits),
         list(task.signals),
-        [[v, k, b.copy()] for v, k, b in task.accesses],
+        [[v, k, b.copy(), s] for v, k, b, s in task.accesses],
     )
     d.tasks.append(twin)
     queue.insert(queue.index(task) + 1, twin)
@@ -683,7 +685,7 @@ def _rely_on_tags(d: Draft, rng: random.Random) -> Outcome:
             task.waits = old
         order, implied = Order(without), Order(without, tags=True)
         lost = [(a, b) for a, b in pairs if not order.before(a, b) and implied.before(a, b)]
-        stored = [(a, b) for a, b in lost if _written(d.tasks[a]) & {v for v, _, _ in d.tasks[b].accesses}]
+        stored = [(a, b) for a, b in lost if _written(d.tasks[a]) & {v for v, *_ in d.tasks[b].accesses}]
         if lost:
             found = event, *rng.choice(stored or lost)
         if stored:
@@ -699,7 +701,7 @@ def _rely_on_tags(d: Draft, rng: random.Random) -> Outcome:
 
 
 def _written(task: Task) -> set[int]:
-    return {value for value, kind, _ in task.accesses if kind != READ}
+    return {value for value, kind, *_ in task.accesses if kind != READ}
 
 
 @breaking
@@ -974,10 +976,10 @@ def _declare_again(d: Draft, rng: random.Random, pairs: list[tuple[int, int]]) -
     """Accesses in another order, one twice, an empty one."""
     task = _pick(rng, [t for t in d.tasks if t.accesses])
     access = rng.choice(task.accesses)
-    task.accesses.append([access[0], access[1], access[2].copy()])
+    task.accesses.append([access[0], access[1], access[2].copy(), access[3]])
     empty = access[2].copy()
     empty[1, 0] = empty[0, 0]
-    task.accesses.append([access[0], READ, empty])
+    task.accesses.append([access[0], READ, empty, ()])
     rng.shuffle(task.accesses)
 
 

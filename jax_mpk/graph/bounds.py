@@ -106,6 +106,11 @@ class Bound:
         return self.const + sum(k * (s.high if k > 0 else s.low) for s, k in self.terms)
 
     @cached_property
+    def size(self) -> int:
+        """How many symbols it is made of, with theirs."""
+        return sum(1 + sum(arg.size for arg in s.args) for s, _ in self.terms)
+
+    @cached_property
     def has_coord(self) -> bool:
         return any(s.has_coord for s, _ in self.terms)
 

@@ -13,20 +13,25 @@ be fetched and is dropped, so it does not matter who is writing there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.bounds import Bound, Span, Spans, greatest, least, mentioned, number, symbol
-from jax_mpk.graph.ir import Op, Sort, Update
+from jax_mpk.graph.bounds import Bound, Span, Spans, at_most, greatest, least, mentioned, number, symbol
+from jax_mpk.graph.ir import Graph, Nest, Op, Sort, Update, walk
 from jax_mpk.graph.regions import program_boxes, update_boxes
 from jax_mpk.graph.scalar import COMPARE, Expr, Node
 
+#: Expressions of more symbols than this are not followed: random numbers, say.
+_MOST_SYMBOLS = 64
+#: Slot, value, and what it is known to be.
+_Operand = tuple[int, int, Bound | None]
 #: A predicate node, and whether it holds.
 _Fact = tuple[int, bool]
+_SWAPPED = {"gt": "lt", "ge": "le"}
 _NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 
 
@@ -57,13 +62,35 @@ class BoxSpans:
 UNLIMITED = BoxSpans()
 
 
+def definitions(graph: Graph) -> dict[int, Bound]:
+    """Values of one element that are computed from others by arithmetic on integers, as expressions of these."""
+    out: dict[int, Bound] = {}
+    for op in walk(graph.block):
+        if not isinstance(op, Nest) or op.kind != "map" or any(extent != 1 for extent in op.space):
+            continue
+        values = tuple((slot, v, out.get(v)) for slot, v in enumerate(op.operands))
+        forms = _Forms(op.body, values, dict.fromkeys(range(len(op.space)), (0, 1)))
+        for v, root in zip(op.outputs, op.body.results, strict=True):
+            found = forms.form(root)
+            if found is not None:
+                out[v] = found
+    return out
+
+
 def op_spans(
-    op: Op, lo: np.ndarray, hi: np.ndarray, is_local: Callable[[int], bool], *, stage_finish: bool = False
+    op: Op,
+    lo: np.ndarray,
+    hi: np.ndarray,
+    known: Mapping[int, Bound],
+    is_local: Callable[[int], bool],
+    *,
+    stage_finish: bool = False,
 ) -> list[BoxSpans]:
     """Per region of :func:`~jax_mpk.graph.regions.op_touches`, in the same order, what it is beside its boxes.
 
     Args:
       op, lo, hi, stage_finish: as there.
+      known: the graph's :func:`definitions`.
       is_local: whether a value is computed by every task that needs it. Nothing is said about these.
     """
     out: list[BoxSpans] = []
@@ -81,7 +108,7 @@ def op_spans(
             facts, indices = guards.get(i, frozenset()), node.args
             if node.op == "load_if":
                 facts, indices = facts | {(node.args[0], True)}, node.args[1:]
-            found = _per_box(expr, operands, indices, facts, low, high)
+            found = _per_box(expr, operands, known, indices, facts, low, high)
             out.append(found.of_stored(is_local))
     if isinstance(op, Update):
         out.append(UNLIMITED)
@@ -90,10 +117,14 @@ def op_spans(
     return out
 
 
-def written_spans(op: Update, lo: np.ndarray, hi: np.ndarray, is_local: Callable[[int], bool]) -> BoxSpans:
+def written_spans(
+    op: Update, lo: np.ndarray, hi: np.ndarray, known: Mapping[int, Bound], is_local: Callable[[int], bool]
+) -> BoxSpans:
     """The same for :func:`~jax_mpk.graph.regions.update_written`."""
     *indices, inside = op.index.results
-    found = _per_box(op.index, op.operands, tuple(indices), frozenset({(inside, True)}), *update_boxes(op, lo, hi))
+    found = _per_box(
+        op.index, op.operands, known, tuple(indices), frozenset({(inside, True)}), *update_boxes(op, lo, hi)
+    )
     return found.of_stored(is_local)
 
 
@@ -121,6 +152,7 @@ def _guards(expr: Expr) -> dict[int, frozenset[_Fact]]:
 def _per_box(
     expr: Expr,
     operands: tuple[int, ...],
+    known: Mapping[int, Bound],
     indices: tuple[int, ...],
     facts: frozenset[_Fact],
     lo: np.ndarray,
@@ -136,7 +168,7 @@ def _per_box(
     part = expr.only(*(indices[axis] for axis in axes), *(i for i, _ in said))
     used = sorted({node.attr for node in part.nodes if node.op == "coord"})
     slots = sorted({node.attr for node in part.nodes if node.op in ("load", "load_if")})
-    values = tuple((slot, operands[slot]) for slot in slots)
+    values = tuple((slot, operands[slot], known.get(operands[slot])) for slot in slots)
     corners, which = np.unique(np.concatenate([lo[:, used], hi[:, used]], axis=1), axis=0, return_inverse=True)
     boxes = tuple(tuple(zip(used, c[: len(used)], c[len(used) :], strict=True)) for c in corners.tolist())
     spans, number = _limits(part, axes, tuple(truth for _, truth in said), values, boxes)
@@ -161,7 +193,7 @@ def _limits(
     part: Expr,
     axes: tuple[int, ...],
     truths: tuple[bool, ...],
-    values: tuple[tuple[int, int], ...],
+    values: tuple[_Operand, ...],
     boxes: tuple[tuple[tuple[int, int, int], ...], ...],
 ) -> tuple[tuple[Spans, ...], tuple[int, ...]]:
     """What limits indices along ``axes``, the first results of a program, given that the others are ``truths``.
@@ -174,7 +206,7 @@ def _limits(
         if any(high <= low for _, low, high in box):
             out.append(())
             continue
-        forms = _Forms(part, dict(values), {coord: (low, high) for coord, low, high in box})
+        forms = _Forms(part, values, {coord: (low, high) for coord, low, high in box})
         facts = zip(part.results[len(axes) :], truths, strict=True)
         clauses = [clause for root, truth in facts for clause in forms.clauses(root, truth)]
         spans = [span for axis, root in zip(axes, part.results) for span in _of_axis(axis, forms.form(root), clauses)]
@@ -233,6 +265,19 @@ def _sides(at: Bound, literal: Bound) -> tuple[list[Bound], list[Bound]]:
     return ([below], []) if not below.has_coord else ([], [])
 
 
+def _compared(op: str, a: Bound, b: Bound) -> Bound | None:
+    """Whether a comparison holds, if that is known."""
+    if op in _SWAPPED:
+        op, a, b = _SWAPPED[op], b, a
+    if op in ("lt", "le"):
+        strict = op == "lt"
+        true, false = at_most(a.shifted(int(strict)), b), at_most(b.shifted(int(not strict)), a)
+    else:
+        apart = at_most(a.shifted(1), b) or at_most(b.shifted(1), a)
+        true, false = (a == b, apart) if op == "eq" else (apart, a == b)
+    return number(int(true)) if true or false else None
+
+
 # -- programs as affine expressions ----------------------------------------------------------------------------
 
 
@@ -241,20 +286,21 @@ class _Forms:
 
     Args:
       expr: the program.
-      operands: value by slot.
+      operands: what its slots are.
       box: low and high corner (exclusive) by coordinate.
     """
 
-    def __init__(self, expr: Expr, operands: dict[int, int], box: dict[int, tuple[int, int]]):
+    def __init__(self, expr: Expr, operands: tuple[_Operand, ...], box: dict[int, tuple[int, int]]):
         self.expr = expr
-        self.operands = operands
+        self.operands = {slot: (v, known) for slot, v, known in operands}
         self.box = box
         self._known: dict[int, Bound | None] = {}
 
     def form(self, i: int) -> Bound | None:
         if i not in self._known:
             node = self.expr.nodes[i]
-            self._known[i] = None if dtypes.is_float(node.dtype) else self._of(node)
+            found = None if dtypes.is_float(node.dtype) else self._of(node)
+            self._known[i] = None if found is None or found.size > _MOST_SYMBOLS else found
         return self._known[i]
 
     def clauses(self, i: int, truth: bool) -> Iterator[tuple[list[Bound], bool]]:
@@ -289,7 +335,7 @@ class _Forms:
             return [[]]
         if op == "eq":
             return [[b.plus(a, -1)], [a.plus(b, -1)]]
-        if op in ("gt", "ge"):
+        if op in _SWAPPED:
             a, b = b, a
         return [[b.plus(a, -1).shifted(-1 if op in ("lt", "gt") else 0)]]
 
@@ -309,7 +355,11 @@ class _Forms:
             return exact
         if any(arg.has_coord for arg in args):  # type: ignore[union-attr]
             return None
-        attr = self.operands[node.attr] if op in ("load", "load_if") else node.attr
+        attr = node.attr
+        if op in ("load", "load_if"):
+            attr, defined = self.operands[node.attr]
+            if defined is not None and op == "load":
+                return defined
         known = self._range(node, args)  # type: ignore[arg-type]
         if known is not None and low <= known[0] and known[1] <= high:
             low, high = known
@@ -325,8 +375,10 @@ class _Forms:
                     return number(0).plus(this, other.const)
         if node.op == "convert":
             return args[0] if node.dtype != "b1" or (args[0].low >= 0 and args[0].high <= 1) else None
-        if node.op == "select" and args[1] == args[2]:
-            return args[1]
+        if node.op == "select" and (args[1] == args[2] or not args[0].terms):
+            return args[1] if args[0].const else args[2]
+        if node.op in COMPARE:
+            return _compared(node.op, *args)
         if node.op in ("min", "max"):
             of: Callable[..., Bound] = least if node.op == "min" else greatest
             found = of(args, node.dtype)

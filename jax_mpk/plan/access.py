@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from jax_mpk.graph.bounds import apart
+from jax_mpk.graph.bounds import Bound, apart
 from jax_mpk.graph.ir import Update
 from jax_mpk.graph.regions import update_written
 from jax_mpk.graph.spans import UNLIMITED, BoxSpans, op_spans, written_spans
@@ -44,20 +44,26 @@ class Access:
         return out
 
 
-def accesses(routine: Routine, in_place: Callable[[Update], bool]) -> list[Access]:
-    """Every access to memory of a routine's tasks; equal ones are listed once, local values not at all."""
+def accesses(routine: Routine, in_place: Callable[[Update], bool], known: Mapping[int, Bound]) -> list[Access]:
+    """Every access to memory of a routine's tasks; equal ones are listed once, local values not at all.
+
+    Args:
+      routine: the routine.
+      in_place: whether an Update writes into its base's storage.
+      known: the graph's :func:`~jax_mpk.graph.spans.definitions`.
+    """
     local = set(routine.local)
     out: list[Access] = []
     for op, lo, hi, touches in zip(routine.ops, routine.cut.lo, routine.cut.hi, routine.cut.touches, strict=True):
         # The base of an Update in place, the last of its regions, is not among the touches.
-        for touch, spans in zip(touches, op_spans(op, lo, hi, local.__contains__)):
+        for touch, spans in zip(touches, op_spans(op, lo, hi, known, local.__contains__)):
             if touch.value not in local:
                 _add(out, Access(touch.value, READ, touch.lo, touch.hi, spans))
         for v in op.outputs:
             if v in local:
                 continue
             if isinstance(op, Update) and in_place(op):
-                spans = written_spans(op, lo, hi, local.__contains__)
+                spans = written_spans(op, lo, hi, known, local.__contains__)
                 _add(out, Access(v, MAY, *update_written(op, lo, hi), spans))
             else:
                 _add(out, Access(v, MUST, lo, hi))

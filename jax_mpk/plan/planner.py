@@ -9,6 +9,7 @@ import numpy as np
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.bounds import Spans
 from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, Update, blocks, reads, walk
+from jax_mpk.graph.spans import definitions
 from jax_mpk.plan import ir
 from jax_mpk.plan.access import Access, accesses
 from jax_mpk.plan.cluster import Clusterer, Routine
@@ -48,6 +49,7 @@ class _Planner:
         self.shapes = tuple(v.shape for v in self.graph.values)
         self.tiler = Tiler(self.graph, target, self.share)
         self.pinned = self._pinned()
+        self.known = definitions(self.graph)
         # Filled segment by segment.
         self.routines: list[ir.Routine] = []
         self.routine_number: dict[tuple, int] = {}
@@ -111,7 +113,7 @@ class _Planner:
         placer = Placer(self.target)
         early, late = deferred(clusterer.run(ops, _after(ops, self.share)), self.share, self._may_wait)
         routines = early + late
-        touched = [accesses(routine, self.tiler.in_place) for routine in routines]
+        touched = [accesses(routine, self.tiler.in_place, self.known) for routine in routines]
         places = [placer.place(routine) for routine in early]
         # Loads are equal enough by now; late routines are spread among themselves.
         placer = Placer(self.target)

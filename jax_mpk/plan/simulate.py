@@ -23,7 +23,7 @@ import numpy as np
 
 from jax_mpk.errors import DeadlockError
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.bounds import evaluate
+from jax_mpk.graph.bounds import evaluate, mentioned
 from jax_mpk.graph.ir import Nest, Op, Update
 from jax_mpk.graph.reference import eval_epilogue, eval_op, eval_partial, merge
 from jax_mpk.graph.regions import update_boxes
@@ -458,18 +458,24 @@ class Simulator:
                     write(v, lo, result)
 
     def _region(self, access: int, rank: int) -> list[Array]:
-        """What an access touches: its positions along each axis."""
+        """What an access touches: its positions along each axis.
+
+        Limits count if the task itself reads what they depend on: elsewhere the bytes may have been overwritten since.
+        """
         accesses = self.plan.accesses
+        mine = slice(*self._access_start[accesses.task[access] :][:2])
+        read = set(accesses.value[mine][accesses.kind[mine] == READ].tolist())
         low, high = accesses.box[access]
         at = [np.arange(a, b) for a, b in zip(low[:rank].tolist(), high[:rank].tolist())]
         for span in accesses.spans[accesses.within[access]] if accesses.within[access] >= 0 else ():
-            mine = at[span.axis]
-            inside = np.ones(len(mine), bool)
+            if not mentioned(span) <= read:
+                continue
+            inside = np.ones(len(at[span.axis]), bool)
             if span.first is not None:
-                inside &= mine >= evaluate(span.first, self._element)
+                inside &= at[span.axis] >= evaluate(span.first, self._element)
             if span.end is not None:
-                inside &= mine < evaluate(span.end, self._element)
-            at[span.axis] = mine[inside != span.outside]
+                inside &= at[span.axis] < evaluate(span.end, self._element)
+            at[span.axis] = at[span.axis][inside != span.outside]
         return at
 
     def _element(self, value: int, at: tuple[int, ...]) -> int:

@@ -277,7 +277,7 @@ def _routine_rows(facts: Facts, number: int, routine: Routine) -> list[tuple[np.
             out.append((tasks, fill * at, fill * name, fill * kind, fill * pointwise, within, lo, hi))
 
         touches = op_touches(plan.graph, op, lo, hi, stage_finish=member.stage == FINISH)
-        limits = op_spans(op, lo, hi, facts.is_local, stage_finish=member.stage == FINISH)
+        limits = op_spans(op, lo, hi, facts.known, facts.is_local, stage_finish=member.stage == FINISH)
         for k, (touch, spans) in enumerate(zip(touches, limits, strict=True)):
             base = isinstance(op, Update) and k == len(touches) - 1  # regions put it last
             if in_place and base:
@@ -307,7 +307,7 @@ def _routine_rows(facts: Facts, number: int, routine: Routine) -> list[tuple[np.
                 add(name, MUST, _with_first(cell, lo[:, :axes]), _with_first(cell + 1, hi[:, :axes]))
         elif in_place:
             assert isinstance(op, Update)
-            add(op.output, MAY, *update_written(op, lo, hi), written_spans(op, lo, hi, facts.is_local))
+            add(op.output, MAY, *update_written(op, lo, hi), written_spans(op, lo, hi, facts.known, facts.is_local))
             mine[op.output] = lo, hi
         else:
             for v in op.outputs:

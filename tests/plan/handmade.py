@@ -35,7 +35,7 @@ from jax_mpk.graph.ir import (
 )
 from jax_mpk.graph.regions import op_touches, update_written
 from jax_mpk.graph.scalar import Builder
-from jax_mpk.graph.spans import UNLIMITED, BoxSpans, op_spans, written_spans
+from jax_mpk.graph.spans import UNLIMITED, BoxSpans, definitions, op_spans, written_spans
 from jax_mpk.plan.ir import (
     FINISH,
     MAY,
@@ -288,6 +288,7 @@ class _Planner:
         self.splits: list[Split] = []
         self.accumulator: dict[int, list[int]] = {}
         self.acc_types: list[str] = []
+        self.known = definitions(self.graph)
         self.local = self._choose_local()
         self.work: list[Work] = []
         self.tasks = 0
@@ -469,7 +470,7 @@ class _Planner:
         for this, this_stage, a, b, touches in touched:
             anchor = this is op
             in_place = anchor and self._in_place(this)
-            limits = op_spans(this, a, b, local.__contains__, stage_finish=this_stage == FINISH)
+            limits = op_spans(this, a, b, self.known, local.__contains__, stage_finish=this_stage == FINISH)
             for k, (touch, spans) in enumerate(zip(touches, limits, strict=True)):
                 if in_place and k == len(touches) - 1 and this.combine.kind == "set":
                     continue
@@ -489,7 +490,7 @@ class _Planner:
                 for k in self.accumulator[self.number[id(this)]]:
                     rows.append((-1 - k, MUST, _first(part, a[:, :axes]), _first(part + 1, b[:, :axes]), UNLIMITED))
             elif in_place:
-                spans = written_spans(this, a, b, local.__contains__)
+                spans = written_spans(this, a, b, self.known, local.__contains__)
                 rows.append((this.output, MAY, *update_written(this, a, b), spans))
             else:
                 rows += [(v, MUST, a, b, UNLIMITED) for v in this.outputs]

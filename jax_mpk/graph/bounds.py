@@ -144,8 +144,9 @@ class Span:
     outside: bool = False
 
     def __str__(self) -> str:
-        first, end = ("" if limit is None else str(limit) for limit in (self.first, self.end))
-        return f"axis {self.axis} {'outside' if self.outside else 'within'} {first} : {end}"
+        low = "" if self.first is None else f"{self.first} <= "
+        high = "" if self.end is None else f" < {self.end}"
+        return f"{'not ' if self.outside else ''}{low}i{self.axis}{high}"
 
 
 #: What a region is beside its box: the part of the box that lies in all of these.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -27,12 +27,41 @@ from jax_mpk.graph.scalar import COMPARE, Expr, Node
 
 #: Expressions of more symbols than this are not followed: random numbers, say.
 _MOST_SYMBOLS = 64
-#: Slot, value, and what it is known to be.
-_Operand = tuple[int, int, Bound | None]
+#: Definitions of more nodes than this are not followed.
+_MOST_NODES = 128
 #: A predicate node, and whether it holds.
 _Fact = tuple[int, bool]
 _SWAPPED = {"gt": "lt", "ge": "le"}
 _NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
+
+
+@dataclass(frozen=True)
+class Definition:
+    """How an element of a value is computed.
+
+    Attributes:
+      expr: the program, over the value's coordinates.
+      operands: what its slots are.
+    """
+
+    expr: Expr
+    operands: tuple[_Operand, ...]
+
+    @cached_property
+    def size(self) -> int:
+        """Nodes, those of the operands' definitions included."""
+        return len(self.expr.nodes) + sum(known.size for _, _, known in self.operands if known is not None)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.expr, self.operands))
+
+    def __hash__(self) -> int:  # definitions hold definitions
+        return self._hash
+
+
+#: Slot, value, and how that is computed, if that is known.
+_Operand = tuple[int, int, Definition | None]
 
 
 @dataclass(frozen=True)
@@ -62,17 +91,21 @@ class BoxSpans:
 UNLIMITED = BoxSpans()
 
 
-def definitions(graph: Graph) -> dict[int, Bound]:
-    """Values of one element that are computed from others by arithmetic on integers, as expressions of these."""
-    out: dict[int, Bound] = {}
+def definitions(graph: Graph) -> dict[int, Definition]:
+    """Values that are computed from others, element by element, by arithmetic on integers: positions, masks."""
+    out: dict[int, Definition] = {}
     for op in walk(graph.block):
-        if not isinstance(op, Nest) or op.kind != "map" or any(extent != 1 for extent in op.space):
+        if not isinstance(op, Nest) or op.kind != "map":
             continue
-        values = tuple((slot, v, out.get(v)) for slot, v in enumerate(op.operands))
-        forms = _Forms(op.body, values, dict.fromkeys(range(len(op.space)), (0, 1)))
         for v, root in zip(op.outputs, op.body.results, strict=True):
-            found = forms.form(root)
-            if found is not None:
+            if dtypes.is_float(graph.values[v].dtype):
+                continue
+            expr = op.body.only(root)
+            if any(dtypes.is_float(node.dtype) for node in expr.nodes):
+                continue
+            slots = sorted({expr.nodes[i].attr for i in expr.loads()})
+            found = Definition(expr, tuple((slot, op.operands[slot], out.get(op.operands[slot])) for slot in slots))
+            if found.size <= _MOST_NODES:
                 out[v] = found
     return out
 
@@ -81,7 +114,7 @@ def op_spans(
     op: Op,
     lo: np.ndarray,
     hi: np.ndarray,
-    known: Mapping[int, Bound],
+    known: Mapping[int, Definition],
     is_local: Callable[[int], bool],
     *,
     stage_finish: bool = False,
@@ -96,7 +129,7 @@ def op_spans(
     out: list[BoxSpans] = []
     for expr, operands, low, high in program_boxes(op, lo, hi, stage_finish=stage_finish):
         loads = expr.loads()
-        if not any(dtypes.is_int(expr.nodes[i].dtype) for i in loads):
+        if all(dtypes.is_float(expr.nodes[i].dtype) for i in loads):
             out += [UNLIMITED] * len(loads)
             continue
         guards = _guards(expr)
@@ -118,7 +151,7 @@ def op_spans(
 
 
 def written_spans(
-    op: Update, lo: np.ndarray, hi: np.ndarray, known: Mapping[int, Bound], is_local: Callable[[int], bool]
+    op: Update, lo: np.ndarray, hi: np.ndarray, known: Mapping[int, Definition], is_local: Callable[[int], bool]
 ) -> BoxSpans:
     """The same for :func:`~jax_mpk.graph.regions.update_written`."""
     *indices, inside = op.index.results
@@ -152,7 +185,7 @@ def _guards(expr: Expr) -> dict[int, frozenset[_Fact]]:
 def _per_box(
     expr: Expr,
     operands: tuple[int, ...],
-    known: Mapping[int, Bound],
+    known: Mapping[int, Definition],
     indices: tuple[int, ...],
     facts: frozenset[_Fact],
     lo: np.ndarray,
@@ -206,7 +239,7 @@ def _limits(
         if any(high <= low for _, low, high in box):
             out.append(())
             continue
-        forms = _Forms(part, values, {coord: (low, high) for coord, low, high in box})
+        forms = _Forms(part, values, {coord: _coordinate(coord, low, high) for coord, low, high in box})
         facts = zip(part.results[len(axes) :], truths, strict=True)
         clauses = [clause for root, truth in facts for clause in forms.clauses(root, truth)]
         spans = [span for axis, root in zip(axes, part.results) for span in _of_axis(axis, forms.form(root), clauses)]
@@ -252,6 +285,10 @@ def _extremes(at: Bound) -> tuple[list[Bound], list[Bound]]:
     return [first], [end.shifted(1)]
 
 
+def _coordinate(axis: int, low: int, high: int) -> Bound:
+    return number(low) if high == low + 1 else symbol("coord", (), dtypes.INDEX, axis, low, high - 1)
+
+
 def _sides(at: Bound, literal: Bound) -> tuple[list[Bound], list[Bound]]:
     """What ``literal >= 0`` says about an index: ``([first], [])``, ``([], [end])``, or nothing.
 
@@ -287,26 +324,46 @@ class _Forms:
     Args:
       expr: the program.
       operands: what its slots are.
-      box: low and high corner (exclusive) by coordinate.
+      coords: its coordinates.
     """
 
-    def __init__(self, expr: Expr, operands: tuple[_Operand, ...], box: dict[int, tuple[int, int]]):
+    def __init__(self, expr: Expr, operands: tuple[_Operand, ...], coords: Mapping[int, Bound | None]):
         self.expr = expr
         self.operands = {slot: (v, known) for slot, v, known in operands}
-        self.box = box
+        self.coords = coords
         self._known: dict[int, Bound | None] = {}
+        self._inner: dict[int, _Forms | None] = {}
 
     def form(self, i: int) -> Bound | None:
         if i not in self._known:
             node = self.expr.nodes[i]
-            found = None if dtypes.is_float(node.dtype) else self._of(node)
+            inner = self._definition(i)
+            if inner is not None:
+                found = inner.form(inner.expr.results[0])
+            else:
+                found = None if dtypes.is_float(node.dtype) else self._of(node)
             self._known[i] = None if found is None or found.size > _MOST_SYMBOLS else found
         return self._known[i]
+
+    def _definition(self, i: int) -> _Forms | None:
+        """The program that computes what is loaded, at the index it is loaded from."""
+        node = self.expr.nodes[i]
+        if node.op != "load" or self.operands[node.attr][1] is None:
+            return None
+        if i not in self._inner:
+            known = self.operands[node.attr][1]
+            assert known is not None
+            at = {axis: self.form(a) for axis, a in enumerate(node.args)}
+            self._inner[i] = _Forms(known.expr, known.operands, at)
+        return self._inner[i]
 
     def clauses(self, i: int, truth: bool) -> Iterator[tuple[list[Bound], bool]]:
         """What a predicate says: each as one inequality ``bound >= 0``, or several of which one is false (True)."""
         node = self.expr.nodes[i]
-        if node.op == "not":
+        inner = self._definition(i)
+        if inner is not None:
+            yield from inner.clauses(inner.expr.results[0], truth)
+        elif node.op == "not":
             yield from self.clauses(node.args[0], not truth)
         elif node.op == ("and" if truth else "or") and node.dtype == "b1":
             for a in node.args:
@@ -323,6 +380,9 @@ class _Forms:
     def _exact(self, i: int, truth: bool) -> list[list[Bound]]:
         """A predicate as a conjunction of inequalities, one a list; [] among them: something else."""
         node = self.expr.nodes[i]
+        inner = self._definition(i)
+        if inner is not None:
+            return inner._exact(inner.expr.results[0], truth)
         if node.op == "not":
             return self._exact(node.args[0], not truth)
         if node.op == ("and" if truth else "or") and node.dtype == "b1":
@@ -344,8 +404,7 @@ class _Forms:
         if op == "const":
             return number(int(dtypes.from_bits(node.attr, dtype)))
         if op == "coord":
-            low, high = self.box[node.attr]
-            return number(low) if high == low + 1 else symbol("coord", (), dtype, node.attr, low, high - 1)
+            return self.coords[node.attr]
         args = [self.form(a) for a in node.args]
         if None in args or op in ("acc", "arg", "bitcast"):
             return None
@@ -357,9 +416,7 @@ class _Forms:
             return None
         attr = node.attr
         if op in ("load", "load_if"):
-            attr, defined = self.operands[node.attr]
-            if defined is not None and op == "load":
-                return defined
+            attr, _ = self.operands[node.attr]
         known = self._range(node, args)  # type: ignore[arg-type]
         if known is not None and low <= known[0] and known[1] <= high:
             low, high = known

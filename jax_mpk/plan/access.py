@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_mpk.graph.bounds import Bound, apart
+from jax_mpk.graph.bounds import apart
 from jax_mpk.graph.ir import Update
 from jax_mpk.graph.regions import update_written
-from jax_mpk.graph.spans import UNLIMITED, BoxSpans, op_spans, written_spans
+from jax_mpk.graph.spans import UNLIMITED, BoxSpans, Definition, op_spans, written_spans
 from jax_mpk.plan.cluster import Routine
 from jax_mpk.plan.ir import MAY, MUST, READ
 
@@ -44,7 +44,7 @@ class Access:
         return out
 
 
-def accesses(routine: Routine, in_place: Callable[[Update], bool], known: Mapping[int, Bound]) -> list[Access]:
+def accesses(routine: Routine, in_place: Callable[[Update], bool], known: Mapping[int, Definition]) -> list[Access]:
     """Every access to memory of a routine's tasks; equal ones are listed once, local values not at all.
 
     Args:

@@ -16,9 +16,9 @@ import numpy as np
 
 from jax_mpk.errors import PlanVerificationError
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.bounds import Bound, Spans, apart
+from jax_mpk.graph.bounds import Spans, apart
 from jax_mpk.graph.ir import Block, Branch, Cumulative, Loop, Nest, Op, Sort, Update, blocks
-from jax_mpk.graph.spans import definitions
+from jax_mpk.graph.spans import Definition, definitions
 from jax_mpk.plan.ir import FINISH, MAY, MUST, PARTIAL, READ, WHOLE, Plan, Segment, Split
 
 STAGE_NAMES = {WHOLE: "", PARTIAL: " partial", FINISH: " finish"}
@@ -112,7 +112,7 @@ class Facts:
       homes: routine and member of every place where a stage of an operator is stored.
       tasks_of: tasks of each routine, ascending.
       rows: recomputed accesses; filled in by the coverage check.
-      known: what values of one element are, as expressions of others.
+      known: how elements of values are computed from integers.
       spans: number of everything that run-time scalars leave of boxes; 0: the whole box.
     """
 
@@ -135,7 +135,7 @@ class Facts:
     homes: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
     tasks_of: list[np.ndarray] = field(default_factory=list)
     rows: Rows | None = None
-    known: dict[int, Bound] = field(default_factory=dict)
+    known: dict[int, Definition] = field(default_factory=dict)
     spans: dict[Spans, int] = field(default_factory=lambda: {(): 0})
 
     # -- derived geometry --------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def box_text(box: np.ndarray) -> str:
 
 
 def spans_text(spans: Spans) -> str:
-    """What run-time scalars leave of a box: `` where axis 1 within %5 : %5 + 1``; "" for all."""
+    """What run-time scalars leave of a box: `` where %5 <= i1 < %5 + 1``; "" for all."""
     return f" where {' and '.join(map(str, spans))}" if spans else ""
 
 

@@ -48,7 +48,7 @@ class Symbol:
     def _hash(self) -> int:
         return hash((self.op, self.args, self.dtype, self.attr))
 
-    def __hash__(self) -> int:  # symbols hold symbols, and are looked up all the time
+    def __hash__(self) -> int:  # symbols hold bounds, bounds symbols, and both are looked up all the time
         return self._hash
 
     @cached_property
@@ -77,6 +77,13 @@ class Bound:
 
     terms: tuple[tuple[Symbol, int], ...] = ()
     const: int = 0
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.terms, self.const))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def plus(self, other: Bound, scale: int = 1) -> Bound:
         """``self + scale * other``."""
@@ -111,6 +118,12 @@ class Bound:
         return sum(1 + sum(arg.size for arg in s.args) for s, _ in self.terms)
 
     @cached_property
+    def values(self) -> frozenset[int]:
+        """Values that it depends on."""
+        own: frozenset[int] = frozenset(s.attr for s, _ in self.terms if s.op in ("load", "load_if"))  # type: ignore[misc]
+        return own.union(*(arg.values for s, _ in self.terms for arg in s.args))
+
+    @cached_property
     def has_coord(self) -> bool:
         return any(s.has_coord for s, _ in self.terms)
 
@@ -142,6 +155,11 @@ class Span:
     first: Bound | None
     end: Bound | None
     outside: bool = False
+
+    @cached_property
+    def values(self) -> frozenset[int]:
+        """Values that the limits depend on."""
+        return frozenset().union(*(limit.values for limit in (self.first, self.end) if limit is not None))
 
     def __str__(self) -> str:
         low = "" if self.first is None else f"{self.first} <= "
@@ -217,17 +235,6 @@ def _not_negative(d: Bound, choices: int) -> bool:
                 found = (_not_negative(d.replaced(s, arg), choices - 1) for arg in s.args)
                 return all(found) if needs_all else any(found)
     return False
-
-
-@lru_cache(maxsize=1 << 14)
-def mentioned(span: Span) -> frozenset[int]:
-    """Values that the limits of a span depend on."""
-    return frozenset().union(*(_values(limit) for limit in (span.first, span.end) if limit is not None))
-
-
-def _values(bound: Bound) -> frozenset[int]:
-    own: frozenset[int] = frozenset(s.attr for s, _ in bound.terms if s.op in ("load", "load_if"))  # type: ignore[misc]
-    return own.union(*(_values(arg) for s, _ in bound.terms for arg in s.args))
 
 
 @lru_cache(maxsize=1 << 14)

@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.bounds import Bound, Span, Spans, at_most, greatest, least, mentioned, number, symbol
+from jax_mpk.graph.bounds import Bound, Span, Spans, at_most, greatest, least, number, symbol
 from jax_mpk.graph.ir import Graph, Nest, Op, Sort, Update, walk
 from jax_mpk.graph.regions import program_boxes, update_boxes
 from jax_mpk.graph.scalar import COMPARE, Expr, Node
@@ -84,7 +84,7 @@ class BoxSpans:
 
         These may be computed several times, and are only as equal as such computations are.
         """
-        kept = tuple(tuple(s for s in some if not any(map(is_local, mentioned(s)))) for some in self.spans)
+        kept = tuple(tuple(s for s in some if not any(map(is_local, s.values))) for some in self.spans)
         return BoxSpans(self.which, kept) if any(kept) else UNLIMITED
 
 
@@ -132,7 +132,7 @@ def op_spans(
         if all(dtypes.is_float(expr.nodes[i].dtype) for i in loads):
             out += [UNLIMITED] * len(loads)
             continue
-        guards = _guards(expr)
+        guards, depends = _guards(expr), _dependencies(expr)
         for i in loads:
             node = expr.nodes[i]
             if is_local(operands[node.attr]):  # type: ignore[index]
@@ -141,7 +141,7 @@ def op_spans(
             facts, indices = guards.get(i, frozenset()), node.args
             if node.op == "load_if":
                 facts, indices = facts | {(node.args[0], True)}, node.args[1:]
-            found = _per_box(expr, operands, known, indices, facts, low, high)
+            found = _per_box(expr, operands, known, depends, indices, facts, low, high)
             out.append(found.of_stored(is_local))
     if isinstance(op, Update):
         out.append(UNLIMITED)
@@ -156,7 +156,13 @@ def written_spans(
     """The same for :func:`~jax_mpk.graph.regions.update_written`."""
     *indices, inside = op.index.results
     found = _per_box(
-        op.index, op.operands, known, tuple(indices), frozenset({(inside, True)}), *update_boxes(op, lo, hi)
+        op.index,
+        op.operands,
+        known,
+        _dependencies(op.index),
+        tuple(indices),
+        frozenset({(inside, True)}),
+        *update_boxes(op, lo, hi),
     )
     return found.of_stored(is_local)
 
@@ -186,13 +192,13 @@ def _per_box(
     expr: Expr,
     operands: tuple[int, ...],
     known: Mapping[int, Definition],
+    depends: list[set[int]],
     indices: tuple[int, ...],
     facts: frozenset[_Fact],
     lo: np.ndarray,
     hi: np.ndarray,
 ) -> BoxSpans:
     """What limits an index, once for all boxes that agree in the coordinates it depends on."""
-    depends = _dependencies(expr)
     said = sorted(fact for fact in facts if _LOAD in depends[fact[0]])
     mentioned = {_LOAD}.union(*(depends[i] for i, _ in said))
     axes = tuple(axis for axis, i in enumerate(indices) if not mentioned.isdisjoint(depends[i]))

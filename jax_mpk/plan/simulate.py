@@ -23,7 +23,7 @@ import numpy as np
 
 from jax_mpk.errors import DeadlockError
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.bounds import evaluate, mentioned
+from jax_mpk.graph.bounds import evaluate
 from jax_mpk.graph.ir import Nest, Op, Update
 from jax_mpk.graph.reference import eval_epilogue, eval_op, eval_partial, merge
 from jax_mpk.graph.regions import update_boxes
@@ -468,7 +468,7 @@ class Simulator:
         low, high = accesses.box[access]
         at = [np.arange(a, b) for a, b in zip(low[:rank].tolist(), high[:rank].tolist())]
         for span in accesses.spans[accesses.within[access]] if accesses.within[access] >= 0 else ():
-            if not mentioned(span) <= read:
+            if not span.values <= read:
                 continue
             inside = np.ones(len(at[span.axis]), bool)
             if span.first is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_mpk.graph.bounds import Bound, Span, mentioned
+from jax_mpk.graph.bounds import Bound
 from jax_mpk.graph.ir import Loop, Update
 from jax_mpk.plan.ir import MAY, MUST, PARTIAL, READ, TASK, BranchNode, LoopNode, Plan
 from tests.plan.draft import Draft, Nested, Queues, Task, take_apart
@@ -793,7 +793,7 @@ def _wrong_symbol(d: Draft, rng: random.Random) -> Outcome:
     """Another scalar in place of one that a limit depends on."""
     values = d.plan.graph.values
     scalars = [v.id for v in values if v.shape == () and v.dtype == "s32"]
-    return _change_spans(d, rng, lambda bound: renamed(bound, {v: rng.choice(scalars) for v in _roots(bound)}))
+    return _change_spans(d, rng, lambda bound: renamed(bound, {v: rng.choice(scalars) for v in bound.values}))
 
 
 @breaking
@@ -825,10 +825,6 @@ def renamed(bound: Bound, names: dict[int, int]) -> Bound:
         attr = names.get(s.attr, s.attr) if s.op == "load" else s.attr
         out = out.plus(Bound(((replace(s, args=args, attr=attr), 1),)), k)
     return out
-
-
-def _roots(bound: Bound) -> set[int]:
-    return set(mentioned(Span(0, bound, None)))
 
 
 # -- changes that break nothing --------------------------------------------------------------------------------

@@ -171,7 +171,11 @@ def written_spans(
 
 
 def _guards(expr: Expr) -> dict[int, frozenset[_Fact]]:
-    """Per node that any result needs, what holds wherever it is used."""
+    """Per node that any result needs, what holds wherever it is used.
+
+    An index or predicate is used wherever the load it belongs to may be carried out: what is loaded may be dropped
+    afterwards, but not before it is known where.
+    """
     out: dict[int, frozenset[_Fact]] = dict.fromkeys(expr.results, frozenset())
     for i in range(len(expr.nodes) - 1, -1, -1):
         here = out.get(i)
@@ -179,7 +183,11 @@ def _guards(expr: Expr) -> dict[int, frozenset[_Fact]]:
             continue
         node = expr.nodes[i]
         for k, a in enumerate(node.args):
-            facts = here | {(node.args[0], k == 1)} if node.op == "select" and k else here
+            facts = here
+            if node.op == "select" and k:
+                facts = here | {(node.args[0], k == 1)}
+            elif node.op in ("load", "load_if"):
+                facts = frozenset({(node.args[0], True)}) if node.op == "load_if" and k else frozenset()
             known = out.get(a)
             out[a] = facts if known is None else known & facts
     return out

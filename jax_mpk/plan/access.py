@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,15 +44,17 @@ class Access:
         return out
 
 
-def accesses(routine: Routine, in_place: Callable[[Update], bool], known: Mapping[int, Definition]) -> list[Access]:
+def accesses(
+    routine: Routine, in_place: Callable[[Update], bool], known: Mapping[int, Definition], local: Collection[int]
+) -> list[Access]:
     """Every access to memory of a routine's tasks; equal ones are listed once, local values not at all.
 
     Args:
       routine: the routine.
       in_place: whether an Update writes into its base's storage.
       known: the graph's :func:`~jax_mpk.graph.spans.definitions`.
+      local: local values of this routine and of others.
     """
-    local = set(routine.local)
     out: list[Access] = []
     for op, lo, hi, touches in zip(routine.ops, routine.cut.lo, routine.cut.hi, routine.cut.touches, strict=True):
         # The base of an Update in place, the last of its regions, is not among the touches.

@@ -50,6 +50,7 @@ class _Planner:
         self.tiler = Tiler(self.graph, target, self.share)
         self.pinned = self._pinned()
         self.known = definitions(self.graph)
+        self.local: set[int] = set()  # so far
         # Filled segment by segment.
         self.routines: list[ir.Routine] = []
         self.routine_number: dict[tuple, int] = {}
@@ -113,7 +114,8 @@ class _Planner:
         placer = Placer(self.target)
         early, late = deferred(clusterer.run(ops, _after(ops, self.share)), self.share, self._may_wait)
         routines = early + late
-        touched = [accesses(routine, self.tiler.in_place, self.known) for routine in routines]
+        self.local.update(v for routine in routines for v in routine.local)
+        touched = [accesses(routine, self.tiler.in_place, self.known, self.local) for routine in routines]
         places = [placer.place(routine) for routine in early]
         # Loads are equal enough by now; late routines are spread among themselves.
         placer = Placer(self.target)
@@ -229,7 +231,6 @@ class _Planner:
             if self.share[v] not in homes:
                 homes[self.share[v]] = len(storages)
                 storages.append(ir.Storage("input", number, -1, 0, nbytes[v]))
-        local = {v for routine in self.routines for v in routine.local_values}
         lives = self._lives(homes, nbytes)
         known = {
             (s, r): handoffs.known[r]
@@ -242,7 +243,7 @@ class _Planner:
             storages.append(ir.Storage("workspace", -1, -1, life.offset, life.nbytes, home in self.tagged))
         value_storage = np.full(len(graph.values), -1, np.int32)
         for v in range(len(graph.values)):
-            if v not in local and self.share[v] in homes:
+            if v not in self.local and self.share[v] in homes:
                 value_storage[v] = homes[self.share[v]]
         return tuple(storages), value_storage, workspace
 

@@ -443,6 +443,9 @@ class _Planner:
         lo[:, axis], hi[:, axis] = cuts[:-1], cuts[1:]
         return lo, hi
 
+    def is_local(self, value: int) -> bool:
+        return any(value in self.ops[op].outputs for op in self.local)
+
     def _routine(self, op: Op, stage: int, lo: np.ndarray, hi: np.ndarray, producers: dict[int, Op]) -> None:
         members = [(op, stage, lo, hi)]
         # Local producers, latest first: each one's box is the hull of what later members read of it.
@@ -470,7 +473,7 @@ class _Planner:
         for this, this_stage, a, b, touches in touched:
             anchor = this is op
             in_place = anchor and self._in_place(this)
-            limits = op_spans(this, a, b, self.known, local.__contains__, stage_finish=this_stage == FINISH)
+            limits = op_spans(this, a, b, self.known, self.is_local, stage_finish=this_stage == FINISH)
             for k, (touch, spans) in enumerate(zip(touches, limits, strict=True)):
                 if in_place and k == len(touches) - 1 and this.combine.kind == "set":
                     continue
@@ -490,7 +493,7 @@ class _Planner:
                 for k in self.accumulator[self.number[id(this)]]:
                     rows.append((-1 - k, MUST, _first(part, a[:, :axes]), _first(part + 1, b[:, :axes]), UNLIMITED))
             elif in_place:
-                spans = written_spans(this, a, b, self.known, local.__contains__)
+                spans = written_spans(this, a, b, self.known, self.is_local)
                 rows.append((this.output, MAY, *update_written(this, a, b), spans))
             else:
                 rows += [(v, MUST, a, b, UNLIMITED) for v in this.outputs]

@@ -160,6 +160,21 @@ def test_a_position_computed_twice_from_floats_is_no_symbol() -> None:
     assert is_ordered(plan)
 
 
+def test_where_to_load_from_is_used_before_it_is_dropped() -> None:
+    """Rows named by the cache are looked up for all of it, so that all of it must be what it was."""
+
+    def fn(cache: jax.Array, table: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        at = jnp.clip(at, 0, ROWS - 1)
+        i = jnp.arange(ROWS)
+        found = jnp.where((i < at)[:, None], table.at[cache].get(mode="promise_in_bounds"), 0).sum(0)
+        return cache.at[at].set(at, mode="promise_in_bounds", wrap_negative_indices=False), found
+
+    plan = planned(fn, np.zeros(ROWS, np.int32), CACHE, AT)
+    _, _, read, write = touching(plan)
+    assert " where " in write and " where " not in read
+    assert is_ordered(plan)
+
+
 def without(plan: Plan, change: Callable[[Draft], object]) -> Plan:
     draft = take_apart(plan)
     change(draft)

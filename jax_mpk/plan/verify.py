@@ -7,7 +7,7 @@ It sees the Graph and the Plan only and shares no code with the planner. The pro
   regions that the operators' index maps touch;
 * memory (:mod:`.verify_memory`): sizes, aliases, and which value the bytes hold at each point of the schedule;
 * order (:mod:`.verify_order`): nothing deadlocks, and conflicting accesses within a segment are ordered by queues and
-  events; between segments lies a barrier;
+  events, or never meet, whatever the run-time scalars are; between segments lies a barrier;
 * tags (:mod:`.verify_tags`): storages whose elements are their own events keep the rules that make this sound.
 
 Beyond what the classes of :mod:`jax_mpk.plan.ir` say, a Plan must keep to these rules, each a condition that makes a

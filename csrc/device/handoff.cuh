@@ -22,10 +22,13 @@ struct Watch {
   __device__ StateHeader* header() const { return static_cast<StateHeader*>(launch->state); }
   __device__ bool aborted() const { return load_relaxed(&header()->abort) != 0; }
 
-  // Repeats `done` until it holds; false: the launch gave up. `patience`, in quarters of the deadline: who waits for
-  // another wait to end is late after the other one, which knows more.
+  // How long a wait may last, in quarters of the deadline: what may be late because another wait is outlasts that one,
+  // which knows more.
+  enum Patience { kForItself = 4, kForAnother, kForAll };
+
+  // Repeats `done` until it holds; false: the launch gave up.
   template <class Done, class Report>
-  __device__ __forceinline__ bool until(Done&& done, Report&& report, u32 patience = 4) const {
+  __device__ __forceinline__ bool until(Done&& done, Report&& report, Patience patience = kForAnother) const {
     u64 start = 0;
 #pragma unroll 1
     for (u32 spins = 1; !done(); ++spins) {
@@ -52,7 +55,7 @@ struct Watch {
 
   // Whether it is time to give up, and whether this thread is the first to find that.
   enum Late { kInTime, kAborted, kFirst };
-  __device__ __noinline__ Late look(u64& start, u32 patience) const {
+  __device__ __noinline__ Late look(u64& start, Patience patience) const {
     if (aborted()) return kAborted;
     const u64 now = nanoseconds();
     if (start == 0) start = now;
@@ -70,7 +73,7 @@ struct Watch {
   __device__ bool barrier(u32 number, u32 threshold) const {
     u32 seen;
     return until([&] { return static_cast<s32>((seen = load_acquire(&header()->arrivals)) - threshold) >= 0; },
-                 [&] { note(kNoTask, kWaitBarrier, number, threshold, seen); }, 5);
+                 [&] { note(kNoTask, kWaitBarrier, number, threshold, seen); }, kForAll);
   }
 };
 

@@ -58,11 +58,12 @@ struct Ring {
   template <class C>
   __device__ int wait(const C& c, u32 number) const {
     const u32 stage = number % Shape::kStages, parity = number / Shape::kStages & 1;
-    const bool ok = c.watch().until([&] { return barrier_done(full(stage), parity); }, [&] {
+    const auto report = [&] {
       const u32 task = c.task(TaskWords::kTask), before = number / Shape::kStages;
       if (!took(c.decisions)) return note(c, task, c.decisions);
       c.watch().note(task, kWaitBulkLoad, number, before + 1, before);
-    });
+    };
+    const bool ok = c.watch().until([&] { return barrier_done(full(stage), parity); }, report, Watch::kForItself);
     return ok ? Shape::kRing + static_cast<int>(stage) * Shape::kStageBytes : -1;
   }
 
@@ -83,7 +84,8 @@ struct Ring {
   // one that it has missed for ever, as deadlines are the consumers' business.
   template <class C>
   __device__ void settle(const C& c, u32 decisions) const {
-    if (c.thread() == 0) c.watch().until([&] { return took(decisions); }, [&] { note(c, kNoTask, decisions); });
+    if (c.thread() != 0) return;
+    c.watch().until([&] { return took(decisions); }, [&] { note(c, kNoTask, decisions); }, Watch::kForItself);
   }
 
  private:

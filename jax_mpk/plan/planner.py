@@ -112,7 +112,9 @@ class _Planner:
     def _segment(self, ops: list[Op]) -> ir.Segment:
         clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned, self.share)
         placer = Placer(self.target)
-        early, late = deferred(clusterer.run(ops, _after(ops, self.share)), self.share, self._may_wait)
+        clustered = clusterer.run(ops, _after(ops, self.share))
+        made = {v for routine in clustered for op in routine.ops for v in op.outputs}
+        early, late = deferred(clustered, self.share, lambda routine: self._may_wait(routine, made))
         routines = early + late
         self.local.update(v for routine in routines for v in routine.local)
         touched = [accesses(routine, self.tiler.in_place, self.known, self.local) for routine in routines]
@@ -136,10 +138,14 @@ class _Planner:
         self.segments.append((handoffs, touched))
         return ir.Segment(tuple(np.array(q, np.int32) for q in handoffs.queues))
 
-    def _may_wait(self, routine: Routine) -> bool:
-        """Whether a routine is a short update in place, such as a write to a cache."""
+    def _may_wait(self, routine: Routine, made: set[int]) -> bool:
+        """Whether a routine is a short update in place, such as a write to a cache, or short and needs nothing that its
+        segment makes, such as the step of a loop's counter.
+        """
         makers = (op for op in routine.ops if not set(op.outputs) <= set(routine.local))
-        return self._is_short(routine) and all(isinstance(op, Update) and self.tiler.in_place(op) for op in makers)
+        updates = all(isinstance(op, Update) and self.tiler.in_place(op) for op in makers)
+        needs = {v for op in routine.ops for v in reads(op) if v not in routine.local}
+        return self._is_short(routine) and (updates or needs.isdisjoint(made))
 
     def _is_short(self, routine: Routine) -> bool:
         return routine.cut.seconds <= self.target.handoff

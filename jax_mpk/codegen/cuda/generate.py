@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_mpk._version import __version__
 from jax_mpk.codegen.cuda.architectures import check_architecture, check_streams
+from jax_mpk.codegen.cuda.arrays import UNIT, buffer_of
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
@@ -18,7 +19,7 @@ from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import WARPS, Code, Frame, live_rows, too_large
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES
-from jax_mpk.codegen.cuda.tables import UNIT, State, Tables, buffer_of, build_tables, segments, state_layout
+from jax_mpk.codegen.cuda.tables import State, Tables, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.codegen.cuda.views import take_views
 from jax_mpk.errors import UnsupportedError
@@ -117,15 +118,15 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
         staged = staging.of(number, tasks)
         # Values whose live parts do not begin scratch: staged boxes begin where the plan says, others do not fit.
-        far = {s.value for s in staged}
+        barred = {s.value for s in staged}
         while True:
-            live = live_members(plan, routine, ops, boxes, far)
+            live = live_members(plan, routine, ops, boxes, barred)
             copied = copies(plan, routine, live, boxes)
             frame = Frame(plan, routine, live, boxes, staged, copied, memory, views, room=room, streams=streams)
             left = {v for v in live.shifts if not frame.brings(v)}
             if not left:
                 break
-            far |= left
+            barred |= left
         for m, op in enumerate(live.ops):
             if op is None:
                 continue

@@ -112,10 +112,13 @@ struct Producer {
     const u32* queue = launch.tables + Shape::kStreams + (s * Shape::kWorkers + blockIdx.x) * 2;
     const u32 first = queue[0], count = queue[1];
     const auto* jobs = reinterpret_cast<const StreamJob*>(launch.tables + Shape::kJobs) + first;
+    Live live;
+    StreamJob ahead = {};
+    if (lane < count) ahead = jobs[lane];
 #pragma unroll 1
     for (u32 base = 0; base < count; base += 32) {
-      StreamJob mine = {};
-      if (base + lane < count) mine = jobs[base + lane];
+      const StreamJob mine = ahead;
+      if (base + 32 + lane < count) ahead = jobs[base + 32 + lane];
 #pragma unroll 1
       for (u32 j = 0; j < min(32u, count - base); ++j) {
         StreamJob job;
@@ -124,14 +127,9 @@ struct Producer {
         if (job.chunk_bytes == 0 || job.chunk_bytes >= kLiveRows) {
           job.rows = __shfl_sync(~0u, mine.rows, j), job.stride = __shfl_sync(~0u, mine.stride, j);
           if constexpr (Shape::kLiveRows > 0) {
-            if (job.chunk_bytes >= kLiveRows) {
-              int first = 0, count = 0;
-              Shape::live_rows(launch, job.chunk_bytes - kLiveRows, job.rows, first, count);
-              job.offset += u64(first) * job.stride, job.rows = count;
-            }
+            if (job.chunk_bytes >= kLiveRows) find(live, job);
           }
-#pragma unroll 1
-          for (u32 row = lane; row < job.rows; row += 32) prefetch(at(job) + u64(row) * job.stride, job.bytes);
+          ask(job);
         } else if (lane == 0) {
           stream(job);
         }
@@ -180,6 +178,27 @@ struct Producer {
       if (spins % 256 == 0 && aborted()) return false;
     }
     return true;
+  }
+
+  // Keys and values, and those of other layers, begin at the same position: it is computed once in a segment.
+  struct Live {
+    u32 way = ~0u;
+    int at = 0, first = 0, count = 0;
+  };
+  __device__ void find(Live& live, StreamJob& job) const {
+    const u32 way = job.chunk_bytes - kLiveRows;
+    const int at = job.rows;
+    if (live.way != way || live.at != at) {
+      live.way = way, live.at = at;
+      Shape::live_rows(launch, way, at, live.first, live.count);
+    }
+    job.offset += u64(live.first) * job.stride, job.rows = live.count;
+  }
+
+  __device__ void ask(const StreamJob& job) const {
+    const u32 lines = (static_cast<u32>(job.bytes) + kLine - 1) / kLine;
+#pragma unroll 1
+    for (u32 n = lane; n < job.rows * lines; n += 32) prefetch(at(job) + u64(n / lines) * job.stride + n % lines * kLine);
   }
 
   __device__ const char* at(const StreamJob& job) const {

@@ -42,10 +42,12 @@ NATIVE_USERS = {"runtime"}
 VERIFIERS = "jax_mpk/plan/verify*.py"
 VERIFIERS_MAY_IMPORT = (
     "jax_mpk.errors",
+    "jax_mpk.graph.bounds",
     "jax_mpk.graph.dtypes",
     "jax_mpk.graph.ir",
     "jax_mpk.graph.regions",
     "jax_mpk.graph.scalar*",
+    "jax_mpk.graph.spans",
     "jax_mpk.plan.ir*",
     "jax_mpk.plan.verify*",
 )

@@ -154,9 +154,10 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, int bytes,
       : "memory");
 }
 
-// Brings bytes to the L2 cache: a multiple of 16.
-__device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+// Brings a line to the L2 cache. Bulk prefetches keep the thread for longer.
+constexpr u32 kLine = 128;
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
 
 // 4, 8 or 16 bytes from global to shared memory, in the background.
@@ -178,11 +179,6 @@ __device__ __forceinline__ void pause(u32 cycles) {
   do {
     asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
   } while (now - start < cycles);
-}
-
-// Brings the 32 bytes around an address to the L2 cache.
-__device__ __forceinline__ void prefetch_sector(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
 
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -121,10 +121,13 @@ struct Producer {
     const u32* queue = launch.tables + Shape::kStreams + (s * Shape::kWorkers + blockIdx.x) * 2;
     const u32 first = queue[0], count = queue[1];
     const auto* jobs = reinterpret_cast<const StreamJob*>(launch.tables + Shape::kJobs) + first;
+    Live live;
+    StreamJob ahead = {};
+    if (lane < count) ahead = jobs[lane];
 #pragma unroll 1
     for (u32 base = 0; base < count; base += 32) {
-      StreamJob mine = {};
-      if (base + lane < count) mine = jobs[base + lane];
+      const StreamJob mine = ahead;
+      if (base + 32 + lane < count) ahead = jobs[base + 32 + lane];
 #pragma unroll 1
       for (u32 j = 0; j < min(32u, count - base); ++j) {
         StreamJob job;
@@ -134,18 +137,10 @@ struct Producer {
         if (job.chunk_bytes <= kPaced || job.chunk_bytes >= kLiveRows) {
           const bool paced = Shape::kPacedJobs != 0 && job.chunk_bytes % kLiveRows == kPaced;
           if constexpr (Shape::kLiveRows > 0) {
-            if (job.chunk_bytes >= kLiveRows) {
-              int first = 0, count = 0;
-              Shape::live_rows(launch, job.chunk_bytes / kLiveRows - 1, job.rows, first, count);
-              job.offset += u64(first) * job.stride, job.rows = count;
-            }
+            if (job.chunk_bytes >= kLiveRows) find(live, job);
           }
-          if (paced) {
-            prefetch_slowly(job);
-            continue;
-          }
-#pragma unroll 1
-          for (u32 row = lane; row < job.rows; row += 32) prefetch(at(job) + u64(row) * job.stride, job.bytes);
+          if (paced) ask_slowly(job);
+          else ask(job);
         } else if (lane == 0) {
           if (Shape::kTiles != 0 && job.height != 0) stream_tiles(job);
           else stream(job);
@@ -197,6 +192,42 @@ struct Producer {
     return true;
   }
 
+  // Keys and values, and those of other layers, begin at the same position: it is computed once in a segment.
+  struct Live {
+    u32 way = ~0u;
+    int at = 0, first = 0, count = 0;
+  };
+  __device__ void find(Live& live, StreamJob& job) const {
+    const u32 way = job.chunk_bytes / kLiveRows - 1;
+    const int at = job.rows;
+    if (live.way != way || live.at != at) {
+      live.way = way, live.at = at;
+      Shape::live_rows(launch, way, at, live.first, live.count);
+    }
+    job.offset += u64(live.first) * job.stride, job.rows = live.count;
+  }
+
+  __device__ void ask(const StreamJob& job) const {
+    const u32 lines = (static_cast<u32>(job.bytes) + kLine - 1) / kLine;
+#pragma unroll 1
+    for (u32 n = lane; n < job.rows * lines; n += 32) prefetch(at(job) + u64(n / lines) * job.stride + n % lines * kLine);
+  }
+
+  // The same, no faster than memory is: other accesses should not wait behind these. A lane asks for a row, sector by
+  // sector.
+  __device__ void ask_slowly(const StreamJob& job) const {
+    constexpr u32 kSector = 32, kBytesPerCycle = 12;  // a worker's share
+#pragma unroll 1
+    for (u32 first = 0; first < job.rows; first += 32) {
+      const char* from = at(job) + u64(first + lane) * job.stride;
+#pragma unroll 1
+      for (u32 k = 0; k < job.bytes; k += kSector) {
+        if (first + lane < job.rows) prefetch(from + k);
+      }
+      pause(static_cast<u32>(job.bytes) * 32 / kBytesPerCycle);
+    }
+  }
+
   __device__ const char* at(const StreamJob& job) const {
     return static_cast<const char*>(launch.buffers[job.buffer]) + job.offset;
   }
@@ -211,20 +242,6 @@ struct Producer {
       if (!until([&] { return barrier_done(R::full(old % Shape::kStages), old / Shape::kStages & 1); })) return false;
     }
     return true;
-  }
-
-  // No faster than memory is: other accesses should not wait behind these.
-  __device__ void prefetch_slowly(const StreamJob& job) const {
-    constexpr u32 kBytesPerCycle = 12;  // a worker's share
-#pragma unroll 1
-    for (u32 first = 0; first < job.rows; first += 32) {
-      const char* from = at(job) + u64(first + lane) * job.stride;
-#pragma unroll 1
-      for (u32 k = 0; k < job.bytes; k += 32) {
-        if (first + lane < job.rows) prefetch_sector(from + k);
-      }
-      pause(static_cast<u32>(job.bytes) * 32 / kBytesPerCycle);
-    }
   }
 
   __device__ void stream(const StreamJob& job) {

@@ -1,7 +1,7 @@
 """Lets contractions over an updated cache read the old cache and the new rows instead of waiting for the update.
 
-The update itself then runs beside or after them, off the critical path; in place it merely has to come after the
-last reader of the old rows.
+The update itself then runs beside or after them, off the critical path. In place it need not wait for them either: they
+read the old rows around the window, and what it overwrites are the others (:mod:`jax_mpk.graph.spans`).
 """
 
 from __future__ import annotations

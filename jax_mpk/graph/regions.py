@@ -186,34 +186,43 @@ def op_touches(graph: Graph, op: Op, lo: np.ndarray, hi: np.ndarray, *, stage_fi
     Returns:
       One Touch per load; the base of an Update comes last, with the boxes themselves.
     """
-
-    def of(expr: Expr, operands: tuple[int, ...], lo: np.ndarray, hi: np.ndarray) -> list[Touch]:
+    out: list[Touch] = []
+    for expr, operands, low, high in program_boxes(op, lo, hi, stage_finish=stage_finish):
         shapes = tuple(graph.values[v].shape for v in operands)
-        return [Touch(operands[slot], *found) for slot, *found in expr_touches(expr, lo, hi, shapes)]
+        out += [Touch(operands[slot], *found) for slot, *found in expr_touches(expr, low, high, shapes)]
+    if isinstance(op, Update):
+        out.append(Touch(op.base, lo, hi, _volume(lo, hi)))
+    if isinstance(op, Sort):
+        lo, hi = lo.copy(), hi.copy()
+        empty = np.any(hi <= lo, axis=1)
+        lo[:, op.axis], hi[:, op.axis] = 0, np.where(empty, 0, op.space[op.axis])
+        out += [Touch(v, lo, hi, _volume(lo, hi)) for v in op.operands]
+    return out
 
+
+def program_boxes(
+    op: Op, lo: np.ndarray, hi: np.ndarray, *, stage_finish: bool = False
+) -> list[tuple[Expr, tuple[int, ...], np.ndarray, np.ndarray]]:
+    """The programs that compute boxes of an operator's output, their operands, and the boxes each runs over."""
     if isinstance(op, Nest):
         axes = len(op.space)
-        out: list[Touch] = []
+        out = []
         if not stage_finish:
             full_lo, full_hi = lo, hi
             if lo.shape[1] == axes and op.rspace:
                 full_lo = np.concatenate([lo, np.zeros((len(lo), len(op.rspace)), np.int64)], axis=1)
                 full_hi = np.concatenate([hi, np.tile(np.array(op.rspace, np.int64), (len(lo), 1))], axis=1)
-            out += of(op.body, op.operands, full_lo, full_hi)
+            out.append((op.body, op.operands, full_lo, full_hi))
         if op.epilogue is not None and (stage_finish or lo.shape[1] == axes):
-            out += of(op.epilogue, op.operands, lo[:, :axes], hi[:, :axes])
+            out.append((op.epilogue, op.operands, lo[:, :axes], hi[:, :axes]))
         return out
     if isinstance(op, Update):
         ulo, uhi = update_boxes(op, lo, hi)
-        touches = of(op.index, op.operands, ulo, uhi) + of(op.value, op.operands, ulo, uhi)
-        return [*touches, Touch(op.base, lo, hi, _volume(lo, hi))]
+        return [(op.index, op.operands, ulo, uhi), (op.value, op.operands, ulo, uhi)]
     if isinstance(op, Cumulative):
-        return of(op.body, op.operands, lo, hi) + of(op.epilogue, op.operands, lo, hi)
+        return [(op.body, op.operands, lo, hi), (op.epilogue, op.operands, lo, hi)]
     if isinstance(op, Sort):
-        lo, hi = lo.copy(), hi.copy()
-        empty = np.any(hi <= lo, axis=1)
-        lo[:, op.axis], hi[:, op.axis] = 0, np.where(empty, 0, op.space[op.axis])
-        return [Touch(v, lo, hi, _volume(lo, hi)) for v in op.operands]
+        return []
     raise TypeError(f"{type(op).__name__} has no element-wise regions: it holds nested blocks")
 
 

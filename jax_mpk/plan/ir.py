@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_mpk.graph.bounds import Spans
 from jax_mpk.graph.ir import Graph
 
 
@@ -182,17 +183,26 @@ class Tasks:
 class Accesses:
     """What every task reads and writes in storages (local values excepted), in columns.
 
+    A region is a box, whatever run-time scalars will be, and beside it the spans that these leave of it: an update's
+    window, or what lies outside of it. A read counts where the value is used; elsewhere it may be fetched and dropped.
+    Spans depend on stored values only, so that a symbol is one number for all tasks of a segment. A read and a write
+    whose spans never meet need no order. Two writes do: what a write leaves of its box it may store again.
+
     Attributes:
       task: int32, ascending.
       value: int32 value id, or ``-1 - k`` for accumulator storage k of a split (``Split.storages`` flattened).
       kind: uint8, READ, MUST or MAY.
       box: int64 [rows, 2, rank]: low and high corner in the value's own axes; an empty box touches nothing.
+      within: int32: position in ``spans``, or -1: the whole box.
+      spans: regions known at run time only.
     """
 
     task: np.ndarray
     value: np.ndarray
     kind: np.ndarray
     box: np.ndarray
+    within: np.ndarray
+    spans: tuple[Spans, ...]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from jax_mpk.graph import dtypes
+from jax_mpk.graph.bounds import Spans
 from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, Update, blocks, reads, walk
+from jax_mpk.graph.spans import definitions
 from jax_mpk.plan import ir
 from jax_mpk.plan.access import Access, accesses
 from jax_mpk.plan.cluster import Clusterer, Routine
@@ -47,6 +49,8 @@ class _Planner:
         self.shapes = tuple(v.shape for v in self.graph.values)
         self.tiler = Tiler(self.graph, target, self.share)
         self.pinned = self._pinned()
+        self.known = definitions(self.graph)
+        self.local: set[int] = set()  # so far
         # Filled segment by segment.
         self.routines: list[ir.Routine] = []
         self.routine_number: dict[tuple, int] = {}
@@ -108,9 +112,12 @@ class _Planner:
     def _segment(self, ops: list[Op]) -> ir.Segment:
         clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned, self.share)
         placer = Placer(self.target)
-        early, late = deferred(clusterer.run(ops, _after(ops, self.share)), self.share, self._may_wait)
+        clustered = clusterer.run(ops, _after(ops, self.share))
+        made = {v for routine in clustered for op in routine.ops for v in op.outputs}
+        early, late = deferred(clustered, self.share, lambda routine: self._may_wait(routine, made))
         routines = early + late
-        touched = [accesses(routine, self.tiler.in_place) for routine in routines]
+        self.local.update(v for routine in routines for v in routine.local)
+        touched = [accesses(routine, self.tiler.in_place, self.known, self.local) for routine in routines]
         places = [placer.place(routine) for routine in early]
         # Loads are equal enough by now; late routines are spread among themselves.
         placer = Placer(self.target)
@@ -131,10 +138,14 @@ class _Planner:
         self.segments.append((handoffs, touched))
         return ir.Segment(tuple(np.array(q, np.int32) for q in handoffs.queues))
 
-    def _may_wait(self, routine: Routine) -> bool:
-        """Whether a routine is a short update in place, such as a write to a cache."""
+    def _may_wait(self, routine: Routine, made: set[int]) -> bool:
+        """Whether a routine is a short update in place, such as a write to a cache, or short and needs nothing that its
+        segment makes, such as the step of a loop's counter.
+        """
         makers = (op for op in routine.ops if not set(op.outputs) <= set(routine.local))
-        return self._is_short(routine) and all(isinstance(op, Update) and self.tiler.in_place(op) for op in makers)
+        updates = all(isinstance(op, Update) and self.tiler.in_place(op) for op in makers)
+        needs = {v for op in routine.ops for v in reads(op) if v not in routine.local}
+        return self._is_short(routine) and (updates or needs.isdisjoint(made))
 
     def _is_short(self, routine: Routine) -> bool:
         return routine.cut.seconds <= self.target.handoff
@@ -230,7 +241,6 @@ class _Planner:
             if self.share[v] not in homes:
                 homes[self.share[v]] = len(storages)
                 storages.append(ir.Storage("input", number, -1, 0, nbytes[v]))
-        local = {v for routine in self.routines for v in routine.local_values}
         lives = self._lives(homes, nbytes)
         known = {
             (s, r): handoffs.known[r]
@@ -243,7 +253,7 @@ class _Planner:
             storages.append(ir.Storage("workspace", -1, -1, life.offset, life.nbytes, home in self.tagged))
         value_storage = np.full(len(graph.values), -1, np.int32)
         for v in range(len(graph.values)):
-            if v not in local and self.share[v] in homes:
+            if v not in self.local and self.share[v] in homes:
                 value_storage[v] = homes[self.share[v]]
         return tuple(storages), value_storage, workspace
 
@@ -300,13 +310,25 @@ class _Planner:
         rank = max((a.lo.shape[1] for _, a in self.touched), default=0)
         if not self.touched:
             empty = np.zeros(0, np.int32)
-            return ir.Accesses(empty, empty, np.zeros(0, np.uint8), np.zeros((0, 2, rank), np.int64))
+            return ir.Accesses(empty, empty, np.zeros(0, np.uint8), np.zeros((0, 2, rank), np.int64), empty, ())
         task = np.concatenate([ids for ids, _ in self.touched])
         value = np.concatenate([np.full(len(ids), a.value, np.int32) for ids, a in self.touched])
         kind = np.concatenate([np.full(len(ids), a.kind, np.uint8) for ids, a in self.touched])
         box = np.concatenate([_pad(np.stack([a.lo, a.hi], axis=1), rank) for _, a in self.touched])
+        spans: dict[Spans, int] = {(): -1}
+        for _, access in self.touched:
+            for some in access.spans.spans:
+                spans.setdefault(some, len(spans) - 1)
+        within = np.full(len(task), -1, np.int32)
+        at = 0
+        for ids, access in self.touched:
+            if access.spans.which is not None:
+                numbers = np.array([spans[some] for some in access.spans.spans], np.int32)
+                within[at : at + len(ids)] = numbers[access.spans.which]
+            at += len(ids)
         order = np.argsort(task, kind="stable")
-        return ir.Accesses(task[order], value[order], kind[order], box[order])
+        regions = tuple(some for some in spans if some)
+        return ir.Accesses(task[order], value[order], kind[order], box[order], within[order], regions)
 
 
 def _stretches(block: Block) -> Iterator[list[Op] | Loop | Branch]:

@@ -7,7 +7,20 @@ from collections.abc import Iterator
 import numpy as np
 
 from jax_mpk.graph.ir import Nest
-from jax_mpk.plan.ir import FINISH, MAY, MUST, PARTIAL, READ, WHOLE, LoopNode, Plan, Schedule, Segment, Storage
+from jax_mpk.plan.ir import (
+    FINISH,
+    MAY,
+    MUST,
+    PARTIAL,
+    READ,
+    WHOLE,
+    Accesses,
+    LoopNode,
+    Plan,
+    Schedule,
+    Segment,
+    Storage,
+)
 from jax_mpk.plan.statistics import phase_count
 
 _STAGES = {WHOLE: "", PARTIAL: ".part", FINISH: ".join"}
@@ -59,8 +72,26 @@ def format_accesses(plan: Plan, task: int) -> str:
         value = int(accesses.value[i])
         rank = len(plan.graph.values[value].shape) if value >= 0 else accesses.box.shape[2]
         name = f"%{value}" if value >= 0 else f"partial{-1 - value}"
-        lines.append(f"{_KINDS[int(accesses.kind[i])]} {name}{_box(accesses.box[i, :, :rank])}")
+        limits = _limits(accesses, int(accesses.within[i]))
+        lines.append(f"{_KINDS[int(accesses.kind[i])]} {name}{_box(accesses.box[i, :, :rank])}{limits}")
     return "\n".join(lines)
+
+
+def _limits(accesses: Accesses, within: int) -> str:
+    """What run-time scalars leave of a box; coordinates of the value are i0, i1 and so on."""
+    return f" where {' and '.join(map(str, accesses.spans[within]))}" if within >= 0 else ""
+
+
+def _limited(plan: Plan) -> dict[int, list[str]]:
+    """Per routine, its accesses that run-time scalars limit, as many as are different."""
+    accesses = plan.accesses
+    out: dict[int, list[str]] = {}
+    rows = np.flatnonzero(accesses.within >= 0)
+    columns = (plan.tasks.table["routine"][accesses.task[rows]], accesses.value[rows], accesses.kind[rows])
+    found = np.unique(np.stack([*columns, accesses.within[rows]], axis=1), axis=0)
+    for routine, value, kind, within in found.tolist():
+        out.setdefault(routine, []).append(f"{_KINDS[kind]} %{value}{_limits(accesses, within)}")
+    return out
 
 
 def _awaited(plan: Plan, task: int) -> list[int]:
@@ -93,6 +124,7 @@ def _lines(plan: Plan, max_tasks: int) -> Iterator[str]:
         yield f"  s{number} {_storage(storage)}: {values or 'partial results'}"
     yield ""
     yield "routines"
+    limited = _limited(plan)
     counts = np.bincount(plan.tasks.table["routine"], minlength=len(plan.routines))
     for number, routine in enumerate(plan.routines):
         yield f"  r{number} ({_count(int(counts[number]), 'task')})"
@@ -101,6 +133,8 @@ def _lines(plan: Plan, max_tasks: int) -> Iterator[str]:
         for v, offset, extents in zip(routine.local_values, routine.local_offsets, routine.local_extents):
             value = plan.graph.values[v]
             yield f"      local %{v} {value.dtype}{list(extents)} of {list(value.shape)} at byte {offset}"
+        for text in limited.get(number, ()):
+            yield f"      {text}"
     for split in plan.splits:
         names = " ".join(f"s{s}" for s in split.storages)
         yield f"  op{split.op} is split at {list(split.bounds)}; partial results in {names}"

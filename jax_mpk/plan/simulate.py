@@ -23,6 +23,7 @@ import numpy as np
 
 from jax_mpk.errors import DeadlockError
 from jax_mpk.graph import dtypes
+from jax_mpk.graph.bounds import evaluate
 from jax_mpk.graph.ir import Nest, Op, Update
 from jax_mpk.graph.reference import eval_epilogue, eval_op, eval_partial, merge
 from jax_mpk.graph.regions import update_boxes
@@ -417,7 +418,7 @@ class Simulator:
             for i in accesses:
                 if plan.accesses.value[i] == name and plan.accesses.kind[i] == READ:
                     full = self._view(name) if full is None else full
-                    where = _slices(plan.accesses.box[i], out.ndim)
+                    where = np.ix_(*self._region(i, out.ndim))
                     out[where] = full[where]
             return _clean(out)
 
@@ -425,11 +426,10 @@ class Simulator:
             full = self._view(name)
             for i in accesses:
                 if plan.accesses.value[i] == name and plan.accesses.kind[i] != READ:
-                    box = plan.accesses.box[i][:, : len(lo)]
-                    low = np.maximum(box[0], lo)
-                    high = np.minimum(box[1], lo + np.array(part.shape, np.int64))
-                    if np.all(high > low):
-                        full[_slices((low, high))] = part[_slices((low - lo, high - lo))]
+                    region = [
+                        at[(at >= a) & (at < a + size)] for at, a, size in zip(self._region(i, len(lo)), lo, part.shape)
+                    ]
+                    full[np.ix_(*region)] = part[np.ix_(*(at - a for at, a in zip(region, lo)))]
 
         for at, member in enumerate(routine.members):
             op = plan.ops[member.op]
@@ -456,6 +456,30 @@ class Simulator:
                     local[v] = self._keep(routine, scratch, v, lo, hi, result)
                 else:
                     write(v, lo, result)
+
+    def _region(self, access: int, rank: int) -> list[Array]:
+        """What an access touches: its positions along each axis.
+
+        Limits count if the task itself reads what they depend on: elsewhere the bytes may have been overwritten since.
+        """
+        accesses = self.plan.accesses
+        mine = slice(*self._access_start[accesses.task[access] :][:2])
+        read = set(accesses.value[mine][accesses.kind[mine] == READ].tolist())
+        low, high = accesses.box[access]
+        at = [np.arange(a, b) for a, b in zip(low[:rank].tolist(), high[:rank].tolist())]
+        for span in accesses.spans[accesses.within[access]] if accesses.within[access] >= 0 else ():
+            if not span.values <= read:
+                continue
+            inside = np.ones(len(at[span.axis]), bool)
+            if span.first is not None:
+                inside &= at[span.axis] >= evaluate(span.first, self._element)
+            if span.end is not None:
+                inside &= at[span.axis] < evaluate(span.end, self._element)
+            at[span.axis] = at[span.axis][inside != span.outside]
+        return at
+
+    def _element(self, value: int, at: tuple[int, ...]) -> int:
+        return int(_clean(self._view(value))[at])
 
     def _evaluate(self, op: Op, lo: Array, hi: Array, read: Callable[[int], Array]) -> list[Array]:
         if not isinstance(op, Update):

@@ -7,7 +7,7 @@ It sees the Graph and the Plan only and shares no code with the planner. The pro
   regions that the operators' index maps touch;
 * memory (:mod:`.verify_memory`): sizes, aliases, and which value the bytes hold at each point of the schedule;
 * order (:mod:`.verify_order`): nothing deadlocks, and conflicting accesses within a segment are ordered by queues and
-  events; between segments lies a barrier;
+  events, or never meet, whatever the run-time scalars are; between segments lies a barrier;
 * tags (:mod:`.verify_tags`): storages whose elements are their own events keep the rules that make this sound.
 
 Beyond what the classes of :mod:`jax_mpk.plan.ir` say, a Plan must keep to these rules, each a condition that makes a
@@ -29,6 +29,7 @@ import itertools
 import numpy as np
 
 from jax_mpk.graph import dtypes
+from jax_mpk.graph.bounds import Span
 from jax_mpk.graph.ir import Branch, Loop, Nest
 from jax_mpk.plan.ir import (
     FINISH,
@@ -133,6 +134,11 @@ def _check_tables(plan: Plan) -> None:
     _check_ids("kind of an access", accesses.kind, 0, 3)
     storages = sum(len(split.storages) for split in plan.splits)
     _check_ids("value of an access", accesses.value, -storages, values)
+    if accesses.within.shape != (rows,):
+        refuse("the columns of Plan.accesses have different lengths")
+    if not all(isinstance(span, Span) for spans in accesses.spans for span in spans):
+        refuse("Plan.accesses has spans that are none")
+    _check_ids("spans of an access", accesses.within, -1, len(accesses.spans))
     if np.any(np.diff(accesses.task) < 0):
         refuse("Plan.accesses are not in the order of their tasks")
 

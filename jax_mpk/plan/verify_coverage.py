@@ -9,6 +9,7 @@ import numpy as np
 from jax_mpk.graph.ir import Branch, Loop, Nest, Op, Update
 from jax_mpk.graph.regions import op_touches, update_written
 from jax_mpk.graph.scalar import Expr
+from jax_mpk.graph.spans import UNLIMITED, BoxSpans, op_spans, written_spans
 from jax_mpk.plan.ir import FINISH, MAY, MUST, PARTIAL, READ, WHOLE, Routine
 from jax_mpk.plan.verify_facts import (
     KIND_NAMES,
@@ -17,6 +18,7 @@ from jax_mpk.plan.verify_facts import (
     box_text,
     refuse,
     scanned_axis,
+    spans_text,
 )
 
 #: Cells of the grid that a partition is checked on before it is checked pair by pair instead.
@@ -245,7 +247,7 @@ def _routine_rows(facts: Facts, number: int, routine: Routine) -> list[tuple[np.
     """What the tasks of one routine touch, empty boxes included.
 
     Returns:
-      Columns (task, member, name, kind, pointwise, lo, hi), one tuple per access of the routine.
+      Columns (task, member, name, kind, pointwise, within, lo, hi), one tuple per access of the routine.
     """
     plan, tasks = facts.plan, facts.tasks_of[number]
     out: list[tuple[np.ndarray, ...]] = []
@@ -261,19 +263,29 @@ def _routine_rows(facts: Facts, number: int, routine: Routine) -> list[tuple[np.
         in_place = stored and facts.in_place(member.op)
         last_reads = _pointwise(facts, op, member.stage) if stored else frozenset()
 
-        def add(name: int, kind: int, lo: np.ndarray, hi: np.ndarray, pointwise: bool = False, at: int = at) -> None:
+        def add(
+            name: int,
+            kind: int,
+            lo: np.ndarray,
+            hi: np.ndarray,
+            spans: BoxSpans = UNLIMITED,
+            pointwise: bool = False,
+            at: int = at,
+        ) -> None:
             fill = np.ones(len(tasks), np.int64)
-            out.append((tasks, fill * at, fill * name, fill * kind, fill * pointwise, lo, hi))
+            within = fill * 0 if spans.which is None else facts.number_spans(spans.spans)[spans.which]
+            out.append((tasks, fill * at, fill * name, fill * kind, fill * pointwise, within, lo, hi))
 
         touches = op_touches(plan.graph, op, lo, hi, stage_finish=member.stage == FINISH)
-        for k, touch in enumerate(touches):
+        limits = op_spans(op, lo, hi, facts.known, facts.is_local, stage_finish=member.stage == FINISH)
+        for k, (touch, spans) in enumerate(zip(touches, limits, strict=True)):
             base = isinstance(op, Update) and k == len(touches) - 1  # regions put it last
             if in_place and base:
                 assert isinstance(op, Update)
                 if op.base in local:
                     refuse(f"routine {number} updates value {op.base} in place, but holds it in scratch")
                 if op.combine.kind != "set":
-                    add(op.base, READ, touch.lo, touch.hi, True)
+                    add(op.base, READ, touch.lo, touch.hi, pointwise=True)
             elif touch.value in local:
                 _check_held(facts, tasks, touch.value, local[touch.value], touch.lo, touch.hi)
             else:
@@ -281,7 +293,7 @@ def _routine_rows(facts: Facts, number: int, routine: Routine) -> list[tuple[np.
                     _check_held(facts, tasks, touch.value, mine[touch.value], touch.lo, touch.hi)
                 elif touch.value in later:
                     refuse(f"routine {number}: op {member.op} reads value {touch.value}, which a later member stores")
-                add(touch.value, READ, touch.lo, touch.hi, touch.value in last_reads)
+                add(touch.value, READ, touch.lo, touch.hi, spans, touch.value in last_reads)
         if member.stage == FINISH:
             splits = len(facts.split_of[member.op].bounds) - 1
             for name in facts.accumulators[member.op]:
@@ -295,7 +307,7 @@ def _routine_rows(facts: Facts, number: int, routine: Routine) -> list[tuple[np.
                 add(name, MUST, _with_first(cell, lo[:, :axes]), _with_first(cell + 1, hi[:, :axes]))
         elif in_place:
             assert isinstance(op, Update)
-            add(op.output, MAY, *update_written(op, lo, hi))
+            add(op.output, MAY, *update_written(op, lo, hi), written_spans(op, lo, hi, facts.known, facts.is_local))
             mine[op.output] = lo, hi
         else:
             for v in op.outputs:
@@ -383,13 +395,13 @@ def _concatenate(facts: Facts, parts: list[tuple[np.ndarray, ...]]) -> Rows:
     box[:, 1] = 1
     at = 0
     for part in parts:
-        lo, hi = part[5], part[6]
+        lo, hi = part[6], part[7]
         box[at : at + len(lo), 0, : lo.shape[1]] = lo
         box[at : at + len(hi), 1, : hi.shape[1]] = hi
         at += len(lo)
     empty = np.zeros(0, np.int64)
-    columns = [np.concatenate([empty, *(part[c].astype(np.int64) for part in parts)]) for c in range(5)]
-    rows = Rows(columns[0], columns[1], columns[2], columns[3], columns[4] != 0, box)
+    columns = [np.concatenate([empty, *(part[c].astype(np.int64) for part in parts)]) for c in range(6)]
+    rows = Rows(columns[0], columns[1], columns[2], columns[3], columns[4] != 0, box, columns[5])
     filled = np.flatnonzero(np.all(box[:, 1] > box[:, 0], axis=1))
     return rows.take(filled[np.argsort(rows.task[filled], kind="stable")])
 
@@ -400,9 +412,10 @@ def _compare_accesses(facts: Facts, rows: Rows) -> None:
     rank = max(rows.box.shape[2], declared.box.shape[2])
     name = declared.value.astype(np.int64)
     name = np.where(name >= 0, name, values - 1 - name)
-    given = _flatten(declared.task, name, declared.kind, declared.box, rank)
+    known = np.array([*(facts.spans.get(spans, -1) for spans in declared.spans), 0], np.int64)
+    given = _flatten(declared.task, name, declared.kind, known[declared.within], declared.box, rank)
     given = given[np.all(_highs(given, rank) > _lows(given, rank), axis=1)]
-    found = _flatten(rows.task, rows.name, rows.kind, rows.box, rank)
+    found = _flatten(rows.task, rows.name, rows.kind, rows.within, rows.box, rank)
     given, found = _unique_rows(given), _unique_rows(found)
     if given.shape == found.shape and np.array_equal(given, found):
         return
@@ -413,11 +426,14 @@ def _compare_accesses(facts: Facts, rows: Rows) -> None:
         return
     first = min(row[0] for row in (*missing, *extra))
 
+    numbers = list(facts.spans)
+
     def text(row: np.ndarray) -> str:
         axes = len(facts.shapes[row[1]])
         box = np.stack([_lows(row[None], rank)[0], _highs(row[None], rank)[0]])
         shown = box_text(box[:, :axes] if np.all(box[:, axes:] == [[0], [1]]) else box)
-        return f"{KIND_NAMES[int(row[2])]} {shown} of {facts.name_text(int(row[1]))}"
+        limits = spans_text(numbers[row[3]]) if row[3] >= 0 else " with other limits at run time"
+        return f"{KIND_NAMES[int(row[2])]} {shown}{limits} of {facts.name_text(int(row[1]))}"
 
     lines = [f"accesses of {facts.task_text(int(first))} are not what its operators touch"]
     lines += [f"  declared, but not so: {text(row)}" for row in extra if row[0] == first][:3]
@@ -425,21 +441,23 @@ def _compare_accesses(facts: Facts, rows: Rows) -> None:
     refuse("\n".join(lines))
 
 
-def _flatten(task: np.ndarray, name: np.ndarray, kind: np.ndarray, box: np.ndarray, rank: int) -> np.ndarray:
-    out = np.zeros((len(task), 3 + 2 * rank), np.int64)
-    out[:, 0], out[:, 1], out[:, 2] = task, name, kind
-    out[:, 3 + rank :] = 1
-    out[:, 3 : 3 + box.shape[2]] = box[:, 0]
-    out[:, 3 + rank : 3 + rank + box.shape[2]] = box[:, 1]
+def _flatten(
+    task: np.ndarray, name: np.ndarray, kind: np.ndarray, within: np.ndarray, box: np.ndarray, rank: int
+) -> np.ndarray:
+    out = np.zeros((len(task), 4 + 2 * rank), np.int64)
+    out[:, 0], out[:, 1], out[:, 2], out[:, 3] = task, name, kind, within
+    out[:, 4 + rank :] = 1
+    out[:, 4 : 4 + box.shape[2]] = box[:, 0]
+    out[:, 4 + rank : 4 + rank + box.shape[2]] = box[:, 1]
     return out
 
 
 def _lows(flat: np.ndarray, rank: int) -> np.ndarray:
-    return flat[:, 3 : 3 + rank]
+    return flat[:, 4 : 4 + rank]
 
 
 def _highs(flat: np.ndarray, rank: int) -> np.ndarray:
-    return flat[:, 3 + rank :]
+    return flat[:, 4 + rank :]
 
 
 def _unique_rows(rows: np.ndarray) -> np.ndarray:

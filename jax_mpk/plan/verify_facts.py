@@ -16,7 +16,9 @@ import numpy as np
 
 from jax_mpk.errors import PlanVerificationError
 from jax_mpk.graph import dtypes
+from jax_mpk.graph.bounds import Spans, apart
 from jax_mpk.graph.ir import Block, Branch, Cumulative, Loop, Nest, Op, Sort, Update, blocks
+from jax_mpk.graph.spans import Definition, definitions
 from jax_mpk.plan.ir import FINISH, MAY, MUST, PARTIAL, READ, WHOLE, Plan, Segment, Split
 
 STAGE_NAMES = {WHOLE: "", PARTIAL: " partial", FINISH: " finish"}
@@ -68,6 +70,7 @@ class Rows:
       name, kind: int64; touches what and how.
       pointwise: bool; the member reads each element just before it overwrites that same element, if it does.
       box: int64 [rows, 2, rank]: region, axes beyond the name's own hold [0, 1).
+      within: int64; what run-time scalars leave of the box, a position in ``Facts.spans``.
     """
 
     task: np.ndarray
@@ -76,6 +79,7 @@ class Rows:
     kind: np.ndarray
     pointwise: np.ndarray
     box: np.ndarray
+    within: np.ndarray
 
     def take(self, index: np.ndarray) -> Rows:
         return Rows(
@@ -85,6 +89,7 @@ class Rows:
             self.kind[index],
             self.pointwise[index],
             self.box[index],
+            self.within[index],
         )
 
 
@@ -107,6 +112,8 @@ class Facts:
       homes: routine and member of every place where a stage of an operator is stored.
       tasks_of: tasks of each routine, ascending.
       rows: recomputed accesses; filled in by the coverage check.
+      known: how elements of values are computed from integers.
+      spans: number of everything that run-time scalars leave of boxes; 0: the whole box.
     """
 
     plan: Plan
@@ -128,6 +135,8 @@ class Facts:
     homes: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
     tasks_of: list[np.ndarray] = field(default_factory=list)
     rows: Rows | None = None
+    known: dict[int, Definition] = field(default_factory=dict)
+    spans: dict[Spans, int] = field(default_factory=lambda: {(): 0})
 
     # -- derived geometry --------------------------------------------------------------------------------------
 
@@ -220,6 +229,22 @@ class Facts:
             return np.zeros(0, np.int64)
         return np.flatnonzero((self.start >= 0) & (self.start < end) & (start < self.end) & (self.start < self.end))
 
+    def is_local(self, value: int) -> bool:
+        """Whether a value has no bytes of its own."""
+        return bool(self.plan.value_storage[value] < 0)
+
+    def number_spans(self, spans: Sequence[Spans]) -> np.ndarray:
+        """int64: numbers of spans."""
+        return np.array([self.spans.setdefault(some, len(self.spans)) for some in spans], np.int64)
+
+    def never_meet(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """bool [a, b]: whether spans of these numbers are proved to have no element in common."""
+        numbers = list(self.spans)
+        mine, at = np.unique(a, return_inverse=True)
+        theirs, bt = np.unique(b, return_inverse=True)
+        known = [[apart(numbers[i], numbers[j]) for j in theirs.tolist()] for i in mine.tolist()]
+        return np.array(known, bool).reshape(len(mine), len(theirs))[np.ix_(at.ravel(), bt.ravel())]
+
     # -- names for messages ------------------------------------------------------------------------------------
 
     def op_text(self, op: int, stage: int = WHOLE) -> str:
@@ -253,6 +278,11 @@ def box_text(box: np.ndarray) -> str:
     return "[" + ", ".join(f"{int(a)}:{int(b)}" for a, b in zip(box[0], box[1])) + "]"
 
 
+def spans_text(spans: Spans) -> str:
+    """What run-time scalars leave of a box: `` where %5 <= i1 < %5 + 1``; "" for all."""
+    return f" where {' and '.join(map(str, spans))}" if spans else ""
+
+
 def scanned_axis(op: Op) -> int | None:
     """The axis that every box of an operator must span, if any."""
     return op.axis if isinstance(op, Sort | Cumulative) else None
@@ -262,6 +292,7 @@ def build_facts(plan: Plan) -> Facts:
     """Facts about values, blocks and storages; ``plan.storages`` and ``plan.splits`` must be checked already."""
     facts = Facts(plan)
     facts.number_blocks()
+    facts.known = definitions(plan.graph)
     for value in plan.graph.values:
         facts.shapes.append(value.shape)
         facts.itemsizes.append(dtypes.itemsize(value.dtype))

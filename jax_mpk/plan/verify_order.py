@@ -23,6 +23,7 @@ from jax_mpk.plan.verify_facts import (
     SegmentFacts,
     box_text,
     refuse,
+    spans_text,
 )
 from jax_mpk.plan.verify_tags import TagWaits, tag_waits
 
@@ -187,6 +188,9 @@ def _overlap(facts: Facts, a: Rows, b: Rows, u: int, v: int) -> np.ndarray:
         for d in range(len(facts.shapes[u])):
             out &= b.box[:, 0, d, None] < a.box[None, :, 1, d]
             out &= a.box[None, :, 0, d] < b.box[:, 1, d, None]
+        if a.within.any() and b.within.any() and out.any():
+            read = (a.kind == READ)[None] | (b.kind == READ)[:, None]
+            out &= ~(read & facts.never_meet(b.within, a.within))
         return out
     (a0, a1), (b0, b1) = _byte_span(facts, a, u), _byte_span(facts, b, v)
     return (b0[:, None] < a1[None]) & (a0[None] < b1[:, None])
@@ -446,7 +450,8 @@ class _Segment:
         a = self.rows.take(before)
         last = (self.position[before] + 1).astype(np.int32)
         # Readers of one box need the same tasks: compare each distinct box once.
-        flat = np.ascontiguousarray(self.rows.box[after].reshape(len(after), -1))
+        boxes = self.rows.box[after].reshape(len(after), -1)
+        flat = np.ascontiguousarray(np.concatenate([boxes, self.rows.within[after, None]], axis=1))
         _, pick, group = np.unique(
             flat.view(np.dtype((np.void, flat.dtype.itemsize * flat.shape[1]))).ravel(),
             return_index=True,
@@ -477,7 +482,8 @@ class _Segment:
             name = int(rows.name[row])
             box = rows.box[row][:, : len(facts.shapes[name])]
             kind = KIND_NAMES[int(rows.kind[row])].split(" ")[0] + "s"
-            return f"{facts.task_text(int(rows.task[row]))} {kind} {box_text(box)} of {facts.name_text(name)}"
+            region = box_text(box) + spans_text(list(facts.spans)[rows.within[row]])
+            return f"{facts.task_text(int(rows.task[row]))} {kind} {region} of {facts.name_text(name)}"
 
         why = "no queue or event orders the first before the second"
         if rows.task[i] == rows.task[j]:

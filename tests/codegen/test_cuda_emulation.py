@@ -13,6 +13,7 @@ from jax_mpk.codegen.cuda import generate
 from tests.codegen import cuda_emulation
 from tests.codegen.cuda_cases import CASES, Case
 from tests.codegen.test_cuda_compiles import plan_of
+from tests.plan.attention_forms import FORMS, Sizes
 from tests.random_programs.check import disagreement, reference
 from tests.random_programs.generate import generate as random_program
 
@@ -82,3 +83,29 @@ def test_a_mask_handed_over_is_read_where_live_keys_begin() -> None:
     for seed in range(2):  # scratch begins with ones or with zeros
         (got,) = cuda_emulation.run(plan, inputs, seed=seed)
         np.testing.assert_allclose(got, jax.jit(_many_layers)(*args), rtol=1e-5, atol=1e-5)
+
+
+def test_live_keys_in_a_loop() -> None:
+    """The position that bounds them is one that the loop counts up."""
+    sizes = Sizes(width=256, head_dim=64, cache=256, dtype=jnp.bfloat16)
+    block = sizes.block(FORMS["grouped"])
+
+    def loop(x: jax.Array, *rest: jax.Array) -> Any:
+        *weights, keys, values, pos = rest
+
+        def body(_: jax.Array, carry: Any) -> Any:
+            x, keys, values, pos = carry
+            y, keys, values = block(x, *(w.T for w in weights), keys, values, pos)  # weights that stream
+            return x + y, keys, values, pos + 1
+
+        return jax.lax.fori_loop(0, 5, body, (x, keys, values, pos))
+
+    rng = np.random.default_rng(0)
+    x, *others, _ = (jnp.asarray(rng.standard_normal(a.shape) / 8, a.dtype) for a in sizes.avals())
+    args = [x, *(a.T if a.ndim == 2 else a for a in others), jnp.int64(61)]
+    plan, inputs = plan_of(loop, args, workers=16)
+    text = generate(plan).source
+    assert "live_rows" in text and "for (s64 round" in text
+    got = cuda_emulation.run(plan, inputs, launches=2, seed=1)
+    for a, b in zip(got, jax.jit(loop)(*args), strict=True):
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0.02, atol=0.02)

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from jax_mpk.codegen.cuda.tables import EVENT_BYTES, HEADER_BYTES, UNIT, segments, state_layout
+from jax_mpk.codegen.cuda.arrays import UNIT
+from jax_mpk.codegen.cuda.tables import EVENT_BYTES, HEADER_BYTES, segments, state_layout
 from tests.codegen import cuda_emulation
 from tests.codegen.cuda.support import library
 from tests.codegen.cuda_cases import Case

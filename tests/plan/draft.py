@@ -31,7 +31,7 @@ class Task:
     boxes: list[np.ndarray]
     waits: list[int]
     signals: list[int]
-    accesses: list[list[Any]]  # [value, kind, box]
+    accesses: list[list[Any]]  # [value, kind, box, spans]
 
 
 @dataclass(eq=False)
@@ -93,7 +93,8 @@ class Draft:
         for i, task in enumerate(self.tasks):
             table.append((task.routine, task.worker, len(boxes)))
             boxes += task.boxes
-            rows += [(i, value, kind, box) for value, kind, box in task.accesses]
+            rows += [(i, *access) for access in task.accesses]
+        spans = {some: k for k, some in enumerate(dict.fromkeys(r[4] for r in rows if r[4]))}
 
         def schedule(items: list[Queues | Nested]) -> Schedule:
             out: list[Segment | LoopNode | BranchNode] = []
@@ -124,6 +125,8 @@ class Draft:
                 np.array([r[1] for r in rows], np.int32),
                 np.array([r[2] for r in rows], np.uint8),
                 np.array([r[3] for r in rows], np.int64).reshape(len(rows), 2, arank),
+                np.array([spans.get(r[4], -1) for r in rows], np.int32),
+                tuple(spans),
             ),
             **self.changes,
         }
@@ -145,7 +148,12 @@ def take_apart(plan: Plan) -> Draft:
                 tasks.wait_event[tasks.wait_start[i] : tasks.wait_start[i + 1]].tolist(),
                 tasks.signal_event[tasks.signal_start[i] : tasks.signal_start[i + 1]].tolist(),
                 [
-                    [int(accesses.value[k]), int(accesses.kind[k]), accesses.box[k].copy()]
+                    [
+                        int(accesses.value[k]),
+                        int(accesses.kind[k]),
+                        accesses.box[k].copy(),
+                        accesses.spans[accesses.within[k]] if accesses.within[k] >= 0 else (),
+                    ]
                     for k in range(cuts[i], cuts[i + 1])
                 ],
             )

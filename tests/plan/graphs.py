@@ -14,8 +14,10 @@ from jax import lax
 
 from jax_mpk.capture import capture
 from jax_mpk.graph.build import build_graph
+from jax_mpk.graph.fuse import fuse
 from jax_mpk.graph.ir import Graph
 from jax_mpk.graph.reference import evaluate
+from jax_mpk.graph.rewrite import map_blocks, prune
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Case:
 
     Attributes:
       name: for messages.
-      graph: its graph, not fused: many small operators are what tests of order need.
+      graph: its graph, as a rule not fused: many small operators are what tests of order need.
       samples: arguments (small integers in whatever type) and results by the graph's reference, several times.
     """
 
@@ -41,12 +43,12 @@ class Case:
         return self.samples[0][1]
 
 
-_FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], tuple[int, ...]]] = {}
+_FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], tuple[int, ...], bool]] = {}
 
 
-def _case(*shapes: tuple[int, ...], donated: tuple[int, ...] = ()) -> Callable[..., Any]:
+def _case(*shapes: tuple[int, ...], donated: tuple[int, ...] = (), fused: bool = False) -> Callable[..., Any]:
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _FUNCTIONS[fn.__name__.strip("_")] = fn, shapes, donated
+        _FUNCTIONS[fn.__name__.strip("_")] = fn, shapes, donated, fused
         return fn
 
     return register
@@ -58,11 +60,13 @@ def names() -> list[str]:
 
 @functools.cache
 def case(name: str) -> Case:
-    fn, shapes, donated = _FUNCTIONS[name]
+    fn, shapes, donated, fused = _FUNCTIONS[name]
     args = _arguments(shapes, 0)
     captured = capture(jax.make_jaxpr(fn)(*args))
     assert not captured.consts
     graph = build_graph(captured.jaxpr, donated=frozenset(donated))
+    if fused:  # without what nobody reads then
+        graph = map_blocks(fuse(graph), lambda block: prune(block, set()))
     samples = [(args, tuple(evaluate(graph, args))) for args in (_arguments(shapes, k) for k in range(SAMPLES))]
     return Case(name, graph, tuple(samples))
 
@@ -192,3 +196,34 @@ def _pairs(x, y):
 
     p, q = lax.reduce((x, y), (np.float32(1), np.float32(0)), join, (1,))
     return p[:, None] + x, q, (x * y).prod(1)
+
+
+@_case((32, 3), (2, 3), (3, 4), (), donated=(0,), fused=True)
+def _window(cache, rows, w, at):
+    """The product reads the old rows around the window, and the new ones in it."""
+    new = lax.dynamic_update_slice(cache, rows * 2, (at * 13, 0))
+    return new, new @ w, new[::-1] @ w[:, :2]
+
+
+@_case((10, 3), (3,), (), donated=(0,), fused=True)
+def _prefix(cache, row, at):
+    """One sum ends where the update begins; the other one reads what it overwrites."""
+    at = jnp.clip(at * 4, 0, 9)
+    i = jnp.arange(10)[:, None]
+    below, through = jnp.where(i < at, cache, 0).sum(0), jnp.where(i <= at, cache, 0).sum(0)
+    new = cache.at[at].set(row + 1, mode="promise_in_bounds", wrap_negative_indices=False)
+    return new, below, through
+
+
+@_case((9, 3), (4, 3), (), donated=(0,), fused=True)
+def _rounds(cache, rows, at):
+    """The same in a loop: each round overwrites the row behind those that it reads."""
+
+    def body(i, carry):
+        cache, total = carry
+        at = jnp.clip(i * 2 + 1, 0, 8)
+        before = jnp.where(jnp.arange(9)[:, None] < at, cache, 0)
+        new = lax.dynamic_update_slice(cache, rows[i][None] + total, (at, 0))
+        return new, total + before.sum(0)
+
+    return lax.fori_loop(at, 4, body, (cache, rows[0]))

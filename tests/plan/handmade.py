@@ -35,6 +35,7 @@ from jax_mpk.graph.ir import (
 )
 from jax_mpk.graph.regions import op_touches, update_written
 from jax_mpk.graph.scalar import Builder
+from jax_mpk.graph.spans import UNLIMITED, BoxSpans, definitions, op_spans, written_spans
 from jax_mpk.plan.ir import (
     FINISH,
     MAY,
@@ -262,7 +263,7 @@ class Work:
       members: operators and stages, the anchor last.
       boxes: corners [tasks, rank] per member.
       workers: per task.
-      accesses: (name, kind, lo, hi) columns over the tasks.
+      accesses: (name, kind, lo, hi, spans) columns over the tasks.
       first: number of the first task.
       block: for liveness: position in the walk order.
     """
@@ -270,7 +271,7 @@ class Work:
     members: tuple[Member, ...]
     boxes: list[tuple[np.ndarray, np.ndarray]]
     workers: np.ndarray
-    accesses: list[tuple[int, int, np.ndarray, np.ndarray]]
+    accesses: list[tuple[int, int, np.ndarray, np.ndarray, BoxSpans]]
     first: int
     waits: list[list[int]] = field(default_factory=list)
     signals: list[list[int]] = field(default_factory=list)
@@ -287,6 +288,7 @@ class _Planner:
         self.splits: list[Split] = []
         self.accumulator: dict[int, list[int]] = {}
         self.acc_types: list[str] = []
+        self.known = definitions(self.graph)
         self.local = self._choose_local()
         self.work: list[Work] = []
         self.tasks = 0
@@ -441,6 +443,9 @@ class _Planner:
         lo[:, axis], hi[:, axis] = cuts[:-1], cuts[1:]
         return lo, hi
 
+    def is_local(self, value: int) -> bool:
+        return any(value in self.ops[op].outputs for op in self.local)
+
     def _routine(self, op: Op, stage: int, lo: np.ndarray, hi: np.ndarray, producers: dict[int, Op]) -> None:
         members = [(op, stage, lo, hi)]
         # Local producers, latest first: each one's box is the hull of what later members read of it.
@@ -464,19 +469,20 @@ class _Planner:
                     if producer is not None and self.number[id(producer)] in self.local:
                         wanted.setdefault(touch.value, []).append((touch.lo, touch.hi))
         local = {v for this, *_ in members[:-1] for v in this.outputs}
-        rows: list[tuple[int, int, np.ndarray, np.ndarray]] = []
+        rows: list[tuple[int, int, np.ndarray, np.ndarray, BoxSpans]] = []
         for this, this_stage, a, b, touches in touched:
             anchor = this is op
             in_place = anchor and self._in_place(this)
-            for k, touch in enumerate(touches):
+            limits = op_spans(this, a, b, self.known, self.is_local, stage_finish=this_stage == FINISH)
+            for k, (touch, spans) in enumerate(zip(touches, limits, strict=True)):
                 if in_place and k == len(touches) - 1 and this.combine.kind == "set":
                     continue
                 if touch.value not in local:
-                    rows.append((touch.value, READ, touch.lo, touch.hi))
+                    rows.append((touch.value, READ, touch.lo, touch.hi, spans))
             if this_stage == FINISH:
                 slices = len(next(s for s in self.splits if s.op == self.number[id(this)]).bounds) - 1
                 for k in self.accumulator[self.number[id(this)]]:
-                    rows.append((-1 - k, READ, _first(0, a), _first(slices, b)))
+                    rows.append((-1 - k, READ, _first(0, a), _first(slices, b), UNLIMITED))
             if not anchor:
                 continue
             if this_stage == PARTIAL:
@@ -485,11 +491,12 @@ class _Planner:
                 bounds = next(s for s in self.splits if s.op == self.number[id(this)]).bounds
                 part = np.searchsorted(np.array(bounds), a[:, axes])
                 for k in self.accumulator[self.number[id(this)]]:
-                    rows.append((-1 - k, MUST, _first(part, a[:, :axes]), _first(part + 1, b[:, :axes])))
+                    rows.append((-1 - k, MUST, _first(part, a[:, :axes]), _first(part + 1, b[:, :axes]), UNLIMITED))
             elif in_place:
-                rows.append((this.output, MAY, *update_written(this, a, b)))
+                spans = written_spans(this, a, b, self.known, self.is_local)
+                rows.append((this.output, MAY, *update_written(this, a, b), spans))
             else:
-                rows += [(v, MUST, a, b) for v in this.outputs]
+                rows += [(v, MUST, a, b, UNLIMITED) for v in this.outputs]
         shift = self.rng.randrange(self.options.workers)
         workers = (np.arange(len(lo)) + shift) % self.options.workers
         self.clock += 1
@@ -533,7 +540,7 @@ class _Planner:
         read: set[int] = set()
         for number, works in enumerate(self.segments):
             for k, work in enumerate(works):
-                for v, kind, _, _ in work.accesses:
+                for v, kind, *_ in work.accesses:
                     segments.setdefault(v, set()).add(number)
                     if kind == MUST:
                         written[v] = k
@@ -577,7 +584,7 @@ class _Planner:
             for k, acc in zip(self.accumulator[s.op], s.storages):
                 accumulators[k] = (len(s.bounds) - 1) * prod(op.space) * dtypes.itemsize(acc)
         for work in self.work:
-            for name, _, _, _ in work.accesses:
+            for name, *_ in work.accesses:
                 if name < 0:
                     use(name, work.at, accumulators[-1 - name])
                 elif home[name] not in of:
@@ -674,7 +681,7 @@ class _Planner:
 
     def _meet(self, x: tuple, y: tuple, sharing: bool = False) -> np.ndarray:
         """bool [tasks of y, tasks of x]: whether regions overlap; ``sharing``: the names share bytes."""
-        (u, _, alo, ahi), (v, _, blo, bhi) = x, y
+        (u, _, alo, ahi, _), (v, _, blo, bhi, _) = x, y
         home, values = self.wired.home, self.graph.values
         same = u == v or (u >= 0 and v >= 0 and home[u] == home[v] and values[u] == replace(values[v], id=u))
         if not same:
@@ -734,13 +741,23 @@ class _Planner:
             routines.append(Routine(work.members, tuple(local), tuple(offsets), tuple(extents)))
         waits = [w for work in self.work for w in work.waits]
         signals = [s for work in self.work for s in work.signals]
-        arank = max([len(lo[0]) for work in self.work for _, _, lo, _ in work.accesses] + [1])
+        arank = max([len(lo[0]) for work in self.work for _, _, lo, *_ in work.accesses] + [1])
         rows = []
         for work in self.work:
-            for name, kind, lo, hi in work.accesses:
+            for name, kind, lo, hi, spans in work.accesses:
                 for t in range(len(lo)):
-                    rows.append((work.first + t, name, kind, lo[t], hi[t]))
+                    rows.append(
+                        (
+                            work.first + t,
+                            name,
+                            kind,
+                            lo[t],
+                            hi[t],
+                            () if spans.which is None else spans.spans[spans.which[t]],
+                        )
+                    )
         rows.sort(key=lambda row: row[0])
+        spans = tuple(dict.fromkeys(r[5] for r in rows if r[5]))
         return Plan(
             graph=self.graph,
             ops=self.ops,
@@ -761,6 +778,8 @@ class _Planner:
                 np.array([r[1] for r in rows], np.int32),
                 np.array([r[2] for r in rows], np.uint8),
                 np.array([_padded(r[3], r[4], arank) for r in rows], np.int64).reshape(-1, 2, arank),
+                np.array([spans.index(r[5]) if r[5] else -1 for r in rows], np.int32),
+                spans,
             ),
             splits=tuple(self.splits),
             events=self.events,

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_mpk.graph.ir import Update
+from jax_mpk.graph.bounds import Bound
+from jax_mpk.graph.ir import Loop, Update
 from jax_mpk.plan.ir import MAY, MUST, PARTIAL, READ, TASK, BranchNode, LoopNode, Plan
 from tests.plan.draft import Draft, Nested, Queues, Task, take_apart
 from tests.plan.naive import Order, conflicting_pairs, may_be_tagged, tagged_edges
@@ -137,15 +138,17 @@ def _redeclare(draft: Draft) -> None:
     values = facts.value_count
     for task in draft.tasks:
         task.accesses = []
-    for t, name, kind, box in zip(rows.task, rows.name, rows.kind, rows.box):
+    numbers = list(facts.spans)
+    for t, name, kind, box, within in zip(rows.task, rows.name, rows.kind, rows.box, rows.within):
         value = int(name) if name < values else values - 1 - int(name)
-        draft.tasks[t].accesses.append([value, int(kind), box[:, :rank].copy()])
+        draft.tasks[t].accesses.append([value, int(kind), box[:, :rank].copy(), numbers[within]])
 
 
 def corrupt(plan: Plan, rng: random.Random) -> tuple[Plan, str]:
     """Changes one number somewhere in a plan; returns the plan and where."""
     names = (
-        "table boxes wait_start wait_event signal_start signal_event task value kind box value_storage queue".split()
+        "table boxes wait_start wait_event signal_start signal_event task value kind box within value_storage "
+        "queue".split()
     )
     name = rng.choice([*names, "storage", "routine", "local", "split", "total"])
 
@@ -170,7 +173,7 @@ def corrupt(plan: Plan, rng: random.Random) -> tuple[Plan, str]:
     tasks, accesses = plan.tasks, plan.accesses
     if name in ("table", "boxes", "wait_start", "wait_event", "signal_start", "signal_event"):
         return replace(plan, tasks=replace(tasks, **{name: changed(getattr(tasks, name))})), name
-    if name in ("task", "value", "kind", "box"):
+    if name in ("task", "value", "kind", "box", "within"):
         return replace(plan, accesses=replace(accesses, **{name: changed(getattr(accesses, name))})), name
     if name == "value_storage":
         return replace(plan, value_storage=changed(plan.value_storage)), name
@@ -472,7 +475,7 @@ def _access_off(d: Draft, rng: random.Random) -> Outcome:
 
 def _lonely(task: Task, access: list[Any]) -> bool:
     """Whether an access is not empty and declared once."""
-    same = [a for a in task.accesses if a[:2] == access[:2] and np.array_equal(a[2], access[2])]
+    same = [a for a in task.accesses if a[:2] == access[:2] and np.array_equal(a[2], access[2]) and a[3] == access[3]]
     return len(same) == 1 and bool(np.all(access[2][1] > access[2][0]))
 
 
@@ -545,7 +548,7 @@ def _duplicate_task(d: Draft, rng: random.Random) -> Outcome:
         [b.copy() for b in task.boxes],
         list(task.waits),
         list(task.signals),
-        [[v, k, b.copy()] for v, k, b in task.accesses],
+        [[v, k, b.copy(), s] for v, k, b, s in task.accesses],
     )
     d.tasks.append(twin)
     queue.insert(queue.index(task) + 1, twin)
@@ -683,7 +686,7 @@ def _rely_on_tags(d: Draft, rng: random.Random) -> Outcome:
             task.waits = old
         order, implied = Order(without), Order(without, tags=True)
         lost = [(a, b) for a, b in pairs if not order.before(a, b) and implied.before(a, b)]
-        stored = [(a, b) for a, b in lost if _written(d.tasks[a]) & {v for v, _, _ in d.tasks[b].accesses}]
+        stored = [(a, b) for a, b in lost if _written(d.tasks[a]) & {v for v, *_ in d.tasks[b].accesses}]
         if lost:
             found = event, *rng.choice(stored or lost)
         if stored:
@@ -699,7 +702,7 @@ def _rely_on_tags(d: Draft, rng: random.Random) -> Outcome:
 
 
 def _written(task: Task) -> set[int]:
-    return {value for value, kind, _ in task.accesses if kind != READ}
+    return {value for value, kind, *_ in task.accesses if kind != READ}
 
 
 @breaking
@@ -747,6 +750,81 @@ def _share_tags(d: Draft, rng: random.Random) -> Outcome:
     v = _pick(rng, fits)
     d.value_storage[v] = at
     return _touching(d, v), [], True
+
+
+def _limited(d: Draft, rng: random.Random) -> tuple[Task, list[Any]]:
+    """A task and one of its accesses with spans, declared once."""
+    found = [(t, a) for t in d.tasks for a in t.accesses if a[3] and _lonely(t, a)]
+    return _pick(rng, found)
+
+
+def _change_spans(d: Draft, rng: random.Random, change: Callable[[Bound], Bound]) -> Outcome:
+    """Changes one limit of an access. No access says what its operators do not touch, so that is certainly wrong."""
+    task, access = _limited(d, rng)
+    spans = list(access[3])
+    at = rng.randrange(len(spans))
+    side = _pick(rng, [side for side in ("first", "end") if getattr(spans[at], side) is not None])
+    old = getattr(spans[at], side)
+    new = change(old)
+    if new == old:
+        raise Skip
+    spans[at] = replace(spans[at], **{side: new})
+    access[3] = tuple(spans)
+    # As if what is claimed were so: the writer of what the reader says it does not touch need not wait, nor the reader.
+    others = [t for t in _touching_storage(d, access[0]) if t is not task]
+    for other in (task, *others):
+        if rng.random() < 0.5:
+            other.waits = []
+    return [task], others, True
+
+
+def _touching_storage(d: Draft, value: int) -> list[Task]:
+    values = {v for v, s in enumerate(d.value_storage) if s == d.value_storage[value]}
+    return [t for t in d.tasks if any(a[0] in values for a in t.accesses)]
+
+
+@breaking
+def _bound_off(d: Draft, rng: random.Random) -> Outcome:
+    return _change_spans(d, rng, lambda bound: bound.shifted(rng.choice([-1, 1])))
+
+
+@breaking
+def _wrong_symbol(d: Draft, rng: random.Random) -> Outcome:
+    """Another scalar in place of one that a limit depends on."""
+    values = d.plan.graph.values
+    scalars = [v.id for v in values if v.shape == () and v.dtype == "s32"]
+    return _change_spans(d, rng, lambda bound: renamed(bound, {v: rng.choice(scalars) for v in bound.values}))
+
+
+@breaking
+def _other_round(d: Draft, rng: random.Random) -> Outcome:
+    """What a loop carries, as it is in another round."""
+    carried: dict[int, int] = {}
+    for op in d.plan.ops:
+        if isinstance(op, Loop):
+            carried.update(zip(op.params, op.body.results if rng.random() < 0.7 else op.inits))
+    if not carried:
+        raise Skip
+    return _change_spans(d, rng, lambda bound: renamed(bound, carried))
+
+
+@breaking
+def _drop_limit(d: Draft, rng: random.Random) -> Outcome:
+    """Spans of an access go, or are those of another one."""
+    task, access = _limited(d, rng)
+    others = {a[3] for t in d.tasks for a in t.accesses} - {access[3]}
+    access[3] = rng.choice(sorted(others, key=str))
+    return [task], [], True
+
+
+def renamed(bound: Bound, names: dict[int, int]) -> Bound:
+    """With other values in place of some."""
+    out = Bound((), bound.const)
+    for s, k in bound.terms:
+        args = tuple(renamed(arg, names) for arg in s.args)
+        attr = names.get(s.attr, s.attr) if s.op == "load" else s.attr
+        out = out.plus(Bound(((replace(s, args=args, attr=attr), 1),)), k)
+    return out
 
 
 # -- changes that break nothing --------------------------------------------------------------------------------
@@ -808,6 +886,22 @@ def _extra_event(d: Draft, rng: random.Random, pairs: list[tuple[int, int]]) -> 
     event = d.event()
     d.tasks[a].signals.append(event)
     d.tasks[_pick(rng, free)].waits.append(event)
+
+
+@harmless
+def _needless_wait(d: Draft, rng: random.Random, pairs: list[tuple[int, int]]) -> None:
+    """Waits go that nothing needs, as long as there are any."""
+    changed = False
+    for task in rng.sample(d.tasks, len(d.tasks)):
+        for event in list(task.waits):
+            task.waits.remove(event)
+            order = Order(d.build())
+            if order.cyclic or not all(order.before(a, b) for a, b in pairs):
+                task.waits.append(event)
+            else:
+                changed = True
+    if not changed:
+        raise Skip
 
 
 @harmless
@@ -974,10 +1068,10 @@ def _declare_again(d: Draft, rng: random.Random, pairs: list[tuple[int, int]]) -
     """Accesses in another order, one twice, an empty one."""
     task = _pick(rng, [t for t in d.tasks if t.accesses])
     access = rng.choice(task.accesses)
-    task.accesses.append([access[0], access[1], access[2].copy()])
+    task.accesses.append([access[0], access[1], access[2].copy(), access[3]])
     empty = access[2].copy()
     empty[1, 0] = empty[0, 0]
-    task.accesses.append([access[0], READ, empty])
+    task.accesses.append([access[0], READ, empty, ()])
     rng.shuffle(task.accesses)
 
 

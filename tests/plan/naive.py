@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import numpy as np
 
 from jax_mpk.graph import dtypes
+from jax_mpk.graph.bounds import Bound, Spans, evaluate
 from jax_mpk.graph.ir import Branch, Loop
 from jax_mpk.plan.ir import MAY, MUST, READ, LoopNode, Plan, Schedule, Segment
 
@@ -132,7 +134,8 @@ def conflicting_pairs(plan: Plan) -> list[tuple[int, int]]:
     """Pairs (a, b) of tasks of one segment that touch the same byte, at least one writing, a before b in the plan.
 
     Values of different shape that share bytes are taken to touch everything between their first and last byte. What is
-    read of a tagged storage waits for its tags and needs no order.
+    read of a tagged storage waits for its tags and needs no order. A read and a write do not touch the same byte if
+    their spans never meet, whatever the run-time scalars are; they are tried one after the other.
     """
     start, end = [], plan.workspace_bytes
     for storage in plan.storages:
@@ -168,19 +171,77 @@ def conflicting_pairs(plan: Plan) -> list[tuple[int, int]]:
             masks[key] = exact, span
         return layout, *masks[key]
 
+    @functools.cache
+    def never(a: tuple[int, bytes, int], b: tuple[int, bytes, int]) -> bool:
+        """Whether regions (value, box, spans) of one layout have no element in common for any numbers tried."""
+        boxes = [np.frombuffer(box, np.int64).reshape(2, -1) for _, box, _ in (a, b)]
+        spans = [accesses.spans[k] for *_, k in (a, b)]
+        shape = plan.graph.values[a[0]].shape
+        return all(
+            any(not set(x) & set(y) for x, y in zip(*(_elements(box, s, shape, n) for box, s in zip(boxes, spans))))
+            for n in _numbers(spans, max(shape))
+        )
+
     order = Order(plan)
-    found: list[list[tuple[bool, tuple[object, ...], int, int]]] = [[] for _ in plan.tasks.table]
+    found: list[list[tuple[bool, tuple[object, ...], int, int, tuple[int, bytes, int]]]] = [
+        [] for _ in plan.tasks.table
+    ]
     accesses = plan.accesses
-    for t, value, kind, box in zip(accesses.task, accesses.value, accesses.kind, accesses.box):
+    rows = zip(accesses.task, accesses.value, accesses.kind, accesses.box, accesses.within.tolist())
+    for t, value, kind, box, within in rows:
         if kind != READ or value < 0 or not plan.storages[plan.value_storage[value]].tagged:
-            found[t].append((bool(kind != READ), *touch(int(value), box)))
+            region = int(value), box.tobytes(), within
+            found[t].append((bool(kind != READ), *touch(int(value), box), region))
+
+    def meet(x: tuple, y: tuple) -> bool:
+        if not (x[0] or y[0]) or not (x[2] & y[2] if x[1] == y[1] else x[3] & y[3]):
+            return False
+        limited = x[1] == y[1] and x[0] != y[0] and x[4][2] >= 0 and y[4][2] >= 0
+        return not (limited and never(x[4], y[4]))
+
     out = []
     for segment in segments(plan.schedule):
         mine = [t for queue in segment.queues for t in queue.tolist()]
         for a, b in itertools.combinations(mine, 2):
-            if any(
-                (x[0] or y[0]) and (x[2] & y[2] if x[1] == y[1] else x[3] & y[3])
-                for x, y in itertools.product(found[a], found[b])
-            ):
+            if any(meet(x, y) for x, y in itertools.product(found[a], found[b])):
                 out.append((a, b) if order.before(a, b) else (b, a))
     return out
+
+
+#: An element of a value, by id and index.
+_Element = tuple[int, tuple[int, ...]]
+
+
+def _elements(box: np.ndarray, spans: Spans, shape: tuple[int, ...], numbers: dict[_Element, int]) -> list[list[int]]:
+    """The positions of a region along each axis."""
+
+    def inside(axis: int, x: int) -> bool:
+        for span in spans:
+            if span.axis == axis:
+                low = span.first is None or x >= evaluate(span.first, lambda v, at: numbers[v, at])
+                high = span.end is None or x < evaluate(span.end, lambda v, at: numbers[v, at])
+                if (low and high) == span.outside:
+                    return False
+        return True
+
+    return [[x for x in range(*box[:, axis].tolist()) if inside(axis, x)] for axis in range(len(shape))]
+
+
+def _numbers(spans: Sequence[Spans], extent: int) -> Iterator[dict[_Element, int]]:
+    """Numbers for what spans depend on: around an axis of this extent, and far away."""
+    found: dict[_Element, None] = {}
+
+    def visit(bound: Bound) -> None:
+        for s, _ in bound.terms:
+            if s.op == "load":
+                found[s.attr, tuple(arg.const for arg in s.args)] = None
+            for arg in s.args:
+                visit(arg)
+
+    for span in itertools.chain(*spans):
+        for limit in (span.first, span.end):
+            if limit is not None:
+                visit(limit)
+    tried = [-(2**31), *range(-extent - 3, 2 * extent + 3), 2**31 - 1]
+    for choice in itertools.product(tried, repeat=len(found)):
+        yield dict(zip(found, choice))

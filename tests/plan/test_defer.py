@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jax_mpk.codegen.cuda.tables import segments
 from jax_mpk.graph.ir import Nest, Update
 from jax_mpk.graph.scalar import Expr
 from jax_mpk.plan.cluster import Routine
@@ -84,18 +87,19 @@ def test_local_values_are_nobody_elses() -> None:
 SMALL = dataclasses.replace(Shape(), layers=2)
 
 
-@pytest.mark.parametrize("step", [plan, decoder_plan])
-def test_writes_to_the_cache_stand_behind_all_contractions(step) -> None:
-    made: Plan = step(SMALL)
+@pytest.mark.parametrize("step", [plan, decoder_plan, functools.partial(decoder_plan, steps=3)])
+def test_writes_to_the_cache_stand_behind_all_contractions(step: Callable[[Shape], Plan]) -> None:
+    made = step(SMALL)
     verify_plan(made)
     last = [made.ops[r.members[-1].op] for r in made.routines]
     write = np.array([isinstance(op, Update) for op in last])
     contract = np.array([isinstance(op, Nest) and op.kind == "contract" for op in last])
     assert write.sum() == 2 * SMALL.layers
-    (segment,) = made.schedule
+    routine_of = made.tasks.table["routine"]
+    (segment,) = (s for s in segments(made.schedule) if any(write[routine_of[queue]].any() for queue in s.queues))
     found = 0
     for queue in segment.queues:
-        routines = made.tasks.table["routine"][queue]
+        routines = routine_of[queue]
         writes = np.flatnonzero(write[routines])
         found += len(writes)
         assert not len(writes) or not contract[routines[writes[0] :]].any()

@@ -40,7 +40,8 @@ def plan(shape: Shape = SHAPE) -> Plan:
 
 
 @functools.cache
-def decoder_plan(shape: Shape = SHAPE) -> Plan:
+def decoder_plan(shape: Shape = SHAPE, steps: int = 1) -> Plan:
+    """The plan of a decode step, or of a loop of several."""
     config = DecoderConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.width,
@@ -56,7 +57,12 @@ def decoder_plan(shape: Shape = SHAPE) -> Plan:
     )
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     cache = jax.eval_shape(lambda: init_cache(config, 1, shape.cache))
-    _, step = sampling_steps(graphdef, Sampling())
+    _, following = sampling_steps(graphdef, Sampling())
+
+    def loop(params, cache, token, pos, seed):
+        return jax.lax.fori_loop(0, steps, lambda _, s: following(params, s[1], s[0], s[2], seed), (token, cache, pos))
+
+    step = following if steps == 1 else loop
     scalars = (jax.ShapeDtypeStruct(s, d) for s, d in (((1,), "int32"), ((), "int32"), ((), "uint32")))
     captured = capture(jax.make_jaxpr(step)(params, cache, *scalars))
     first = len(captured.consts) + len(jax.tree.leaves(params))

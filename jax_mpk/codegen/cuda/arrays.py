@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jax_mpk.codegen.cuda.scalars import Term, offset
+from jax_mpk.plan.ir import Plan, Storage
+
+#: Offsets of operands are in units of so many bytes.
+UNIT = 16
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,14 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 def is_wide(shape: Sequence[int]) -> bool:
     return math.prod(shape) > 2**31 - 1
+
+
+def buffer_of(plan: Plan, storage: Storage) -> tuple[int, int]:
+    """Number of the buffer a storage lies in (arguments, results, workspace) and the offset in units."""
+    arguments, results = len(plan.graph.inputs), len(plan.graph.results)
+    if storage.kind == "input":
+        return storage.index, 0
+    if storage.kind == "output":
+        return arguments + storage.index, 0
+    assert storage.offset % UNIT == 0
+    return arguments + results, storage.offset // UNIT

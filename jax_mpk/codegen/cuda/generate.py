@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_mpk._version import __version__
 from jax_mpk.codegen.cuda.architectures import check_architecture, check_streams
+from jax_mpk.codegen.cuda.arrays import UNIT, buffer_of
 from jax_mpk.codegen.cuda.code import PACED, Code, live_rows
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
@@ -19,7 +20,7 @@ from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import WARPS, Frame, too_large
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES, TILE_STAGES, match, sums_bytes
-from jax_mpk.codegen.cuda.tables import UNIT, State, Tables, buffer_of, build_tables, segments, state_layout
+from jax_mpk.codegen.cuda.tables import State, Tables, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.codegen.cuda.views import take_views
 from jax_mpk.errors import UnsupportedError

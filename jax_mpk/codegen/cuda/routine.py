@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from jax_mpk.codegen.cuda.arrays import Array, is_wide, row_major
+from jax_mpk.codegen.cuda.arrays import UNIT, Array, buffer_of, is_wide, row_major
 from jax_mpk.codegen.cuda.code import PREFETCH, Code, Operand, Stream
 from jax_mpk.codegen.cuda.live import Live
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset, product
@@ -478,24 +478,28 @@ class Frame:
     def first_and_count(self, first: int | None, count: int) -> tuple[tuple[str, ...], np.ndarray] | None:
         """How the producer computes where live rows begin, and how many there are, from one number of each task.
 
+        The producer waits for nobody: what it reads may be a round of a loop old. It then asks for rows too few or too
+        many, which costs time, but never for any outside the value.
+
         Args:
           first, count: results of the live positions' scalars; None: they begin where the task's box does.
 
         Returns:
-          None where that takes more numbers, or something that a task of this launch may write.
+          None where that takes more numbers.
         """
         scalars = self.live.scalars
         wanted = (count,) if first is None else (first, count)
         expr = scalars.only(*(scalars.results[k] for k in wanted))
         columns = sorted({node.attr for node in expr.nodes if node.op == "coord"})
-        stored = {k: int(self.plan.value_storage[v]) for k, v in enumerate(self.live.operands)}
-        loaded = {node.attr for node in expr.nodes if node.op in ("load", "load_if")}
-        if len(columns) > 1 or any(self.plan.storages[stored[k]].kind != "input" for k in loaded):
+        if len(columns) > 1:
             return None
 
         def load(slot: int, indices: list[Term], dtype: str, pred: str | None) -> str:
-            where = offset(indices, row_major(self.values[self.live.operands[slot]].shape))
-            return f"static_cast<const {dtype}*>(launch.buffers[{self.plan.storages[stored[slot]].index}])[{where}]"
+            v = self.live.operands[slot]
+            buffer, unit = buffer_of(self.plan, self.plan.storages[int(self.plan.value_storage[v])])
+            base = f"launch.buffers[{buffer}]" + (f" + {unit * UNIT}" if unit else "")
+            where = offset(indices, row_major(self.values[v].shape))
+            return f"static_cast<const volatile {dtype}*>({base})[{where}]"
 
         written = Scalars(expr, [Term("at")] * len(self.live.columns), load)
         names = ("first", "count")[-len(wanted) :]

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_mpk.codegen.cuda.arrays import UNIT, buffer_of
 from jax_mpk.codegen.cuda.code import FIRST_WORD, LIVE, Code, live_rows
 from jax_mpk.graph import dtypes
 from jax_mpk.plan.ir import BranchNode, LoopNode, Plan, Schedule, Segment
-from jax_mpk.plan.ir import Storage as PlanStorage
 
 #: Bytes of `StateHeader` in csrc/device/launch.cuh, of a segment's sequence behind it, and of a counter in handoff.cuh.
 HEADER_BYTES = 256
 SEQUENCE_BYTES = 8
 EVENT_BYTES = 32
 _STATE_ALIGN = 256
-#: Offsets of operands are in units of so many bytes.
-UNIT = 16
 
 
 @dataclass(frozen=True)
@@ -100,17 +98,6 @@ def state_layout(plan: Plan, segment_count: int, memory_bytes: int = 0, memories
 
 def _aligned(n: int) -> int:
     return -(-n // _STATE_ALIGN) * _STATE_ALIGN
-
-
-def buffer_of(plan: Plan, storage: PlanStorage) -> tuple[int, int]:
-    """Number of the buffer a storage lies in (arguments, results, workspace) and the offset in units."""
-    arguments, results = len(plan.graph.inputs), len(plan.graph.results)
-    if storage.kind == "input":
-        return storage.index, 0
-    if storage.kind == "output":
-        return arguments + storage.index, 0
-    assert storage.offset % UNIT == 0
-    return arguments + results, storage.offset // UNIT
 
 
 def build_tables(plan: Plan, state: State, case: Sequence[int], codes: Sequence[Code]) -> Tables:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
 import numpy as np
 import pytest
 
+from jax_mpk.codegen.cuda.arrays import UNIT, buffer_of
 from jax_mpk.codegen.cuda.code import FIRST_WORD, LIVE, Code, live_rows
 from jax_mpk.codegen.cuda.generate import routine_codes
 from jax_mpk.codegen.cuda.tables import (
     EVENT_BYTES,
     HEADER_BYTES,
     SEQUENCE_BYTES,
-    UNIT,
     State,
     Tables,
-    buffer_of,
     build_tables,
     poison_pattern,
     segments,
@@ -31,6 +31,8 @@ from jax_mpk.plan.planner import make_plan
 from tests.codegen.golden.functions import SAMPLES
 from tests.codegen.golden.text import plan
 from tests.plan import graphs
+from tests.plan.large_step import Shape
+from tests.plan.test_large_plan import decoder_plan
 
 NAMES = [*SAMPLES, "carries", "contraction", "in_place", "nested", "while"]
 JOB_WORDS = 8
@@ -194,3 +196,13 @@ def test_results_to_poison(name: str) -> None:
         top, width, rest = poison_pattern(value.dtype)
         assert pattern == top | width << 8 | rest << 16
         assert low | high << 32 == np.prod(value.shape, dtype=int) * dtypes.itemsize(value.dtype)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_live_rows_of_the_cache_are_asked_for_ahead(steps: int) -> None:
+    """Also in a loop, where the position is a value that its tasks write."""
+    planned = decoder_plan(dataclasses.replace(Shape(), layers=1), steps)
+    reads = [code for code in routine_codes(planned) if any(stream.live for stream in code.streams)]
+    assert reads
+    for code in reads:
+        assert sum(bool(stream.live) for stream in code.streams) == 2  # keys and values

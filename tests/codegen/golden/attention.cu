@@ -12,14 +12,14 @@ struct Shape {
     kSegments = 1,
     kResultCount = 3,
     kEvents = 512,
-    kMemory = 68352,
+    kMemory = 68096,
     kMemoryBytes = 0,
     kQueues = 0,
     kStreams = 320,
     kResults = 640,
     kTasks = 704,
-    kTaskWords = 28,
-    kJobs = 4992,
+    kTaskWords = 24,
+    kJobs = 4352,
     kStages = 0,
     kReaders = 1,
     kStageBytes = 8192,
@@ -347,7 +347,7 @@ __device__ __forceinline__ void Shape::run(Any& c, u32 routine) {
 __device__ void Shape::live_rows(const Launch& launch, u32 way, int at, int& first, int& count) {
   switch (way) {
     case 0: {
-      const s64 t0 = s64(int(static_cast<const s32*>(launch.buffers[5])[0])) + s64(1);
+      const s64 t0 = s64(int(static_cast<const volatile s32*>(launch.buffers[5])[0])) + s64(1);
       const int t1 = (t0 > s64(0)) ? int(op_min(op_max(t0, s64(1)), s64(1024))) : 1024;
       const int t2 = (t1 + 7) / 8;
       const int t3 = at * t2;

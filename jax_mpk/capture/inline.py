@@ -56,10 +56,15 @@ class Captured:
     consts: tuple[Any, ...]
 
 
-def capture(closed_jaxpr: Any) -> Captured:
-    """Inlines calls, lifts constants and drops dead equations."""
+def capture(closed_jaxpr: Any, *, batchable: bool = False) -> Captured:
+    """Inlines calls, lifts constants and drops dead equations.
+
+    Args:
+      closed_jaxpr: what to capture.
+      batchable: calls with a rule of their own for ``vmap`` stay, as the result may yet be batched.
+    """
     jaxpr, consts = jaxprs.open_jaxpr(jaxprs.lower(closed_jaxpr))
-    scope = _Scope()
+    scope = _Scope(frozenset({"custom_vmap_call"}) if batchable else frozenset())
     new = scope.body(jaxpr, consts, None)
     lifted = scope.lifted
     new, used = jaxprs.eliminate_dead_code(new, len(lifted))
@@ -69,8 +74,9 @@ def capture(closed_jaxpr: Any) -> Captured:
 class _Scope:
     """One jaxpr under construction; inner jaxprs of loops and branches have scopes of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: frozenset[str]) -> None:
         self.eqns: list[JaxprEqn] = []
+        self._kept = kept
         self._consts: dict[int, tuple[Any, Var]] = {}
 
     @property
@@ -112,7 +118,7 @@ class _Scope:
                 source_info=jaxprs.join_source(outer, eqn, jaxpr),
             )
             name = eqn.primitive.name
-            if name in CALLS:
+            if name in CALLS and name not in self._kept:
                 inner, inner_consts = jaxprs.open_jaxpr(_callee(eqn))
                 results = self.inline(inner, inner_consts, eqn.invars, eqn)
                 env.update(zip(eqn.outvars, results, strict=True))
@@ -127,7 +133,7 @@ class _Scope:
     def nested(self, closed: Any, outer: JaxprEqn) -> tuple[Jaxpr, list[tuple[Any, Var]]]:
         """An inner jaxpr, captured, and the constants it takes first."""
         jaxpr, consts = jaxprs.open_jaxpr(closed)
-        scope = _Scope()
+        scope = _Scope(self._kept)
         return scope.body(jaxpr, consts, outer), scope.lifted
 
     def operands(self, lifted: Sequence[tuple[Any, Var]]) -> list[Atom]:

@@ -33,6 +33,8 @@ def _cholesky_rule(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence
 
 def _cholesky(a: Any) -> Any:
     """Lower factor; all NaN where the matrix is not positive definite, as from LAPACK."""
+    if a.size == 0:
+        return a
     rows = jnp.arange(a.shape[0])
 
     def column(k: Any, factor: Any) -> Any:
@@ -55,6 +57,8 @@ def _triangular_solve_rule(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> 
 
 def _triangular_solve(a: Any, b: Any, *, left_side: bool, lower: bool, transpose_a: bool, unit_diagonal: bool) -> Any:
     """x with ``a x = b``, or ``x a = b``, by substitution; ``a`` may be read transposed."""
+    if b.size == 0:
+        return b
     if not left_side:
         # x a = b is aᵀ xᵀ = bᵀ.
         b, transpose_a = b.T, not transpose_a

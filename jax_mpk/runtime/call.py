@@ -98,14 +98,14 @@ batching.fancy_primitive_batchers[megakernel_p] = _batch
 
 @weakref_lru_cache
 def lift(closed: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Captures a closed jaxpr: without calls, and with its constants, returned too, as leading arguments."""
+    """Captures a closed jaxpr that may yet be batched; its constants, returned too, become leading arguments."""
     for aval in closed.in_avals:
         if not core.is_constant_shape(getattr(aval, "shape", ())):
             raise UnsupportedError(
                 f"A megakernel is planned for fixed sizes, and an argument has the symbolic shape {aval.str_short()}. "
                 "Export the function once for each size."
             )
-    captured = capture(closed)
+    captured = capture(closed, batchable=True)
     return jaxprs.close_jaxpr(captured.jaxpr), captured.consts
 
 

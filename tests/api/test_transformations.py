@@ -77,6 +77,26 @@ def test_vmap_of_vmap_and_scan_inside(w) -> None:
     assert_same(jax.vmap(jax.vmap(megakernelize(f)))(x), jax.vmap(jax.vmap(f))(x))
 
 
+@jax.custom_batching.custom_vmap
+def _alone(x):
+    return x + 1
+
+
+@_alone.def_vmap
+def _together(size, batched, x):
+    return x + 100, True
+
+
+@pytest.mark.parametrize("options", [{}, {"on_unsupported": "split"}])
+def test_vmap_keeps_rules_of_its_own(options) -> None:
+    def fn(x):
+        return jax.lax.fori_loop(0, 2, lambda _, y: _alone(y) * 2, x) + _alone(x)
+
+    x = jnp.arange(3.0)
+    assert_same(jax.vmap(megakernelize(fn, **options))(x), jax.vmap(fn)(x))
+    assert_same(megakernelize(fn, **options)(x), fn(x))
+
+
 def test_vmap_with_results_that_are_not_batched(x) -> None:
     f = megakernelize(lambda x, y: (x + 1, y + 1))
     assert_same(jax.vmap(f, (0, None), (0, None))(x, 3.0), (x + 1, jnp.asarray(3.0) + 1))

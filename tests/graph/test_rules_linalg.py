@@ -85,3 +85,12 @@ def test_custom_linear_solve(rng: np.random.Generator) -> None:
         return lax.custom_linear_solve(lambda x: a @ x, b, steps, transpose_solve=steps)
 
     check(fn, a, b, atol=1e-11)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_empty_matrices(batch: tuple[int, ...]) -> None:
+    check(jnp.linalg.cholesky, np.ones((*batch, 0, 0)))
+    check(
+        lambda a, b: lax.linalg.triangular_solve(a, b, left_side=True), np.ones((*batch, 0, 0)), np.ones((*batch, 0, 4))
+    )
+    check(lambda a, b: lax.linalg.triangular_solve(a, b, left_side=True), np.eye(3), np.ones((3, 0)))

@@ -178,7 +178,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", help=f"GGUF file or checkpoint directory of {SMOLLM2} (default: fetched)")
     add("--cache-len", type=int, default=1024)
     add("--position", type=int, default=512, help="the steps lie around this one")
-    add("--steps", type=int, default=64, help="steps per sample")
+    add("--steps", type=int, default=128, help="steps per sample")
     add("--rounds", type=int, default=9, help="samples of each system")
     add("--read-bytes", type=int, default=1 << 32, help="how much is read to measure the read bandwidth")
     add("--commit", help="the checkout's commit, where there is no git")

@@ -1,20 +1,19 @@
 """Draws how much of the device's read bandwidth each system uses, from the rows that `benchmarks.decode` wrote.
 
-python -m benchmarks.roofline                   # benchmarks/results/decode.json to docs/roofline.svg
+python -m benchmarks.roofline                   # benchmarks/results/decode*.json to docs/roofline.svg
 python -m benchmarks.roofline FILE --out OUT
 """
 
 import argparse
-import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 from benchmarks import harness
 
-RESULTS = harness.RESULTS / "decode.json"
+RESULTS = tuple(harness.RESULTS / name for name in ("decode.json", "decode_jax.json"))
 PICTURE = harness.ROOT / "docs" / "roofline.svg"
 # In this order, with what a reader calls them and a colour.
 SYSTEMS = {
@@ -28,6 +27,11 @@ WIDTH, LABELS, RIGHT = 900, 230, 150
 BAR, GAP, GROUP = 16, 4, 30
 SCALE = WIDTH - LABELS - RIGHT
 INK = "#222222"
+
+
+def read(files: Iterable[Path]) -> list[harness.Row]:
+    """The rows of several result files."""
+    return [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
 
 
 def draw(rows: Sequence[harness.Row]) -> str:
@@ -104,11 +108,10 @@ def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str =
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.partition("\n")[0])
-    parser.add_argument("files", type=Path, nargs="*", default=[RESULTS])
+    parser.add_argument("files", type=Path, nargs="*", default=RESULTS)
     parser.add_argument("--out", type=Path, default=PICTURE)
     options = parser.parse_args(argv)
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
-    picture = draw(list(itertools.chain.from_iterable(document["rows"] for document in documents)))
+    picture = draw(read(options.files))
     options.out.write_text(picture, encoding="utf-8")
     print(f"wrote {options.out}")
     return 0

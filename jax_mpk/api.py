@@ -19,6 +19,7 @@ from jax_mpk.runtime.dispatch import CallSite, KernelCall, Traced
 from jax_mpk.runtime.jax_internals import eager
 from jax_mpk.runtime.native import CPU_TARGET, CUDA_TARGET
 from jax_mpk.runtime.place import place as place_arguments
+from jax_mpk.runtime.sharded import WHOLE_TARGET
 from jax_mpk.stages import MegakernelLowered
 
 _BACKENDS = (None, "cpu", "cuda", "gpu")
@@ -143,8 +144,8 @@ def megakernelize(
 
     Args:
       function: any function that ``jax.jit`` takes. Arrays it closes over are passed to the kernel as arguments,
-        with the values they have at the first call: NumPy arrays are copied, those of JAX are not. Donating an array
-        that is also closed over copies it.
+        with the values they have at the first call: NumPy arrays are copied, those of JAX are not; NumPy arrays of at
+        most 4 KiB stay constants of the program. Donating an array that is also closed over copies it.
       donate_argnums: positions of arguments whose buffers may be reused for results, such as a KV cache that is
         updated in place. Under an outer ``jax.jit`` the caller must donate them too, or XLA copies them first.
       donate_argnames: the same, by name.
@@ -154,7 +155,7 @@ def megakernelize(
         call it elsewhere.
       on_unsupported: what happens when part of the function cannot be compiled. "error" raises
         :class:`~jax_mpk.UnsupportedPrimitiveError`; "split" leaves that part to XLA and compiles the largest
-        possible parts between.
+        possible parts between. The whole cannot be differentiated either way.
       target: the device to plan for: a :class:`~jax_mpk.Target` or a name, such as "cpu-8" (eight virtual SMs), "cuda"
         (this machine's GPU) or "h100-sxm". None: the device of the call. Plans for devices that are not there can be
         looked at (:meth:`Megakernelized.lower`, :meth:`Megakernelized.explain`) but not run.
@@ -232,4 +233,4 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
 
     A megakernel is stored whole in the exported function. The process that runs it has to import jax_mpk.
     """
-    return [jax.export.DisabledSafetyCheck.custom_call(call) for call in (CPU_TARGET, CUDA_TARGET)]
+    return [jax.export.DisabledSafetyCheck.custom_call(call) for call in (CPU_TARGET, CUDA_TARGET, WHOLE_TARGET)]

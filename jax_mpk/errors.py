@@ -70,7 +70,11 @@ class PlanVerificationError(JaxMpkError, AssertionError):
 
 
 class ShardedInputError(JaxMpkError, ValueError):
-    """Arguments are sharded in a way that the function was not compiled for."""
+    """An operand of a megakernel is sharded over several devices, outside ``jax.shard_map``.
+
+    Raised when the surrounding program is compiled: XLA decides how arrays within it are sharded, also those that no
+    one said anything about, if they are combined with sharded ones.
+    """
 
 
 class DifferentiationError(JaxMpkError, TypeError):

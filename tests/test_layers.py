@@ -58,7 +58,7 @@ PUBLIC_ONLY = ("models",)
 ENVIRONMENT_READERS = {"jax_mpk/config.py"}
 
 MAX_LINES = 600
-SIZED = ("jax_mpk", "ffi", "csrc", "models")
+SIZED = ("jax_mpk", "ffi", "csrc", "models", "tests", "benchmarks")
 SOURCE_SUFFIXES = {".py", ".pyi", ".cc", ".cu", ".cuh", ".h"}
 
 # The compiler knows operators and shapes, never models.

@@ -40,6 +40,22 @@ struct Watch {
     return true;
   }
 
+  // The same for a warp: `done`, which must be the same in all lanes, keeps them together.
+  template <class Done, class Report>
+  __device__ __forceinline__ bool until_together(Done&& done, Report&& report) const {
+    u64 start = 0;
+#pragma unroll 1
+    for (u32 spins = 1; !done(); ++spins) {
+      if (spins % 256 != 0) continue;
+      u32 late = kInTime;
+      if (threadIdx.x % 32 == 0) late = look(start, kForAnother);
+      late = __shfl_sync(~0u, late, 0);
+      if (late == kFirst) report();
+      if (late != kInTime) return false;
+    }
+    return true;
+  }
+
   __device__ __noinline__ void note(u32 task, WaitKind kind, u32 what, u32 expected, u32 seen, u64 element = 0) const {
     volatile Record* r = launch->record;
     r->worker = blockIdx.x;
@@ -136,57 +152,60 @@ __device__ __forceinline__ void put_vector(T* to, const Word (&w)[count]) {
   for (int e = 0; e < count; ++e) to[e] = Tagged<T>::payload(w[e]);
 }
 
-// Brings `count` consecutive elements to shared memory, when they have arrived: thread `thread` of `threads`. Many
-// loads are under way at a time, as one alone takes as long as all of them; while something is missing, each thread
-// looks at one vector only, since more would slow down those who write. Not inlined: tasks have many such places.
+// Brings `count` consecutive elements to shared memory, when they have arrived: thread `thread` of `threads`, with all
+// of its warp. Several loads are under way at a time, and what has arrived is not loaded again. While nothing more
+// arrives, one lane looks at one vector for all: the neighbours mostly come from the same task, and more would slow down
+// those who write. Not inlined: tasks have many such places.
 template <class T>
 __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> from, u64 first, int count, int to_byte,
                                             int thread, int threads) {
   using Word = typename Tagged<T>::Word;
-  constexpr int kVector = Tagged<T>::kVector, kBatch = 6;
+  constexpr int kVector = Tagged<T>::kVector, kBatch = 4, kMost = 32;
   T* to = shared_at<T>(to_byte);
+  const int lane = thread % 32;
   const int head = min(count, static_cast<int>((kVector - first % kVector) % kVector));
   const int vectors = (count - head) / kVector;
   const Word* words = from.words + first + head;
 #pragma unroll 1
-  for (int base = thread; base < vectors; base += kBatch * threads) {
-    Word w[kBatch][kVector];
-    int missing, at = -1;
-    Word seen = 0;
-    const auto here = [&] {
-      Word v[kVector];
-      load_relaxed(words + missing * kVector, v);
-      at = -1;
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        if (!from.tagged(v[e])) at = e, seen = v[e];
-      }
-      return at < 0;
-    };
-    watch.until(
+  for (int base = thread; base - lane < vectors; base += kMost * threads) {
+    const int own = min(kMost, (vectors - base + threads - 1) / threads);
+    u32 missing = own > 0 ? ~0u >> (32 - own) : 0, wanted = missing;
+    bool leads = false;
+    watch.until_together(
         [&] {
-          missing = -1;
+          u32 here = 0;
+#pragma unroll 1
+          for (int b = 0; b < own; b += kBatch) {
+            if ((wanted >> b) % (1u << kBatch) == 0) continue;
+            Word w[kBatch][kVector];
 #pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-            if (base + k * threads < vectors) load_relaxed(words + (base + k * threads) * kVector, w[k]);
+            for (int k = 0; k < kBatch; ++k) {
+              if (wanted >> (b + k) & 1) load_relaxed(words + (base + (b + k) * threads) * kVector, w[k]);
+            }
+#pragma unroll
+            for (int k = 0; k < kBatch; ++k) {
+              bool all = wanted >> (b + k) & 1;
+#pragma unroll
+              for (int e = 0; e < kVector; ++e) all &= from.tagged(w[k][e]);
+              if (!all) continue;
+              put_vector<T>(to + head + (base + (b + k) * threads) * kVector, w[k]);
+              here |= 1u << (b + k);
+            }
           }
-#pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-            bool all = true;
-#pragma unroll
-            for (int e = 0; e < kVector; ++e) all &= from.tagged(w[k][e]);
-            if (!all && base + k * threads < vectors) missing = base + k * threads;
-          }
-          return missing < 0 || !watch.until(here, [&] {
-            const u64 element = first + head + missing * kVector + at;
-            watch.note(task, kWaitTag, from.place(watch), from.tag, seen & 65535, element);
-          });
+          missing &= ~here;
+          const u32 lacking = __ballot_sync(~0u, missing != 0);
+          leads = lane == __ffs(lacking) - 1;
+          wanted = __any_sync(~0u, here != 0) ? missing : leads ? missing & (0 - missing) : 0;
+          return lacking == 0;
         },
-        [] {});
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      if (base + k * threads < vectors) put_vector<T>(to + head + (base + k * threads) * kVector, w[k]);
-    }
+        [&] {
+          if (!leads) return;
+          const int at = (base + (__ffs(missing) - 1) * threads) * kVector;
+          int e = 0;
+          while (e + 1 < kVector && from.tagged(load_relaxed(words + at + e))) ++e;
+          const u32 seen = static_cast<u32>(load_relaxed(words + at + e)) & 65535;
+          watch.note(task, kWaitTag, from.place(watch), from.tag, seen, first + head + at + e);
+        });
   }
   const int rest = count - vectors * kVector;
 #pragma unroll 1
@@ -196,47 +215,13 @@ __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> fro
   }
 }
 
-// The same for at most four elements a thread: with little code, as most values are small.
-template <class T>
-__device__ __noinline__ void stage_few(Watch watch, u32 task, Tagged<T> from, u64 first, int count, int to_byte, int thread,
-                                       int threads) {
-  T* to = shared_at<T>(to_byte);
-  typename Tagged<T>::Word w[4];
-  const auto* words = from.words + first;
-  int missing;
-  u32 seen = 0;
-  watch.until(
-      [&] {
-        missing = -1;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (thread + k * threads < count) w[k] = load_relaxed(words + thread + k * threads);
-        }
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (thread + k * threads < count && !from.tagged(w[k])) missing = thread + k * threads, seen = w[k] & 65535;
-        }
-        return missing < 0;
-      },
-      [&] { watch.note(task, kWaitTag, from.place(watch), from.tag, seen, first + missing); });
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (thread + k * threads < count) to[thread + k * threads] = Tagged<T>::payload(w[k]);
-  }
-}
-
-// By some warps of a worker, so that others can wait for other values at the same time. `few`: at most four elements a
-// thread.
-template <bool few, class T, class C>
+// By some warps of a worker, so that others can wait for other values at the same time.
+template <class T, class C>
 __device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 first, int count, T* to, int warp, int warps) {
   if (c.warp() < warp || c.warp() >= warp + warps) return;
   const int byte = static_cast<int>(shared_address(to) - shared_address(shared_at<char>(0)));
-  const int thread = c.thread() - warp * 32, threads = warps * 32;
-  if constexpr (few) {
-    stage_few<T>(c.watch(), c.task(TaskWords::kTask), from, first, count, byte, thread, threads);
-  } else {
-    stage_elements<T>(c.watch(), c.task(TaskWords::kTask), from, first, count, byte, thread, threads);
-  }
+  const int thread = c.thread() - warp * 32;
+  stage_elements<T>(c.watch(), c.task(TaskWords::kTask), from, first, count, byte, thread, warps * 32);
 }
 
 // Brings one element to shared memory.

@@ -74,9 +74,10 @@ struct Context {
   // When the current task began (0), had all its operands (1) and was done (2); only in programs with a trace.
   __device__ void stamp(int what) const {
     if constexpr (Shape::kTrace != 0) {
-      if (thread() == 0) {
-        reinterpret_cast<u64*>(static_cast<char*>(launch.state) + Shape::kTrace)[4 * task(TaskWords::kTask) + what] =
-            nanoseconds();
+      // The clock is not read before the task's number, and that not before the barrier in front of it.
+      const u32 number = task(TaskWords::kTask);
+      if (thread() == 0 && number != kNoTask) {
+        reinterpret_cast<u64*>(static_cast<char*>(launch.state) + Shape::kTrace)[4 * number + what] = nanoseconds();
       }
     }
   }

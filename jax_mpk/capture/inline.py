@@ -42,6 +42,9 @@ CALLS: dict[str, tuple[str, ...]] = {
     "xla_metadata_call": ("jaxpr",),
 }
 
+#: What stands around the parts of a split function. It says something to JAX only.
+_MARK = "undifferentiable"
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -122,6 +125,9 @@ class _Scope:
                 inner, inner_consts = jaxprs.open_jaxpr(_callee(eqn))
                 results = self.inline(inner, inner_consts, eqn.invars, eqn)
                 env.update(zip(eqn.outvars, results, strict=True))
+                continue
+            if name == _MARK:
+                env.update(zip(eqn.outvars, eqn.invars, strict=True))
                 continue
             outvars = [v if isinstance(v, jaxprs.DropVar) else Var(v.aval) for v in eqn.outvars]
             env.update(zip(eqn.outvars, outvars, strict=True))

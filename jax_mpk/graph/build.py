@@ -106,7 +106,6 @@ def build_graph(jaxpr: Jaxpr, *, donated: frozenset[int] = frozenset(), platform
             inputs=tuple(v.id for v in inputs),
             block=bb.block(results),
             donated=donated,
-            notes=tuple(bb.notes),
         )
     )
 

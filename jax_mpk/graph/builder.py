@@ -52,7 +52,6 @@ class _Shared:
     def __init__(self) -> None:
         self.values: list[Value] = []
         self.constants: dict[int, int] = {}
-        self.notes: list[str] = []
         self.platform: str | None = None
         self.source = Source("")
         self.pinned = False
@@ -63,7 +62,6 @@ class BlockBuilder:
 
     Attributes:
       values: the value table so far.
-      notes: sentences for ``Graph.notes``.
       platform: JAX's name of the platform that the graph is built for, or None where it must suit all.
       source: origin given to the operators built now.
     """
@@ -79,10 +77,6 @@ class BlockBuilder:
     @property
     def values(self) -> list[Value]:
         return self._shared.values
-
-    @property
-    def notes(self) -> list[str]:
-        return self._shared.notes
 
     @property
     def platform(self) -> str | None:

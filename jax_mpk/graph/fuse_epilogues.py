@@ -12,37 +12,43 @@ from dataclasses import replace
 
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.fuse_maps import MAX_NODES, VIEW, has_factors, work
-from jax_mpk.graph.ir import Block, Graph, Nest, Op
-from jax_mpk.graph.rewrite import Slots, map_blocks, prune, use_counts
+from jax_mpk.graph.ir import Block, Graph, Nest, Note, Op
+from jax_mpk.graph.rewrite import Slots, map_blocks, noted, prune, use_counts
 from jax_mpk.graph.scalar import Builder, Expr, inline
 
 
 def fuse_epilogues(graph: Graph) -> Graph:
     """Fuses every map that is the only reader of a reduction or contraction into it."""
-    return map_blocks(graph, _fuse_block)
+    notes: list[Note] = []
+    return noted(map_blocks(graph, lambda block: _fuse_block(block, notes)), "epilogue", notes)
 
 
-def _fuse_block(block: Block) -> Block:
+def _fuse_block(block: Block, notes: list[Note]) -> Block:
     uses = use_counts(block)
     nests: dict[int, Nest] = {}
     ops: list[Op] = []
     for op in block.ops:
         if isinstance(op, Nest) and op.kind == "map":
-            op = _fuse_op(op, nests, uses)
+            op = _fuse_op(op, nests, uses, notes)
         if isinstance(op, Nest) and op.kind != "map":
             nests.update(dict.fromkeys(op.outputs, op))
         ops.append(op)
     return prune(Block(tuple(ops), block.results), set())
 
 
-def _fuse_op(op: Nest, nests: dict[int, Nest], uses: Counter[int]) -> Nest:
+def _fuse_op(op: Nest, nests: dict[int, Nest], uses: Counter[int], notes: list[Note]) -> Nest:
     if work(op.body) < VIEW and op.space != _space(op, nests):
         return op  # a view belongs to its readers; the reduction keeps its compact index space
-    candidates = [v for v in op.operands if v in nests and len(nests[v].outputs) == 1 and uses[v] == 1]
-    for value in sorted(candidates, key=lambda v: -_size(nests[v])):
-        fused = _fused(op, nests[value], value)
-        if fused is not None:
+    refused: list[Note] = []
+    for value in sorted((v for v in op.operands if v in nests), key=lambda v: -_size(nests[v])):
+        fused = _fused(op, nests[value], value, uses[value])
+        if isinstance(fused, Nest):
             return fused
+        # A result that is repeated or read in part was never to be an epilogue.
+        if math.prod(op.space) == math.prod(nests[value].space):
+            text = f"not fused: {op.source.short} into the end of {nests[value].source.short}: {fused}"
+            refused.append(Note("epilogue", text, (value, op.outputs[0])))
+    notes += refused
     return op
 
 
@@ -56,13 +62,18 @@ def _size(nest: Nest) -> float:
     return math.prod(nest.space + nest.rspace) * (1 + work(nest.body))
 
 
-def _fused(consumer: Nest, producer: Nest, value: int) -> Nest | None:
+def _fused(consumer: Nest, producer: Nest, value: int, uses: int) -> Nest | str:
+    """Both in one, or why not."""
+    if len(producer.outputs) != 1:
+        return "it has several results"
+    if uses != 1:
+        return "its result has other readers"
     body = consumer.body
     loads = [body.nodes[i] for i in body.loads() if consumer.operands[body.nodes[i].attr] == value]  # type: ignore[index]
     if not loads or any(node.op != "load" or node.args != loads[0].args for node in loads):
-        return None
+        return "more than one element of its result is read for one"
     if not is_bijection(body, loads[0].args, consumer.space, producer.space):
-        return None
+        return "its result is not read element by element"
     assert producer.epilogue is not None
     slots = Slots()
 
@@ -101,8 +112,10 @@ def _fused(consumer: Nest, producer: Nest, value: int) -> Nest | None:
         outputs=consumer.outputs,
         source=consumer.source if producer.kind == "reduce" else producer.source,
     )
-    if len(epilogue.nodes) > MAX_NODES or (producer.kind == "contract" and not has_factors(fused)):
-        return None
+    if len(epilogue.nodes) > MAX_NODES:
+        return f"the program would have more than {MAX_NODES} nodes"
+    if producer.kind == "contract" and not has_factors(fused):
+        return "its factors could no longer be streamed"
     return fused
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Block, Cumulative, Graph, Nest, Op, Update
+from jax_mpk.graph.ir import Block, Cumulative, Graph, Nest, Op, Update, Value
 from jax_mpk.graph.rewrite import LoadRule, Slots, inline_map, map_blocks, prune, rewrite_loads, use_counts
 from jax_mpk.graph.scalar import Builder, Expr
 from jax_mpk.graph.windows import factor
@@ -60,28 +61,30 @@ def _index_only(expr: Expr) -> set[int]:
 
 def fuse_views(graph: Graph) -> Graph:
     """Inlines maps that only move data; maps nobody reads any more disappear."""
-    return map_blocks(graph, lambda block: _fuse_block(block, views_only=True))
+    return map_blocks(graph, lambda block: _fuse_block(block, graph.values, views_only=True))
 
 
 def fuse_maps(graph: Graph) -> Graph:
     """Inlines views and whatever else is cheap to repeat; maps nobody reads any more disappear."""
-    return map_blocks(graph, lambda block: _fuse_block(block, views_only=False))
+    return map_blocks(graph, lambda block: _fuse_block(block, graph.values, views_only=False))
 
 
-def _fuse_block(block: Block, *, views_only: bool) -> Block:
+def _fuse_block(block: Block, values: Sequence[Value], *, views_only: bool) -> Block:
     uses = use_counts(block)
     maps: dict[int, Nest] = {}
     ops: list[Op] = []
     for op in block.ops:
-        fused = _fuse_op(op, maps, uses, views_only) if isinstance(op, Nest | Update | Cumulative) else op
+        fused = _fuse_op(op, values, maps, uses, views_only) if isinstance(op, Nest | Update | Cumulative) else op
         if isinstance(fused, Nest) and fused.kind == "map":
             maps.update(dict.fromkeys(fused.outputs, fused))
         ops.append(fused)
     return prune(Block(tuple(ops), block.results), set())
 
 
-def _fuse_op(op: Nest | Update | Cumulative, maps: dict[int, Nest], uses: Counter[int], views_only: bool) -> Op:
-    chosen = {v: maps[v] for v in op.operands if v in maps and _worth(op, v, maps[v], uses, views_only)}
+def _fuse_op(
+    op: Nest | Update | Cumulative, values: Sequence[Value], maps: dict[int, Nest], uses: Counter[int], views_only: bool
+) -> Op:
+    chosen = {v: maps[v] for v in op.operands if v in maps and _worth(op, v, values, maps[v], uses, views_only)}
     while chosen:
         fused = _inlined(op, chosen)
         if fused is not None:
@@ -119,7 +122,7 @@ def programs(op: Op) -> list[Expr]:
     return [expr for expr in found if isinstance(expr, Expr)]
 
 
-def _worth(op: Op, value: int, producer: Nest, uses: Counter[int], views_only: bool) -> bool:
+def _worth(op: Op, value: int, values: Sequence[Value], producer: Nest, uses: Counter[int], views_only: bool) -> bool:
     cost = work(producer.body)
     if isinstance(op, Nest) and op.kind == "contract" and _narrows(producer):
         return False  # rounded once by the producer, not by every task that streams it
@@ -136,7 +139,9 @@ def _worth(op: Op, value: int, producer: Nest, uses: Counter[int], views_only: b
     volume = math.prod(producer.space)
     if uses[value] == 1 and loads == 1 and evaluations <= volume:
         return True
-    return cost <= CHEAP and evaluations <= 4 * volume
+    # What is made of positions and single elements, such as a mask, is computed as fast as it is loaded.
+    single = all(math.prod(values[v].shape) == 1 for v in producer.operands)
+    return cost <= CHEAP and (single or evaluations <= 4 * volume)
 
 
 def _narrows(producer: Nest) -> bool:

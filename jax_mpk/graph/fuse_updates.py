@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from jax_mpk.graph.ir import Block, Graph, Nest, Op, Update, Value
-from jax_mpk.graph.rewrite import Slots, map_blocks, rewrite_loads
+from jax_mpk.graph.ir import Block, Graph, Nest, Note, Op, Update, Value
+from jax_mpk.graph.rewrite import Slots, map_blocks, noted, rewrite_loads
 from jax_mpk.graph.scalar import Builder, inline
 from jax_mpk.graph.windows import WindowUpdate, factor, window_update
 
@@ -21,26 +21,45 @@ _SHARE = 1 / 16
 def fuse_updates(graph: Graph) -> Graph:
     """Forwards window updates to the contractions that read them."""
     values = list(graph.values)
+    notes: list[Note] = []
 
     def visit(block: Block) -> Block:
         known: dict[int, tuple[Update, WindowUpdate, int]] = {}
+        refused: dict[int, tuple[Update, str]] = {}
         ops: list[Op] = []
         wanted = {v for op in block.ops if isinstance(op, Nest) and op.kind == "contract" for v in op.operands}
         for op in block.ops:
             if isinstance(op, Update) and op.output in wanted:
                 window = window_update(graph, op)
                 size = math.prod(graph.values[op.base].shape)
-                if window is not None and math.prod(op.space) <= size * _SHARE:
+                if window is None:
+                    refused[op.output] = op, "it overwrites no window of consecutive rows"
+                elif math.prod(op.space) > size * _SHARE:
+                    refused[op.output] = op, f"it overwrites more than {_SHARE:.0%} of what is read"
+                else:
                     rows, op = _rows(values, op)
                     ops += rows
                     known[op.output] = (op, window, op.operands[op.value.result().attr])
-            elif isinstance(op, Nest) and op.kind == "contract" and known.keys() & set(op.operands):
-                op = _forward(op, known)
+            elif isinstance(op, Nest) and op.kind == "contract":
+                for v in op.operands:
+                    if v in refused:
+                        notes.append(_note(op, *refused[v]))
+                if known.keys() & set(op.operands):
+                    forwarded = _forward(op, known)
+                    if forwarded is op:
+                        reason = "the contraction could no longer stream it"
+                        notes.extend(_note(op, known[v][0], reason) for v in op.operands if v in known)
+                    op = forwarded
             ops.append(op)
         return Block(tuple(ops), block.results)
 
     fused = map_blocks(graph, visit)
-    return replace(fused, values=tuple(values))
+    return noted(replace(fused, values=tuple(values)), "update", notes)
+
+
+def _note(reader: Nest, update: Update, reason: str) -> Note:
+    text = f"not read around: {update.source.short} by {reader.source.short}, which waits for it: {reason}"
+    return Note("update", text, (update.output, reader.outputs[0]))
 
 
 def _rows(values: list[Value], op: Update) -> tuple[list[Op], Update]:

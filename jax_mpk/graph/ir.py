@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from jax_mpk.graph.scalar import Expr
 
@@ -33,6 +34,11 @@ class Source:
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.line, self.scope, self.primitive) if part)
+
+    @property
+    def short(self) -> str:
+        """File name, line and primitive."""
+        return f"{PurePath(self.line).name} {self.primitive}".strip()
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,25 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something that was looked at and not done, for ``explain``.
+
+    Attributes:
+      about: what would have been done, e.g. ``"epilogue"``; a pass that runs again replaces its own notes.
+      text: what and why, with the user's lines; equal ones are counted, so it names no value.
+      between: the values of two operators that were not fused: once one routine computes both, or one of them is gone,
+        there is nothing to tell. None: it concerns no pair.
+    """
+
+    about: str
+    text: str
+    between: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
 class Graph:
     """A captured function.
 
@@ -257,7 +282,7 @@ class Graph:
       inputs: ids of the arguments (closed-over arrays first among them where there are any).
       block: the operators; ``block.results`` are the function's results.
       donated: positions in ``inputs`` whose storage may be overwritten.
-      notes: what could not be captured or fused, and why, one sentence each, for ``explain``.
+      notes: what passes have not fused, and why.
       layouts: per input, the axes of the argument in the order in which its value has them; None: the same order. ():
         so for every input. See :mod:`jax_mpk.graph.layouts`.
     """
@@ -266,7 +291,7 @@ class Graph:
     inputs: tuple[int, ...]
     block: Block
     donated: frozenset[int] = frozenset()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[Note, ...] = field(default=())
     layouts: tuple[tuple[int, ...] | None, ...] = ()
 
     @property

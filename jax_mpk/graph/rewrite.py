@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from jax_mpk.graph.ir import Block, Branch, Cumulative, Graph, Loop, Nest, Op, Update, reads
+from jax_mpk.graph.ir import Block, Branch, Cumulative, Graph, Loop, Nest, Note, Op, Update, reads
 from jax_mpk.graph.scalar import Builder, Expr, inline
 
 #: Called as (builder, value, index nodes, dtype, predicate) for a load; returns the node that replaces it, or None
@@ -104,6 +104,12 @@ def use_counts(block: Block) -> Counter[int]:
     for op in block.ops:
         counts.update(set(reads(op)))
     return counts
+
+
+def noted(graph: Graph, about: str, notes: Iterable[Note]) -> Graph:
+    """``graph`` with a pass's notes in place of those that it left when it ran before."""
+    others = (note for note in graph.notes if note.about != about)
+    return replace(graph, notes=tuple(dict.fromkeys((*others, *notes))))
 
 
 def prune(block: Block, live: set[int]) -> Block:

@@ -66,18 +66,17 @@ class Attention:
         return tuple(self.out.space[d] for d in self.rows)
 
 
-def find_attention(out: Op, makers: dict[int, Op], uses: Counter[int]) -> Attention | None:
-    """The attention a contraction is the last part of, or None.
+def find_attention(out: Op, makers: dict[int, Op], uses: Counter[int]) -> Attention | str:
+    """The attention a contraction is the last part of, or why it is none; "" where nothing about it looks like one.
 
     Args:
       out: any operator.
       makers: per value, the operator of the same block that computes it.
       uses: how often each value is read, as a result too.
     """
-    if not isinstance(out, Nest) or out.kind != "contract" or out.acc != ("f32",):
-        return None
-    if len(out.rspace) != 1 or len(out.outputs) != 1:
-        return None
+    if not isinstance(out, Nest) or out.kind != "contract" or len(out.outputs) != 1:
+        return ""
+    reason = ""
     loads = [factor(out.body, result) for result in out.body.results]
     for this, other in (loads, loads[::-1]):
         if this is None or other is None or this.new >= 0:
@@ -89,21 +88,23 @@ def find_attention(out: Op, makers: dict[int, Op], uses: Counter[int]) -> Attent
             continue
         try:
             found = _Search(out, makers).match(softmax, weights, node.args, other.load)
-        except _NotFoundError:
+        except _NotFoundError as error:
+            reason = reason or str(error)
             continue
         # Weights that somebody else reads have to be computed anyway; powers are summed, too.
         if uses[weights] <= (1 if found.divided else 2):
             return found
-    return None
+        reason = "its weights have other readers"
+    return reason
 
 
 class _NotFoundError(Exception):
-    """The operators are no attention."""
+    """The operators are no attention; why not, if they look like one."""
 
 
-def _need(condition: bool) -> None:
+def _need(condition: bool, reason: str = "") -> None:
     if not condition:
-        raise _NotFoundError
+        raise _NotFoundError(reason)
 
 
 class _Search:
@@ -134,6 +135,8 @@ class _Search:
         difference = self._open(b.nodes[power].args[0])
         _need(b.nodes[difference].op == "sub")
         scores, top = b.nodes[difference].args
+        _need(out.acc == ("f32",), f"it sums in {out.acc[0]}, not in f32")
+        _need(len(out.rspace) == 1, "its keys have several axes")
         self._reduction(top, "max", scores)
         totals: dict[int, Nest] = {}
         rounded = None
@@ -149,7 +152,8 @@ class _Search:
         apart = {node.attr for node in out.body.only(*out.body.nodes[values].args).nodes if node.op == "coord"}
         rows = tuple(sorted(used, key=lambda d: (d not in apart, d)))  # type: ignore[arg-type, return-value]
         # Rows computed once each, not once for every element of the result that reads them.
-        _need(math.prod(out.space[d] for d in rows) * out.rspace[0] <= math.prod(softmax.space))
+        once = math.prod(out.space[d] for d in rows) * out.rspace[0] <= math.prod(softmax.space)
+        _need(once, "its scores differ from element to element of the result")
         own = len(apart.intersection(rows))
         live = live_keys(b, self._finished(self._whole(scores)), len(out.space), set(rows[:own]))
         return Attention(
@@ -183,7 +187,7 @@ class _Search:
                 at = inline(b, epilogue.only(*node.args), b.coords()[:-1], _no_load)
                 self._reduction(self.slots.load(b, ~value, at, "f32", None), "sum", power)
                 found[value] = op
-        _need(bool(found))
+        _need(bool(found), "its weights are divided by no sum")
         return found
 
     def _reduction(self, i: int, kind: str, what: int) -> None:
@@ -191,12 +195,13 @@ class _Search:
         b = self.builder
         node = b.nodes[self._open(self._unclamped(self._open(i)))]
         value = self.slots.values[node.attr] if node.op == "load" else 0  # type: ignore[index]
-        _need(value < 0)
+        reason = f"no {kind} over its keys is that of its weights"
+        _need(value < 0, reason)
         op = self.makers[~value]
         assert isinstance(op, Nest) and op.combine is not None
-        _need(op.combine.kind == kind and op.rspace == self.out.rspace)
+        _need(op.combine.kind == kind and op.rspace == self.out.rspace, reason)
         (element,) = self._inlined(op.body, op.operands, [*node.args, self.key], -1)
-        _need(self._whole(element) == self._whole(what))
+        _need(self._whole(element) == self._whole(what), reason)
 
     def _unclamped(self, i: int) -> int:
         """x of max(−inf, x)."""
@@ -214,7 +219,7 @@ class _Search:
         """
         b, slots = self.builder, self.slots
         while True:
-            _need(len(b.nodes) <= _MOST_NODES)
+            _need(len(b.nodes) <= _MOST_NODES, "its program is too large")
             node = b.nodes[i]
             if node.op == "convert" and (node.attr == "round" or _widens(b.nodes[node.args[0]].dtype, node.dtype)):
                 i = node.args[0]
@@ -266,7 +271,7 @@ class _Search:
             return None
         key = value, tuple(at), pred
         if key not in self._opened:
-            _need(len(b.nodes) <= _MOST_NODES)
+            _need(len(b.nodes) <= _MOST_NODES, "its program is too large")
             self._opened[key] = inline_map(b, maker, value, at, pred, self.slots, self._opened_load)
         return self._opened[key]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jax_mpk.graph.fuse_maps import VIEW, work
-from jax_mpk.graph.ir import Graph, Nest, Op, Sort, Update, reads
+from jax_mpk.graph.ir import Cumulative, Graph, Nest, Op, Sort, Update, reads
 from jax_mpk.plan import costs
 from jax_mpk.plan.ir import Target
 from jax_mpk.plan.tile import Cut, Tiler
@@ -66,6 +66,9 @@ class Clusterer:
       pinned: values that need bytes of their own: results, values read by nested blocks or other stretches, values
         that share storage.
       share: per value, a name for the storage it lives in.
+
+    Attributes:
+      notes: why results of maps and reductions are handed over in memory, one sentence for each.
     """
 
     def __init__(self, graph: Graph, target: Target, tiler: Tiler, pinned: set[int], share: tuple[int, ...]):
@@ -74,6 +77,7 @@ class Clusterer:
         self.tiler = tiler
         self.pinned = pinned
         self.share = share
+        self.notes: list[str] = []
 
     def run(self, ops: list[Op], after: list[set[int]]) -> list[Routine]:
         """Routines in an order that respects data flow.
@@ -95,11 +99,13 @@ class Clusterer:
         ]
         groups: dict[int, _Group] = {}  # by last anchor
         homes: dict[int, set[int]] = {}  # op → last anchors of the groups that hold it
+        refused: dict[int, str] = {}  # last anchor → why it is in no reader's group
         for siblings in _siblings(ops, after):
             groups[siblings[-1]] = _Group(siblings, siblings)
             homes.update((i, {siblings[-1]}) for i in siblings)
         for position in range(len(ops) - 1, -1, -1):
-            self._join(position, groups, homes)
+            refused[position] = self._join(position, groups, homes)
+        self._note(groups, homes, refused)
         order = _topological(self._edges(groups, homes))
         out = []
         for anchor in order:
@@ -111,29 +117,55 @@ class Clusterer:
             out.append(Routine(tuple(ops[i] for i in group.members), local, cut))
         return out
 
-    def _join(self, position: int, groups: dict[int, _Group], homes: dict[int, set[int]]) -> None:
+    def _note(self, groups: dict[int, _Group], homes: dict[int, set[int]], refused: dict[int, str]) -> None:
+        """Notes on the routines that compute nothing heavy, and so might have been part of another."""
+        for anchor, group in sorted(groups.items()):
+            members = [self.ops[m] for m in group.members]
+            if not all(isinstance(op, Nest | Cumulative) and not _is_contraction(op) for op in members):
+                continue
+            for member in group.anchors:
+                users = sorted(user for user in self.users[member] if anchor not in homes[user])
+                if users:
+                    others = f" and {len(users) - 1} more" if len(users) > 1 else ""
+                    self.notes.append(
+                        f"not fused: {self.ops[member].source.short} into {self.ops[users[0]].source.short}{others}: "
+                        f"{refused[anchor]}"
+                    )
+
+    def _join(self, position: int, groups: dict[int, _Group], homes: dict[int, set[int]]) -> str:
+        """Moves an operator into the routines of its readers; "" or why none of them takes it."""
         op = self.ops[position]
         users = self.users[position]
         anchors = {a for user in users for a in homes[user]}
         own = groups.get(position)
-        if not users or own is None or len(own.anchors) > 1 or (isinstance(op, Sort) and op.top_k is not None):
-            return
+        if not users or own is None:
+            return ""
+        if len(own.anchors) > 1:
+            return "a task reduces the same value in several ways at once"
+        if isinstance(op, Sort) and op.top_k is not None:
+            return "a row has fewer results than elements"
         private = not self.pinned.intersection(op.outputs) and not isinstance(op, Update)
-        if private and len(anchors) <= _MOST_COPIES:
+        reasons: list[str] = []
+        if len(anchors) > _MOST_COPIES:
+            reasons.append(f"more than {_MOST_COPIES} routines read it")
+        elif private:
             # Where the others wait for one of the readers anyway, it may as well hand this over, too.
             first = next((a for a in sorted(anchors) if anchors - {a} <= self._successors(a, groups, homes)), None)
             outputs = set(op.outputs)
             if first is not None and len(anchors) > 1:
                 copied = self._gain(position, anchors, set(), groups)[0]
                 handed = self._gain(position, {first}, outputs, groups)[0]
-                if handed > copied and self._try(position, {first}, outputs, groups, homes):
-                    return
-            if self._try(position, anchors, set(), groups, homes):
-                return
+                if handed > copied and not self._try(position, {first}, outputs, groups, homes):
+                    return ""
+            reasons.append(self._try(position, anchors, set(), groups, homes))
+            if not reasons[-1]:
+                return ""
         # Computed by one routine of its readers, in memory for the others.
         for anchor in sorted(anchors):
-            if self._try(position, {anchor}, set(op.outputs), groups, homes):
-                return
+            reasons.append(self._try(position, {anchor}, set(op.outputs), groups, homes))
+            if not reasons[-1]:
+                return ""
+        return reasons[0]
 
     def _try(
         self,
@@ -142,12 +174,14 @@ class Clusterer:
         stored: set[int],
         groups: dict[int, _Group],
         homes: dict[int, set[int]],
-    ) -> bool:
-        """Moves a routine into those of its readers named by ``anchors`` if that saves time; says whether it did."""
+    ) -> str:
+        """Moves a routine into those of its readers named by ``anchors`` if that saves time; "" or why it did not."""
         own = groups[position]
         gain, trial = self._gain(position, anchors, stored, groups)
+        if gain == -math.inf:
+            return "no cut of its reader stores each element once" if stored else "no cut with it fits scratch memory"
         if gain < 0:
-            return False
+            return "a hand-off is faster than computing it in every task that reads it"
         before = {anchor: groups[anchor] for anchor in trial}, {m: homes[m] for m in own.members}
         del groups[position]
         groups.update(trial)
@@ -159,8 +193,8 @@ class Clusterer:
             groups.update(before[0])
             groups[position] = own
             homes.update(before[1])
-            return False
-        return True
+            return "what reads it would wait for itself"
+        return ""
 
     def _gain(
         self, position: int, anchors: set[int], stored: set[int], groups: dict[int, _Group]
@@ -238,6 +272,10 @@ class Clusterer:
             leads = (m for m in group.members if self.waiters[m] or self._provides(group, m))
             group.first = next(leads, group.members[-1])
         return group.first
+
+
+def _is_contraction(op: Op) -> bool:
+    return isinstance(op, Nest) and op.kind == "contract"
 
 
 def _pick(ops: list[Op], group: _Group) -> tuple[tuple[Op, ...], tuple[int, ...], frozenset[int]]:

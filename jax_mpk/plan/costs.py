@@ -87,6 +87,22 @@ def _hit(op: Update, lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.nda
     return update_boxes(op, lo[:, :rank], hi[:, :rank])
 
 
+def staged_bytes(target: Target, nbytes: Any, itemsize: Any, tagged: Any) -> np.ndarray:
+    """The part of what tasks move of a value made by others that they wait for before anything else.
+
+    Where there are tagged words, all of it that scratch can hold; a tag comes with each element.
+
+    Args:
+      target: the device.
+      nbytes: bytes a task moves.
+      itemsize: bytes of an element.
+      tagged: whether the value is handed over by tagged words.
+    """
+    nbytes = np.asarray(nbytes, np.float64)
+    words = nbytes / itemsize * np.where(np.asarray(itemsize) <= 2, 4, 8)
+    return np.where(nbytes <= target.tagged_bytes // 4, np.where(tagged, words, nbytes), 0.0)
+
+
 # -- flops -----------------------------------------------------------------------------------------------------
 
 
@@ -113,21 +129,23 @@ def _element_flops(op: Op, stage: int) -> float:
 # -- seconds ---------------------------------------------------------------------------------------------------
 
 
-def task_seconds(target: Target, cache: Any, memory: Any, arithmetic: Any) -> Any:
+def task_seconds(target: Target, cache: Any, memory: Any, arithmetic: Any, staged: Any = 0.0) -> Any:
     """Seconds of tasks that run beside others on all workers.
 
     Args:
       target: the device.
-      cache: bytes each task moves.
+      cache: bytes each task moves, but for those staged.
       memory: those among them that come from or go to device memory.
       arithmetic: flops of each.
+      staged: bytes that each waits for before anything else: :func:`staged_bytes`.
     """
     cache, memory = np.asarray(cache), np.asarray(memory)
     # Bytes from memory pass through the cache on their way, which takes no time of its own.
     streamed, passed = memory / target.bandwidth, (cache - memory) / target.cache_bandwidth
     busiest = np.maximum(streamed, cache / target.cache_bandwidth)
     moving = busiest + _EXPOSED * np.maximum(streamed + passed - busiest, 0.0)
-    return np.maximum(moving, np.asarray(arithmetic) / target.flops) * target.workers + target.task_overhead
+    busy = np.maximum(moving, np.asarray(arithmetic) / target.flops) + np.asarray(staged) / target.cache_bandwidth
+    return busy * target.workers + target.task_overhead
 
 
 def handoff_seconds(target: Target) -> float:

@@ -209,14 +209,20 @@ def _count(expr: Expr, operands: tuple[int, ...], value: int) -> int:
 
 def task_seconds(plan: Plan, moved: Traffic) -> np.ndarray:
     """float64 per task: predicted seconds, hand-offs not included."""
-    _, home, _ = _value_facts(plan)
+    size, home, _ = _value_facts(plan)
     rows = plan.accesses
     sizes = np.array([s.nbytes for s in plan.storages] or [0])[home[rows.value]]
+    tagged = np.array([s.tagged for s in plan.storages] or [False])[home[rows.value]] & (home[rows.value] >= 0)
     memory = costs.memory_bytes(plan.target, moved.nbytes, moved.fresh, moved.argument, sizes)
     count = len(plan.tasks.table)
-    cache = np.bincount(rows.task, weights=moved.nbytes, minlength=count)
-    memory = np.bincount(rows.task, weights=memory, minlength=count)
-    return costs.task_seconds(plan.target, cache, memory, _flops(plan))
+
+    def sums(nbytes: np.ndarray) -> np.ndarray:
+        return np.bincount(rows.task, weights=nbytes, minlength=count)
+
+    handed = (home[rows.value] >= 0) & ~moved.argument
+    waited = np.where(handed, costs.staged_bytes(plan.target, moved.nbytes, size[rows.value], tagged), 0)
+    cache, memory = np.where(waited > 0, 0, moved.nbytes), np.where(waited > 0, 0, memory)
+    return costs.task_seconds(plan.target, sums(cache), sums(memory), _flops(plan), sums(waited))
 
 
 def _flops(plan: Plan) -> np.ndarray:

@@ -36,8 +36,8 @@ class Target:
       handoff: seconds from one worker's signal to another's proceeding.
       task_overhead: seconds a task costs beyond its bytes and flops.
       granule: elements along the last axis of a weight tile below which loads lose bandwidth.
-      tagged_bytes: size of the largest value that is handed over by tagged words; 0: none ever is. A quarter of it for
-        elements of 8 and 16 bits: activations of that size are better copied as they are.
+      tagged_bytes: size of the largest value that is handed over by tagged words; 0: none ever is. No task may read
+        more than a quarter of that, or a sixteenth in elements of 8 and 16 bits: so much is better copied as it is.
       live_keys: attention reads only the keys that its mask leaves, in chunks cut at run time; else every chunk has its
         place and all keys are read.
       contracted_last: a contraction streams its weight best with the contracted axes innermost; else row-major order
@@ -58,6 +58,17 @@ class Target:
     tagged_bytes: int
     contracted_last: bool = False
     live_keys: bool = False
+
+    def may_tag(self, size: int, itemsize: int, read: float) -> bool:
+        """Whether a value may be handed over by tagged words.
+
+        Args:
+          size: its bytes.
+          itemsize: bytes of an element.
+          read: most bytes of it that a task reads.
+        """
+        most = self.tagged_bytes // (16 if itemsize <= 2 else 4)
+        return itemsize <= TAGGED_ITEMSIZE and size <= self.tagged_bytes and read <= most
 
 
 @dataclass(frozen=True)
@@ -272,7 +283,7 @@ class Plan:
         times its segment has run in this launch.
       schedule: the queues.
       scratch_bytes: most scratch any routine uses.
-      notes: what the planner could not do, and why.
+      notes: what was not fused or not recognised, and why, one sentence each; equal ones are repeated.
     """
 
     graph: Graph

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.bounds import Spans
-from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Op, Update, blocks, reads, walk
+from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Note, Op, Update, blocks, reads, walk
 from jax_mpk.graph.spans import definitions
-from jax_mpk.plan import ir
+from jax_mpk.plan import costs, ir
 from jax_mpk.plan.access import Access, accesses
 from jax_mpk.plan.cluster import Clusterer, Routine
 from jax_mpk.plan.defer import deferred
@@ -64,6 +65,7 @@ class _Planner:
         self.tagged: set[int] = set()  # values handed over by tagged words
         self.segments: list[tuple[Handoffs, list[list[Access]]]] = []
         self.loop_segments: list[tuple[int, int]] = []
+        self.notes: list[str] = []
 
     def run(self) -> ir.Plan:
         schedule = self._block(self.graph.block)
@@ -84,8 +86,28 @@ class _Planner:
             events=self.events,
             schedule=schedule,
             scratch_bytes=max((_scratch(self.graph, r) for r in self.routines), default=0),
-            notes=self.graph.notes,
+            notes=self._notes(),
         )
+
+    def _notes(self) -> tuple[str, ...]:
+        """What passes have not fused and no routine has joined since, and what has not been joined.
+
+        An epilogue that its readers compute for themselves is part of a fusion of another kind.
+        """
+        routines: dict[int, set[int]] = {}  # by value
+        for number, routine in enumerate(self.routines):
+            for member in routine.members:
+                for v in self.ops[member.op].outputs:
+                    routines.setdefault(v, set()).add(number)
+
+        def holds(note: Note) -> bool:
+            if note.between is None:
+                return True
+            first, second = (routines.get(v, set()) for v in note.between)
+            elsewhere = note.about == "epilogue" and note.between[1] in self.local
+            return bool(first) and not elsewhere and not second <= first
+
+        return (*(str(note) for note in self.graph.notes if holds(note)), *self.notes)
 
     # -- schedule ----------------------------------------------------------------------------------------------
 
@@ -113,6 +135,7 @@ class _Planner:
         clusterer = Clusterer(self.graph, self.target, self.tiler, self.pinned, self.share)
         placer = Placer(self.target)
         clustered = clusterer.run(ops, _after(ops, self.share))
+        self.notes += clusterer.notes
         made = {v for routine in clustered for op in routine.ops for v in op.outputs}
         early, late = deferred(clustered, self.share, lambda routine: self._may_wait(routine, made))
         routines = early + late
@@ -154,23 +177,25 @@ class _Planner:
         """Values of a segment that tagged words can hand over, where program order does not: the cheapest way first."""
         tagged: set[int] = set()
         written: dict[int, tuple[Access, np.ndarray]] = {}
+        most: Counter[int] = Counter()  # elements that a task reads
+        for access in (access for found in touched for access in found if access.kind == READ):
+            volume = costs.volume(access.lo, access.hi).max(initial=0)
+            most[access.value] = max(most[access.value], int(volume))
         for found, workers in zip(touched, places, strict=True):
             for access in found:
                 if access.kind == READ and access.value in written and access.value not in tagged:
                     write, writers = written[access.value]
                     if np.any(access.meets(write) & (workers[:, None] != writers[None])):
                         tagged.add(access.value)
-            written.update((a.value, (a, workers)) for a in found if a.kind == MUST and self._may_be_tagged(a.value))
+            for access in found:
+                if access.kind == MUST and self._may_be_tagged(access.value, most[access.value]):
+                    written[access.value] = access, workers
         return tagged
 
-    def _may_be_tagged(self, v: int) -> bool:
-        size = dtypes.itemsize(self.graph.values[v].dtype)
-        nbytes = int(np.prod(self.shapes[v], dtype=np.int64)) * size
-        return (
-            v not in self.pinned
-            and size <= ir.TAGGED_ITEMSIZE
-            and nbytes <= self.target.tagged_bytes // (4 if size <= 2 else 1)
-        )
+    def _may_be_tagged(self, v: int, read: int) -> bool:
+        itemsize = dtypes.itemsize(self.graph.values[v].dtype)
+        size = int(np.prod(self.shapes[v], dtype=np.int64)) * itemsize
+        return v not in self.pinned and self.target.may_tag(size, itemsize, read * itemsize)
 
     def _emit(self, routine: Routine, workers: np.ndarray, found: list[Access]) -> None:
         members = tuple(ir.Member(self.op_number[id(op)]) for op in routine.ops)

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Block, Combine, Graph, Nest, Op, Value
-from jax_mpk.graph.rewrite import Slots, map_blocks, prune, use_counts
+from jax_mpk.graph.ir import Block, Combine, Graph, Nest, Note, Op, Value
+from jax_mpk.graph.rewrite import Slots, map_blocks, noted, prune, use_counts
 from jax_mpk.graph.scalar import Builder, Expr, inline
 from jax_mpk.plan import costs
 from jax_mpk.plan.attention import Attention, find_attention
@@ -36,6 +36,7 @@ _MIN_CHUNK = 64
 def split_softmax(graph: Graph, target: Target) -> Graph:
     """Rewrites every attention for which that is predicted to save time."""
     values = list(graph.values)
+    notes: list[Note] = []
 
     def visit(block: Block) -> Block:
         makers = {v: op for op in block.ops for v in op.outputs}
@@ -43,16 +44,21 @@ def split_softmax(graph: Graph, target: Target) -> Graph:
         ops: list[Op] = []
         for op in block.ops:
             found = find_attention(op, makers, uses)
-            if found is None:
+            if isinstance(found, str):
+                if found:
+                    notes.append(Note("attention", f"not recognised as attention: {op.source.short}: {found}"))
                 ops.append(op)
                 continue
             chunks = _chunks(values, found, target)
             scored = _scored(found, makers) if target.live_keys else {}
+            if target.live_keys and not scored:
+                what = "positions up to a scalar" if found.live is None else "all that its scores read"
+                notes.append(Note("attention", f"attention reads all keys: {op.source.short}: no mask of {what}"))
             ops += _Split(values, found, chunks, scored).ops() if chunks > 1 or scored else [op]
         return prune(Block(tuple(ops), block.results), set())
 
     out = map_blocks(graph, visit)
-    return replace(out, values=tuple(values))
+    return noted(replace(out, values=tuple(values)), "attention", notes)
 
 
 def _chunks(values: list[Value], found: Attention, target: Target) -> int:
@@ -70,7 +76,7 @@ def _chunks(values: list[Value], found: Attention, target: Target) -> int:
     once = 2 * math.prod((out.space + out.rspace)[d] for d in indexed) * dtypes.itemsize(load.dtype)
     size = once // 2
     flops = 4 * math.prod(out.space) * keys
-    written = math.prod(out.space) * dtypes.itemsize(_part_dtype(values, found))
+    itemsize = dtypes.itemsize(_part_dtype(values, found))
     best = math.inf, 1
     for chunks in _divisors(keys):
         if chunks > 1 and (chunks * own > target.workers or keys // chunks < _MIN_CHUNK):
@@ -82,9 +88,22 @@ def _chunks(values: list[Value], found: Attention, target: Target) -> int:
         rounds = -(-tasks // target.workers)
         seconds = rounds * costs.task_seconds(target, read / tasks, memory / tasks, flops / tasks)
         if chunks > 1:
-            seconds += costs.task_seconds(target, chunks * written, 0.0, 0.0)
+            # Every reader merges them, or each worker some for all readers.
+            merged = chunks * math.prod(out.space)
+            every, some = (
+                _part_seconds(target, share, itemsize, merged) for share in (merged, merged / target.workers)
+            )
+            seconds += min(every, costs.handoff_seconds(target) + some)
         best = min(best, (float(seconds), chunks))
     return best[1]
+
+
+def _part_seconds(target: Target, elements: float, itemsize: int, whole: int) -> float:
+    """Seconds until a task has some elements of the chunks' parts, of which there are ``whole``."""
+    nbytes = elements * itemsize
+    tagged = target.may_tag(whole * itemsize, itemsize, nbytes)
+    staged = costs.staged_bytes(target, nbytes, itemsize, tagged)
+    return float(costs.task_seconds(target, 0.0 if staged else nbytes, 0.0, 0.0, staged))
 
 
 def _divisors(number: int) -> list[int]:

@@ -48,7 +48,7 @@ H100 = Target(
     handoff=0.8e-6,
     task_overhead=0.05e-6,
     granule=64,
-    tagged_bytes=128 << 10,
+    tagged_bytes=512 << 10,
     contracted_last=True,
     live_keys=True,
 )

@@ -255,14 +255,20 @@ class Tiler:
                 if touch.value not in inner:
                     known = regions.get(touch.value)
                     regions[touch.value] = touch.most if known is None else np.maximum(known, touch.most)
-        cache, memory = np.zeros(tasks), np.zeros(tasks)
+        cache, memory, staged = np.zeros(tasks), np.zeros(tasks), np.zeros(tasks)
         for v, elements in regions.items():
-            nbytes = elements * dtypes.itemsize(graph.values[v].dtype)
-            whole = math.prod(graph.values[v].shape) * dtypes.itemsize(graph.values[v].dtype)
+            itemsize = dtypes.itemsize(graph.values[v].dtype)
+            nbytes, whole = elements * itemsize, math.prod(graph.values[v].shape) * itemsize
+            argument = self.share[v] in self.arguments
+            if not argument:
+                tagged = target.may_tag(whole, itemsize, nbytes.max(initial=0))
+                waited = costs.staged_bytes(target, nbytes, itemsize, tagged)
+                staged += waited
+                nbytes = np.where(waited > 0, 0, nbytes)
             fresh = costs.fresh_share(nbytes.sum(), whole)
             cache += nbytes
-            memory += costs.memory_bytes(target, nbytes, fresh, self.share[v] in self.arguments, whole)
-        each = costs.task_seconds(target, cache, memory, flops)
+            memory += costs.memory_bytes(target, nbytes, fresh, argument, whole)
+        each = costs.task_seconds(target, cache, memory, flops, staged)
         each += target.task_overhead * tasks / target.workers  # more tasks, more events: not for next to nothing
         if tasks > target.workers:
             each = np.bincount(spread(tasks, target.workers), weights=each).astype(np.float64)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import mlir
 
 from jax_mpk.capture import capture, jaxprs
-from jax_mpk.errors import DifferentiationError, ShardedInputError, TargetError, UnsupportedError
+from jax_mpk.errors import DifferentiationError, TargetError, UnsupportedError
 from jax_mpk.plan.ir import Target
 from jax_mpk.runtime import layouts, pipeline, targets
 from jax_mpk.runtime.jax_internals import (
@@ -32,10 +31,10 @@ from jax_mpk.runtime.jax_internals import (
     ffi_lowering,
     lower_per_platform,
     partial_eval,
-    sharding_impls,
     weakref_lru_cache,
 )
 from jax_mpk.runtime.native import CPU_TARGET, CUDA_TARGET
+from jax_mpk.runtime.sharded import refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,10 @@ _GRADIENT_HINT = (
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: Any, name: str, **params: Any) -> Any:
-    tangent_avals = [aval.to_tangent_aval() for aval in jaxpr.out_avals]
-    if all(aval.dtype == _FLOAT0 for aval in tangent_avals):
+    if not any(map(has_derivatives, jaxpr.out_avals)):
         # Token ids and the like: nothing flows back through them.
         results = megakernel_p.bind(*primals, jaxpr=jaxpr, name=name, **params)
-        return results, [ad.Zero(aval) for aval in tangent_avals]
+        return results, [ad.Zero(aval.to_tangent_aval()) for aval in jaxpr.out_avals]
     raise DifferentiationError(_GRADIENT_HINT.format(name=name))
 
 
@@ -131,8 +129,36 @@ def _transpose(*_: Any, name: str, **__: Any) -> Any:
 
 
 _FLOAT0 = core.dtypes.float0
+
+
+def has_derivatives(aval: Any) -> bool:
+    """Whether values of this type can have a tangent other than zero."""
+    return getattr(aval.to_tangent_aval(), "dtype", None) != _FLOAT0
+
+
 ad.primitive_jvps[megakernel_p] = _jvp
 ad.primitive_transposes[megakernel_p] = _transpose
+
+
+#: The identity, but not differentiable: stands before what a split function leaves to XLA. Capture has inlined calls
+#: with derivatives of their own there, and those of what is inside would be others.
+undifferentiable_p: Any = Primitive("undifferentiable")
+undifferentiable_p.def_impl(lambda x, **_: x)
+undifferentiable_p.def_abstract_eval(lambda aval, **_: aval)
+batching.defvectorized(undifferentiable_p)
+mlir.register_lowering(undifferentiable_p, lambda ctx, x, **_: [x], cacheable=False)
+
+
+def _undifferentiable_jvp(primals: Any, tangents: Any, *, name: str, differentiable_results: bool) -> Any:
+    if differentiable_results:
+        raise DifferentiationError(_GRADIENT_HINT.format(name=name))
+    (x,) = primals
+    result = undifferentiable_p.bind(x, name=name, differentiable_results=False)
+    return result, ad.Zero(core.typeof(x).to_tangent_aval())
+
+
+ad.primitive_jvps[undifferentiable_p] = _undifferentiable_jvp
+ad.primitive_transposes[undifferentiable_p] = _transpose
 
 
 @weakref_lru_cache
@@ -176,8 +202,8 @@ def _lower(
     name: str,
     options: Options,
 ) -> Sequence[Any]:
-    _check_devices(ctx, name)
     call = _CALLS[platform]
+    checked = refuse_sharded(ctx, operands, name)
     target = plan_target(options, platform)
     if options.backend not in (None, platform):
         raise TargetError(f"{name} is for backend={options.backend!r}, and the call is compiled for {platform}.")
@@ -198,7 +224,7 @@ def _lower(
         operand_output_aliases={argument: result for result, argument in made.aliases},
     )
     inner = ctx.replace(avals_in=avals_in, avals_out=avals_out)
-    return rule(inner, *operands, program=made.program)[: len(ctx.avals_out)]
+    return rule(inner, *checked, program=made.program)[: len(ctx.avals_out)]
 
 
 _NAMES = {"cpu": "the CPU", "cuda": "a GPU"}
@@ -223,53 +249,3 @@ mlir.register_lowering(megakernel_p, _lower_each, cacheable=False)
 def _physical(aval: Any) -> Any:
     shape, dtype = jaxprs.physical(aval)
     return core.ShapedArray(shape, dtype)
-
-
-def _check_devices(ctx: Any, name: str) -> None:
-    """Refuses calls whose operands XLA would have to gather from several devices."""
-    context = ctx.module_context.axis_context
-    if isinstance(context, sharding_impls.SPMDAxisContext):
-        automatic = [a for a in context.mesh.axis_names if a not in context.manual_axes and context.mesh.shape[a] > 1]
-        if automatic:
-            raise ShardedInputError(
-                f"{name}: the mesh axes {', '.join(map(str, automatic))} are not manual in the surrounding "
-                "jax.shard_map. A megakernel runs once per device on what that device holds; make all axes manual."
-            )
-        return
-    if not isinstance(context, sharding_impls.ShardingContext) or context.num_devices == 1:
-        return
-    sharded = [aval for aval in ctx.avals_in if _is_sharded_type(aval)]
-    explicit = all(getattr(aval.sharding.mesh, "are_all_axes_explicit", False) for aval in ctx.avals_in)
-    if sharded or (not explicit and _has_sharded_arguments(ctx.module_context)):
-        raise ShardedInputError(
-            f"{name} is called with arrays that are sharded over {context.num_devices} devices. A megakernel runs "
-            "on one device; call it inside jax.shard_map, where it runs once per device on the local shards, or "
-            "replicate its arguments first."
-        )
-
-
-def _is_sharded_type(aval: Any) -> bool:
-    """Whether the type itself says that an array is sharded (meshes with explicit axes)."""
-    sharding = aval.sharding
-    axes = [a for entry in sharding.spec if isinstance(entry, str | tuple) for a in _axes(entry)]
-    return any(sharding.mesh.shape[a] > 1 for a in axes)
-
-
-def _axes(entry: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry
-
-
-def _has_sharded_arguments(module: Any) -> bool:
-    """Whether any argument of the program being lowered is sharded; what reaches the call is not known yet."""
-    main = module.symbol_table["main"]
-    return any(_is_sharded_attribute(attributes) for attributes in main.arg_attrs)
-
-
-def _is_sharded_attribute(attributes: Any) -> bool:
-    if "sdy.sharding" in attributes:
-        # #sdy.sharding<mesh, [{"x"}, {}, …], …>: one pair of braces for each dimension.
-        dimensions = re.search(r", \[(\{.*\})\]", str(attributes["sdy.sharding"]))
-        return dimensions is not None and '"' in dimensions[1]
-    if "mhlo.sharding" in attributes:
-        return "devices=" in str(attributes["mhlo.sharding"])
-    return False

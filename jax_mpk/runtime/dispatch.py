@@ -28,7 +28,7 @@ from jax_mpk.runtime.call import Options, lift, megakernel_p, plan_target
 from jax_mpk.runtime.constants import Constants, Copies, is_small
 from jax_mpk.runtime.jax_internals import core, eager, jax_config, parse_arguments, tree_util, weakref_lru_cache
 from jax_mpk.runtime.layouts import Lies
-from jax_mpk.runtime.split import Split, is_whole, refuse_effects, refuse_high_types, split
+from jax_mpk.runtime.split import Split, is_whole, refuse_effects, refuse_high_types, split, undifferentiable
 from jax_mpk.runtime.timing import timed
 
 T = TypeVar("T")
@@ -262,7 +262,7 @@ class CallSite:
     def _bind(self, traced: Traced, operands: Sequence[Any]) -> Sequence[Any]:
         jaxpr, _ = jaxprs.open_jaxpr(traced.jaxpr)
         if traced.parts is not None:
-            return jax.core.eval_jaxpr(jaxpr, [], *operands)
+            return jax.core.eval_jaxpr(jaxpr, [], *undifferentiable(operands, jaxpr, self.name))
         if not jaxpr.outvars and not jaxpr.eqns:
             return []
         return megakernel_p.bind(

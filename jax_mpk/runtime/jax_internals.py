@@ -11,17 +11,22 @@ from typing import Any
 import jax
 from jax._src import config as jax_config
 from jax._src import core, sharding_impls, stages, tree_util
+from jax._src.compiler import register_xla_runtime_error_handler as register_compile_error_handler
 from jax._src.ffi import ffi_lowering
 from jax._src.interpreters import ad, batching, partial_eval
-from jax._src.interpreters.mlir import lower_per_platform
+from jax._src.interpreters.mlir import custom_call, lower_per_platform
 from jax._src.lib import jax_jit
 from jax._src.lib.mlir import ir
 from jax._src.util import weakref_lru_cache
+from jax._src.xla_bridge import register_plugin_callbacks
+from jaxlib.xla_client import HloSharding, register_custom_call_partitioner
 
 __all__ = [
+    "HloSharding",
     "ad",
     "batching",
     "core",
+    "custom_call",
     "default_platform",
     "eager",
     "ffi_lowering",
@@ -30,6 +35,9 @@ __all__ = [
     "lower_per_platform",
     "parse_arguments",
     "partial_eval",
+    "register_compile_error_handler",
+    "register_custom_call_partitioner",
+    "register_plugin_callbacks",
     "sharding_impls",
     "stages",
     "tree_util",

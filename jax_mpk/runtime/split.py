@@ -19,7 +19,7 @@ from jax_mpk.capture import jaxprs
 from jax_mpk.errors import UnsupportedError
 from jax_mpk.graph.build import build_graph, unsupported
 from jax_mpk.runtime import targets
-from jax_mpk.runtime.call import Options, megakernel_p, plan_target
+from jax_mpk.runtime.call import Options, has_derivatives, megakernel_p, plan_target, undifferentiable_p
 from jax_mpk.runtime.jax_internals import core
 
 _NESTING = ("cond", "scan", "shard_map", "while")
@@ -55,6 +55,22 @@ def split(jaxpr: Jaxpr, donated: Sequence[bool], name: str, options: Options) ->
       options: of the call site.
     """
     return _Splitter(name, options).run(jaxpr, donated)
+
+
+def undifferentiable(operands: Sequence[Any], jaxpr: Jaxpr, name: str) -> list[Any]:
+    """The operands of a split function, such that differentiating it is refused where one megakernel would refuse it.
+
+    References, which are no arrays, stay as they are: :func:`split` marks what is read from them.
+    """
+    are_arrays = [jaxprs.is_array_aval(v.aval) for v in jaxpr.invars]
+    # Something may flow back through whatever is no array; a type of JAX's "hijax" layer need not know its tangents.
+    flows = not all(are_arrays) or any(
+        not jaxprs.is_array_aval(v.aval) or has_derivatives(v.aval) for v in jaxpr.outvars
+    )
+    return [
+        undifferentiable_p.bind(x, name=name, differentiable_results=flows) if is_array else x
+        for x, is_array in zip(operands, are_arrays, strict=True)
+    ]
 
 
 def refuse_effects(jaxpr: Jaxpr) -> None:
@@ -122,7 +138,7 @@ class _Splitter:
                 eqns.append(self._island(step, number, readers, kept, jaxpr))
                 self.islands.append(eqns[-1])
             else:
-                eqns.append(step[0])
+                eqns += self._reading(step[0])
         return jaxprs.make_jaxpr(jaxpr.invars, jaxpr.outvars, eqns, jaxpr)
 
     def _is_supported(self, eqn: JaxprEqn, jaxpr: Jaxpr) -> bool:
@@ -153,6 +169,23 @@ class _Splitter:
         return eqns[0].replace(
             primitive=megakernel_p, invars=list(inputs), outvars=outputs, params=params, effects=inner.effects
         )
+
+    def _reading(self, eqn: JaxprEqn) -> list[JaxprEqn]:
+        """An equation left to XLA; what it reads from references cannot be differentiated."""
+        if all(jaxprs.is_array_aval(atom.aval) for atom in eqn.invars):
+            return [eqn]
+        read = {
+            v: Var(v.aval) for v in eqn.outvars if jaxprs.is_array_aval(v.aval) and not isinstance(v, jaxprs.DropVar)
+        }
+        mark = eqn.replace(
+            primitive=undifferentiable_p,
+            params={"name": self.name, "differentiable_results": True},
+            effects=core.no_effects,
+        )
+        return [
+            eqn.replace(outvars=[read.get(v, v) for v in eqn.outvars]),
+            *(mark.replace(invars=[own], outvars=[v]) for v, own in read.items()),
+        ]
 
     def _inside(self, eqn: JaxprEqn) -> JaxprEqn:
         """Splits the jaxprs within a loop or branch that cannot be compiled whole."""

@@ -1,6 +1,7 @@
 """Several devices: eight forced CPU devices, as tests/conftest.py sets them up."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -110,6 +111,82 @@ def test_sharded_arguments_are_refused(mesh) -> None:
             call(x, w)
     with pytest.raises(jax_mpk.ShardedInputError, match="shard_map"):
         compiled.lower(x, w).compile()
+
+
+def constrained(*spec):
+    """Has XLA shard, or gather, an array within a program."""
+
+    def apply(x):
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+
+    return apply
+
+
+shard, gather = constrained("d"), constrained()
+
+
+def in_shard_map(x):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(lambda x: x + 1, mesh=mesh, in_specs=P("d"), out_specs=P("d"))(x)
+
+
+def in_a_loop(x, w):
+    return jax.lax.fori_loop(0, 2, lambda _, x: compiled(x, w)[:, :4], x)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, w: compiled(shard(jnp.ones((16, 4))), w),
+        lambda x, w: compiled(shard(x * 2), w),
+        lambda x, w: jax.jit(compiled)(shard(x), w),
+        lambda x, w: in_a_loop(shard(x), w),
+        lambda x, w: jax.vmap(compiled, (0, None))(shard(x)[:, None], w),
+        lambda x, w: compiled(in_shard_map(x), w),
+        lambda x, w: megakernelize(lambda x: x + jnp.linalg.eigvalsh(x.T @ x), on_unsupported="split")(shard(x)),
+    ],
+)
+def test_what_becomes_sharded_is_refused(f, sharded) -> None:
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    x, w = put(mesh, X, "d") if sharded else put(mesh, X), put(mesh, W)
+    with pytest.raises(jax_mpk.ShardedInputError, match=r"sharded over 8 devices.*shard_map"):
+        jax.jit(f)(x, w)
+    with pytest.raises(jax_mpk.ShardedInputError, match=r"sharded over 8 devices.*shard_map"):
+        jax.jit(f).lower(x, w).compile()
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda f, s, x, w: f(gather(s), w),
+        lambda f, s, x, w: f(gather(s * 2), w) + f(x, w),
+        lambda f, s, x, w: f(x, w)[:, :4] + s,
+        lambda f, s, x, w: (f(x, w), x + s),
+        lambda f, s, x, w: shard(f(x, w)),
+        lambda f, s, x, w: f(x * s.sum(), w),
+        lambda f, s, x, w: jax.lax.fori_loop(0, 2, lambda _, c: f(gather(c), w)[:, :4], x) + s,
+        lambda f, s, x, w: jax.jit(lambda x: f(x, w))(gather(s)),
+    ],
+)
+def test_what_becomes_replicated_works(f) -> None:
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    s, w = put(mesh, X, "d"), put(mesh, W)
+    for x in (X, put(mesh, X)):
+        actual = jax.jit(f, static_argnums=0)(compiled, s, x, w)
+        for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(f(layer, X, X, W)), strict=True):
+            np.testing.assert_array_equal(a, e)
+    program = jax.jit(f, static_argnums=0).lower(compiled, s, x, w).compile().as_text()
+    assert "jax_mpk_whole" not in program and "jax_mpk_cpu" in program
+
+
+def test_exported_for_several_devices(mesh) -> None:
+    x, w = put(mesh, X), put(mesh, W)
+    f = jax.jit(lambda x, w: compiled(x * 2, w))
+    exported = jax.export.export(f, disabled_checks=jax_mpk.export_checks())(x, w)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(x, w), layer(X * 2, W))
 
 
 def test_replicated_and_single_device_arguments_work(mesh) -> None:

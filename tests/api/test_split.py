@@ -122,3 +122,96 @@ def test_unsupported_element_types() -> None:
         return z, jnp.abs(x) + 1, (z * 2).imag + 1
 
     assert_same(megakernelize(f, on_unsupported="split")(X), jax.jit(f)(X))
+
+
+@jax.custom_jvp
+def left_to_xla(x):
+    return jnp.linalg.svd(x, compute_uv=False)
+
+
+@left_to_xla.defjvp
+def _left_to_xla_jvp(primals, tangents):
+    return left_to_xla(*primals), 100.0 * tangents[0][0]
+
+
+@jax.custom_vjp
+def left_to_xla_too(x):
+    return jnp.linalg.svd(x, compute_uv=False)
+
+
+left_to_xla_too.defvjp(lambda x: (left_to_xla_too(x), x), lambda x, t: (x * 100 + t,))
+
+
+def in_a_loop(x):
+    return jax.lax.fori_loop(0, 2, lambda _, c: c + left_to_xla(c), x)
+
+
+def beside_a_kernel(x):
+    return left_to_xla(x @ x) + 1
+
+
+def with_unchanged(x):
+    return x, left_to_xla_too(x)
+
+
+@pytest.mark.parametrize("f", [left_to_xla, left_to_xla_too, in_a_loop, beside_a_kernel, with_unchanged])
+@pytest.mark.parametrize("outer", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"])
+def test_derivatives_are_refused(f, outer) -> None:
+    # What is left to XLA has no derivatives of its own any more: these would be others than the user's.
+    split = megakernelize(f, on_unsupported="split")
+    x = jnp.stack([X, X + 1]) if outer is jax.vmap else X
+    used = outer(split)
+    for derivative in (
+        lambda: jax.grad(lambda x: sum(r.sum() for r in jax.tree.leaves(used(x))))(x),
+        lambda: jax.jit(jax.grad(lambda x: sum(r.sum() for r in jax.tree.leaves(used(x)))))(x),
+        lambda: jax.jvp(used, (x,), (x,)),
+        lambda: jax.vjp(used, x),
+        lambda: jax.linearize(used, x),
+    ):
+        with pytest.raises(jax_mpk.DifferentiationError, match=r"megakernelize\(jax\.grad\(f\)\)") as error:
+            derivative()
+        assert f.__name__ in str(error.value)
+    # Nothing changes where nothing is differentiated.
+    for ours, expected in zip(jax.tree.leaves(used(x)), jax.tree.leaves(outer(f)(x)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_derivatives_through_references_are_refused() -> None:
+    def loss(f):
+        def through(x):
+            ref = jax.new_ref(x)
+            return f(ref).sum()
+
+        return jax.grad(through)
+
+    def read(ref):
+        return left_to_xla(ref[...])
+
+    def write(ref):
+        ref[...] = ref[...] + left_to_xla(ref[...])
+        return jnp.int32(0)
+
+    for f in (read, write):
+        with pytest.raises(jax_mpk.DifferentiationError, match=r"jax\.grad"):
+            loss(megakernelize(f, on_unsupported="split"))(X)
+
+
+def test_differentiation_around_what_has_no_gradient() -> None:
+    @megakernelize(on_unsupported="split")
+    def largest(x):
+        return jnp.argmax(left_to_xla(x))
+
+    def loss(x):
+        y = x @ x
+        return y[largest(x)].sum() + megakernelize(left_to_xla, on_unsupported="split")(jax.lax.stop_gradient(y)).sum()
+
+    expected = jax.grad(lambda x: (x @ x)[jnp.argmax(left_to_xla(x))].sum())(X)
+    assert_same(jax.grad(loss)(X), expected)
+    assert_same(jax.jit(jax.grad(loss))(X), expected)
+
+
+def test_split_function_inside_a_megakernel() -> None:
+    inner = megakernelize(lambda x: jnp.sort(x) + jnp.linalg.eigvalsh(x @ x.T)[0] * 0, on_unsupported="split")
+    outer = megakernelize(lambda x: inner(x + 1) * 2, on_unsupported="split")
+    assert_same(outer(X), jax.jit(lambda x: jnp.sort(x + 1) * 2)(X))
+    assert "undifferentiable" not in outer.explain(X)

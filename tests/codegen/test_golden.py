@@ -18,7 +18,7 @@ from tests.codegen.golden.text import path, plan, program, text
 NAMES = sorted(functions.SAMPLES)
 #: What each sample is there to show.
 SHOWS = {
-    "streamed": ("stream_rows<bf16, bf16, 1, 1024>", "copy_async<16>", "stage<", ".put(", "dot<8>"),
+    "streamed": ("stream_rows<bf16, bf16, 1, 1024>", "copy_async<16>", "stage(", ".put(", "dot<8>"),
     "matmul": ("stream_tiles<bf16, 16, 1024, true>", "false>(", "Packed<bf16, 8>"),
     "attention": ("// new rows", "dot<8>", "reduce_packs<8", "copy_rows(c, live1", "update_each(", "op_exp("),
     "loop": ("role.running()", "role.template decide<s32>", "role.barrier();", "update_each(", "Accumulators<"),

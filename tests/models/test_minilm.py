@@ -32,6 +32,7 @@ def test_one_sentence_alone(engine, minilm, minilm_truth) -> None:
     np.testing.assert_allclose(found[0], minilm_truth["emb"][2], atol=1e-4)
 
 
+@pytest.mark.usefixtures("minilm")  # skips where the weights cannot be had
 def test_command_line(capsys) -> None:
     similarity.main(["--engine", "jit", "He eats.", "He has a meal.", "It rains."])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]

@@ -97,6 +97,29 @@ def run(case: Case, seed: int, refused: int, accepted: int, seeds: int = 2) -> T
     return tally
 
 
+def hunt(kind: str, seed: int = 0, plans_each: int = 40) -> Tally:
+    """Tries one kind of change on plans of all functions, until a harmful one was refused or a legal one accepted.
+
+    Args:
+      kind: in BREAKING or HARMLESS.
+      seed: of all random choices.
+      plans_each: how many plans of each function are tried.
+    """
+    rng = random.Random(f"{kind} {seed}")
+    tally = Tally()
+    sources = [(case, plans(case, rng)) for case in map(graphs.case, graphs.names())]
+    for _ in range(plans_each):
+        for case, source in sources:
+            plan = next(source)
+            if kind in BREAKING:
+                _judge_breaking(case, plan, kind, rng, tally, seeds=2)
+            else:
+                _judge_harmless(case, plan, conflicting_pairs(plan), kind, rng, tally)
+            if tally.counts[kind, "refused" if kind in BREAKING else "accepted"]:
+                return tally
+    return tally
+
+
 def _judge_breaking(case: Case, plan: Plan, kind: str, rng: random.Random, tally: Tally, seeds: int) -> None:
     try:
         mutation = mutate(plan, kind, rng)

@@ -11,7 +11,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -26,15 +26,12 @@ from jax_mpk.graph.ir import (
     Nest,
     Op,
     Sort,
-    Source,
     Update,
-    Value,
     blocks,
     reads,
     walk,
 )
 from jax_mpk.graph.regions import op_touches, update_written
-from jax_mpk.graph.scalar import Builder
 from jax_mpk.graph.spans import UNLIMITED, BoxSpans, definitions, op_spans, written_spans
 from jax_mpk.plan.ir import (
     FINISH,
@@ -43,23 +40,19 @@ from jax_mpk.plan.ir import (
     PARTIAL,
     READ,
     TAGGED_ITEMSIZE,
-    TASK,
     WHOLE,
-    Accesses,
     BranchNode,
     LoopNode,
     Member,
     Plan,
-    Routine,
     Schedule,
     Segment,
     Split,
     Storage,
     Target,
-    Tasks,
 )
-
-Control = Loop | Branch
+from tests.plan.wiring import Control, Wired, explicit
+from tests.plan.work import Work, tables
 
 
 @dataclass(frozen=True)
@@ -116,166 +109,6 @@ def make_plan(graph: Graph, options: Options | None = None) -> Plan:
     options = options or Options()
     wired = explicit(graph, in_place=options.in_place)
     return _Planner(wired, options).run()
-
-
-# -- copies ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Wired:
-    """A graph with explicit copies.
-
-    Attributes:
-      graph: the graph.
-      home: per value, a value that stands for all that have the same bytes.
-      aliases: result number → argument number.
-    """
-
-    graph: Graph
-    home: tuple[int, ...]
-    aliases: dict[int, int]
-
-
-class _Wiring:
-    def __init__(self, graph: Graph, in_place: bool):
-        self.graph = graph
-        self.in_place = in_place
-        self.values = list(graph.values)
-        self.parent = list(range(len(self.values)))
-        self.inputs = {v: i for i, v in enumerate(graph.inputs)}
-        self.aliases: dict[int, int] = {}
-
-    def find(self, v: int) -> int:
-        while self.parent[v] != v:
-            v = self.parent[v]
-        return v
-
-    def join(self, a: int, b: int) -> None:
-        self.parent[self.find(b)] = self.find(a)
-
-    def alone(self, v: int) -> bool:
-        home = self.find(v)
-        return sum(self.find(u) == home for u in range(len(self.values))) == 1
-
-    def copy(self, v: int, ops: list[Op]) -> int:
-        old = self.values[v]
-        new = replace(old, id=len(self.values))
-        self.values.append(new)
-        self.parent.append(new.id)
-        b = Builder(old.shape)
-        body = b.build(b.load(0, b.coords(), old.dtype))
-        ops.append(Nest("map", old.shape, (), (v,), (new.id,), body, source=Source("copy")))
-        return new.id
-
-    def block(self, block: Block, mine: set[int]) -> Block:
-        """A block with its nested blocks wired; ``mine``: outer values whose bytes it may overwrite."""
-        ops: list[Op] = []
-        own = set(mine)
-        for at, op in enumerate(block.ops):
-            if isinstance(op, Loop):
-                op = self.loop(op, ops)
-            elif isinstance(op, Branch):
-                op = self.branch(op)
-            elif isinstance(op, Update) and self.in_place and op.base in own:
-                later = any(op.base in reads(other) for other in block.ops[at + 1 :])
-                if not later and op.base not in block.results and op.base not in op.operands:
-                    self.join(op.base, op.output)
-            if not isinstance(op, Control):
-                own.update(op.outputs)
-            ops.append(op)
-        return Block(tuple(ops), block.results)
-
-    def loop(self, op: Loop, before: list[Op]) -> Loop:
-        inits = []
-        for k, init in enumerate(op.inits):
-            inits.append(self.copy(init, before))
-            for v in (op.params[k], op.outputs[k]):
-                self.join(inits[k], v)
-        body = self.block(op.body, set(op.params))
-        ops, results = list(body.ops), list(body.results)
-        moved = [k for k, r in enumerate(results) if self.find(r) != self.find(op.params[k])]
-        # All results are taken aside before any carry is overwritten: carries may be permuted.
-        aside = {k: self.copy(results[k], ops) for k in moved}
-        for k in moved:
-            results[k] = self.copy(aside[k], ops)
-            self.join(op.params[k], results[k])
-        cond = op.cond
-        if cond is not None:
-            cond = self.block(cond, set())
-            late = list(cond.ops)
-            cond = Block((), (self.copy(cond.results[0], late),))
-            cond = Block(tuple(late), cond.results)
-        return replace(op, inits=tuple(inits), body=Block(tuple(ops), tuple(results)), cond=cond)
-
-    def branch(self, op: Branch) -> Branch:
-        arms = []
-        for arm in op.arms:
-            arm = self.block(arm, set())
-            ops, results = list(arm.ops), []
-            for k, v in enumerate(arm.results):
-                results.append(self.copy(v, ops))
-                self.join(op.outputs[k], results[k])
-            arms.append(Block(tuple(ops), tuple(results)))
-        return replace(op, arms=tuple(arms))
-
-    def run(self) -> Wired:
-        graph = self.graph
-        donated = {graph.inputs[i] for i in graph.donated}
-        # A donated argument may be updated in place where the update is the only thing that becomes of it.
-        mine = {
-            v
-            for v in donated
-            if sum(isinstance(op, Update) and op.base == v for op in graph.block.ops) == 1
-            and any(
-                isinstance(op, Update) and op.base == v and graph.results.count(op.output) == 1
-                for op in graph.block.ops
-            )
-        }
-        block = self.block(graph.block, mine)
-        ops, results = list(block.ops), []
-        produced = {v for op in ops if not isinstance(op, Control) for v in op.outputs}
-        for number, v in enumerate(block.results):
-            argument = next((i for x, i in self.inputs.items() if self.find(x) == self.find(v)), -1)
-            if argument >= 0 and v not in self.inputs:
-                self.aliases[number] = argument
-                results.append(v)
-            elif v in produced and self.alone(v) and block.results.count(v) == 1:
-                results.append(v)
-            else:
-                results.append(self.copy(v, ops))
-        graph = replace(graph, values=tuple(self.values), block=Block(tuple(ops), tuple(results)))
-        return Wired(graph, tuple(map(self.find, range(len(self.values)))), self.aliases)
-
-
-def explicit(graph: Graph, *, in_place: bool = True) -> Wired:
-    """Makes the copies that loops, branches and results need into operators."""
-    return _Wiring(graph, in_place).run()
-
-
-# -- tasks -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Work:
-    """The tasks of one routine.
-
-    Attributes:
-      members: operators and stages, the anchor last.
-      boxes: corners [tasks, rank] per member.
-      workers: per task.
-      accesses: (name, kind, lo, hi, spans) columns over the tasks.
-      first: number of the first task.
-      block: for liveness: position in the walk order.
-    """
-
-    members: tuple[Member, ...]
-    boxes: list[tuple[np.ndarray, np.ndarray]]
-    workers: np.ndarray
-    accesses: list[tuple[int, int, np.ndarray, np.ndarray, BoxSpans]]
-    first: int
-    waits: list[list[int]] = field(default_factory=list)
-    signals: list[list[int]] = field(default_factory=list)
-    at: int = 0
 
 
 class _Planner:
@@ -720,44 +553,7 @@ class _Planner:
         return tuple(out)
 
     def _emit(self, storages: list[Storage], value_storage: np.ndarray, workspace: int, schedule: Schedule) -> Plan:
-        spaces = [len(lo[0]) for work in self.work for lo, _ in work.boxes]
-        rank = max([*spaces, 1])
-        table, boxes, routines = [], [], []
-        scratch = 0
-        for work in self.work:
-            local = [v for m in work.members if m.op in self.local for v in self.ops[m.op].outputs]
-            extents, offsets, at = [], [], 0
-            for member, (lo, hi) in zip(work.members, work.boxes):
-                for v in self.ops[member.op].outputs if member.op in self.local else ():
-                    extents.append(tuple(int(e) for e in (hi - lo).max(axis=0)))
-                    offsets.append(at)
-                    item = dtypes.itemsize(self.graph.values[v].dtype)
-                    at += -(-prod(extents[-1]) * item // 16) * 16
-            scratch = max(scratch, at)
-            for t, w in enumerate(work.workers.tolist()):
-                table.append((len(routines), w, len(boxes)))
-                for lo, hi in work.boxes:
-                    boxes.append(_padded(lo[t], hi[t], rank))
-            routines.append(Routine(work.members, tuple(local), tuple(offsets), tuple(extents)))
-        waits = [w for work in self.work for w in work.waits]
-        signals = [s for work in self.work for s in work.signals]
-        arank = max([len(lo[0]) for work in self.work for _, _, lo, *_ in work.accesses] + [1])
-        rows = []
-        for work in self.work:
-            for name, kind, lo, hi, spans in work.accesses:
-                for t in range(len(lo)):
-                    rows.append(
-                        (
-                            work.first + t,
-                            name,
-                            kind,
-                            lo[t],
-                            hi[t],
-                            () if spans.which is None else spans.spans[spans.which[t]],
-                        )
-                    )
-        rows.sort(key=lambda row: row[0])
-        spans = tuple(dict.fromkeys(r[5] for r in rows if r[5]))
+        routines, tasks, accesses, scratch = tables(self.work, self.graph, self.local)
         return Plan(
             graph=self.graph,
             ops=self.ops,
@@ -766,21 +562,9 @@ class _Planner:
             value_storage=value_storage,
             workspace_bytes=workspace,
             aliases=dict(self.wired.aliases),
-            routines=tuple(routines),
-            tasks=Tasks(
-                np.array(table, TASK),
-                np.array(boxes, np.int64).reshape(len(boxes), 2, rank),
-                *_csr(waits),
-                *_csr(signals),
-            ),
-            accesses=Accesses(
-                np.array([r[0] for r in rows], np.int32),
-                np.array([r[1] for r in rows], np.int32),
-                np.array([r[2] for r in rows], np.uint8),
-                np.array([_padded(r[3], r[4], arank) for r in rows], np.int64).reshape(-1, 2, arank),
-                np.array([spans.index(r[5]) if r[5] else -1 for r in rows], np.int32),
-                spans,
-            ),
+            routines=routines,
+            tasks=tasks,
+            accesses=accesses,
             splits=tuple(self.splits),
             events=self.events,
             schedule=schedule,
@@ -797,18 +581,3 @@ def _all_blocks(block: Block) -> Iterator[Block]:
 
 def _first(first: int | np.ndarray, rest: np.ndarray) -> np.ndarray:
     return np.concatenate([np.broadcast_to(first, (len(rest),))[:, None], rest], axis=1)
-
-
-def _padded(lo: np.ndarray, hi: np.ndarray, rank: int) -> np.ndarray:
-    out = np.zeros((2, rank), np.int64)
-    out[1] = 1
-    out[0, : len(lo)], out[1, : len(hi)] = lo, hi
-    return out
-
-
-def _csr(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    start = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
-    return start, np.array([e for x in lists for e in x], np.int32)
-
-
-__all__ = ["Options", "Value", "Wired", "explicit", "make_plan", "target"]

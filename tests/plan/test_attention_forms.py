@@ -23,8 +23,9 @@ from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
 from tests.plan.attention_forms import FORMS, Attend, Sizes
 
-#: Queries, keys and values; attention; output projection.
-PHASES = 3
+#: Queries, keys and values; attention; output projection. At batch 1 keys are cut into so many chunks that their merge
+#: is a phase, too.
+PHASES = {1: 4, 4: 3}
 
 
 def plan_of(sizes: Sizes, form: str, target: Target) -> Plan:
@@ -37,7 +38,7 @@ def plan_of(sizes: Sizes, form: str, target: Target) -> Plan:
 def test_phases(form: str, batch: int) -> None:
     sizes = Sizes(batch=batch, width=2048, kv_heads=8, group=4, head_dim=64, cache=1024, dtype=jnp.bfloat16)
     stats = plan_stats(plan_of(sizes, form, targets.H100))
-    assert stats.phases == PHASES
+    assert stats.phases == PHASES[batch]
     # Scores stay where they are computed, keys and values are never copied.
     assert stats.workspace_bytes < 2 << 20
     attention = [r for r in stats.routines if r.streamed_bytes >= 2 * batch * 1024 * 8 * 64 * 2 and "max" in r.text]
@@ -95,6 +96,8 @@ def test_what_only_looks_like_attention(attend: Attend) -> None:
     captured = capture(jax.make_jaxpr(sizes.block(attend))(*sizes.avals()))
     fused = fuse(build_graph(captured.jaxpr, donated=frozenset({5, 6})))
     makers = {v: op for op in fused.block.ops for v in op.outputs}
-    assert not any(find_attention(op, makers, use_counts(fused.block)) for op in fused.block.ops)
+    found = [find_attention(op, makers, use_counts(fused.block)) for op in fused.block.ops]
+    assert all(isinstance(reason, str) for reason in found)
+    assert len([reason for reason in found if reason]) == 1
     plan = make_plan(fused, targets.cpu(32))
     check(plan, sizes.block(attend), sizes)

@@ -107,12 +107,13 @@ def test_every_weight_is_read_once() -> None:
 
 @STEPS
 def test_dependent_phases(step: Callable[[], PlanStats]) -> None:
-    assert step().phases <= 5 * SHAPE.layers + 3
+    # Q, K and V; attention; its merge; output; gate and up; down.
+    assert step().phases <= 6 * SHAPE.layers + 3
 
 
 def test_dependent_phases_with_a_time_axis() -> None:
     shape = dataclasses.replace(SHAPE, layers=3, time_axis=True)
-    assert stats(shape).phases <= 5 * shape.layers + 3
+    assert stats(shape).phases <= 6 * shape.layers + 3
 
 
 def test_query_heads_that_share_keys_share_tasks() -> None:

@@ -39,7 +39,7 @@ def graph_of(function: Callable[..., Any], avals: Any, donated: frozenset[int] =
 def attention_of(graph: Graph) -> Attention:
     makers = {v: op for op in graph.block.ops for v in op.outputs}
     uses = use_counts(graph.block)
-    (found,) = (found for op in graph.block.ops if (found := find_attention(op, makers, uses)) is not None)
+    (found,) = (found for op in graph.block.ops if not isinstance(found := find_attention(op, makers, uses), str))
     return found
 
 

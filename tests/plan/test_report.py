@@ -75,7 +75,9 @@ def test_tagged_hand_offs_count_like_events() -> None:
     first, second = plan_stats(tagged).routines
     assert (first.handoff, second.handoff) == ("tagged", "result")
     assert plan_stats(tagged).phases == plan_stats(counted).phases == 2
-    assert plan_stats(tagged).predicted_s == pytest.approx(plan_stats(counted).predicted_s)
+    # But for the tags, which double what every task waits for.
+    more = plan_stats(tagged).predicted_s - plan_stats(counted).predicted_s
+    assert 0 < more <= 2 * 2 * 1280 * 4 * 8 / CPU.cache_bandwidth
     (line,) = (line for line in explain(tagged, name="f", equations=3).splitlines() if "1×640×1280" in line)
     assert "  tagged  " in line
 

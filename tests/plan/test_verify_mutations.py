@@ -5,8 +5,8 @@ import random
 import pytest
 
 from tests.plan import graphs
-from tests.plan.campaign import plans, refusal, run
-from tests.plan.mutations import ORDER_ONLY, Mutation, Skip, corrupt, mutate
+from tests.plan.campaign import hunt, plans, refusal, run
+from tests.plan.mutations import BREAKING, HARMLESS, ORDER_ONLY, Mutation, Skip, corrupt, mutate
 from tests.plan.naive import Order, conflicting_pairs
 from tests.plan.oracle import harm
 
@@ -22,6 +22,14 @@ def test_there_are_enough_functions() -> None:
 def test_harmful_refused_and_harmless_accepted(name: str) -> None:
     tally = run(graphs.case(name), seed=graphs.names().index(name), refused=WANTED, accepted=WANTED)
     print(f"\n{name}\n{tally.table()}")
+    assert not tally.faults, "\n".join(tally.faults)
+
+
+@pytest.mark.parametrize("kind", [*BREAKING, *HARMLESS])
+def test_every_kind_finds_something_to_change(kind: str) -> None:
+    """A kind that is meant to break plans breaks some and is refused; a legal one is accepted."""
+    tally = hunt(kind)
+    assert tally.total("refused" if kind in BREAKING else "accepted") > 0, tally.table()
     assert not tally.faults, "\n".join(tally.faults)
 
 

@@ -11,7 +11,7 @@ from tests.random_programs.check import Refused, report, verdict
 from tests.random_programs.generate import generate
 
 #: Programs of each family in a full test run.
-EXACT, SMOOTH = 500, 200
+EXACT, SMOOTH = 700, 300
 #: Programs of each family in a quick one.
 QUICK = 25
 #: Programs of one test.

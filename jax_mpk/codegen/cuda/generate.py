@@ -29,7 +29,7 @@ from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
 
 ENTRY = "jax_mpk_kernel"
 #: Most stages of the ring, fewest, and chunks in flight: docs/experiments.md.
-_STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 5
+_STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 6
 #: More warps than this are not needed to keep up with memory.
 _ENOUGH_READERS = 8
 #: Dynamic shared memory of a CTA on sm_90.

@@ -25,8 +25,6 @@ _ALIGN = 128
 #: Rows of fewer elements are brought by element.
 _SHORT = 32
 
-#: Elements a thread of `stage_few` in csrc/device/handoff.cuh brings, at most.
-_FEW = 4
 #: Largest copy in scratch of a tagged value that its task reads again: a load from device memory takes a microsecond.
 _COPY_BYTES = 4 << 10
 
@@ -114,8 +112,10 @@ class Frame:
         room -= self.code.scratch
         waited = self._fitting([s for s in staged if any(s.value in op.operands for op in self.ops)], room)
         copied = self._fitting(copied, room - sum(map(self._brought_bytes, waited)))
-        for copy in copied:
+        # By size, so that routines that differ in the order of their operands have the same code.
+        for copy in sorted(copied, key=self._brought_bytes):
             self._copy(copy)
+        waited.sort(key=self._brought_bytes)
         for value, warps in zip(waited, self._shares(waited), strict=True):
             self._stage(value, *warps)
         if copied:
@@ -405,12 +405,9 @@ class Frame:
         source = self._pointer(int(self.plan.value_storage[what.value]), value.dtype, True)
         target, size = self._bring(what)
         rows = self._rows(what, size, target)
-        run = self._run_axes(what, self._brought_at[what.value][1])
-        most = int((what.hi - what.lo)[:, run:].prod(axis=1).max(initial=0))
-        few = "true" if most <= _FEW * 32 * warps else "false"
         self.line(f"// waits for {value.dtype}[{','.join(map(str, value.shape))}]")
         if rows.count.value == 1:
-            self.line(f"stage<{few}>(c, {source}, {rows.start}, {rows.length.text}, {target.name}, {warp}, {warps});")
+            self.line(f"stage(c, {source}, {rows.start}, {rows.length.text}, {target.name}, {warp}, {warps});")
             return
         if rows.length.value is not None and rows.count.value is not None and rows.length.value <= _SHORT:
             # Short rows: each thread waits for elements of any of them.
@@ -432,8 +429,7 @@ class Frame:
         for text in rows.lines:
             self.line(f"  {text}")
         places = f"{source}, {rows.start} + {rows.source}, {rows.length.text}, {target.name} + {rows.target}"
-        few = "true" if most <= _FEW * 32 else "false"
-        self.line(f"  stage<{few}>(c, {places}, c.warp(), 1);")
+        self.line(f"  stage(c, {places}, c.warp(), 1);")
         self.line("}")
 
     def _copy(self, what: Copied) -> None:

@@ -97,6 +97,7 @@ inline unsigned __match_any_sync(unsigned mask, unsigned v) {
   for (int k = 0; k < 32; ++k) out |= (mask >> k & 1 && m.seen[k] == v ? 1u : 0u) << k;
   return out;
 }
+inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned how) {
   const uint64_t both = a | static_cast<uint64_t>(b) << 32;

@@ -32,7 +32,7 @@ struct Shape {
     kSlots = 640,
     kPartials = 768,
     kScratch = 768,
-    kRing = 34816,
+    kRing = 34688,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
@@ -71,13 +71,13 @@ __device__ __forceinline__ void routine_1(C& c) {
 // functions.py:78 squeeze  (routines 2)
 __device__ __forceinline__ void routine_2(C& c) {
   s32* const g0 = c.template global<s32>(5);
-  s32* const s0 = c.template local<s32>(128);
+  s32* const s0 = c.template local<s32>(0);
   // copies s32[] meanwhile
   copy_rows(c, 1, 1 / 1, [&](int n, int k) {
     copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
   bf16* const g1 = c.template global<bf16>(7);
-  bf16* const s1 = c.template local<bf16>(256);
+  bf16* const s1 = c.template local<bf16>(128);
   // copies bf16[64,256] meanwhile
   copy_rows(c, 64, 256 / 8, [&](int n, int k) {
     const int n0 = n;

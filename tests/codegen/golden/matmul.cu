@@ -23,7 +23,7 @@ struct Shape {
     kStages = 20,
     kReaders = 10,
     kStageBytes = 8192,
-    kFlight = 5,
+    kFlight = 6,
     kLiveRows = 0,
     kTiles = 1,
     kPacedJobs = 0,
@@ -118,25 +118,26 @@ __device__ __forceinline__ void routine_0(C& c) {
 __device__ __forceinline__ void routine_1(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   const int at0 = c.box(7);
+  const int at1 = c.box(8);
   bf16* const s0 = c.template local<bf16>(0);
-  const int o0 = at0;
+  const int o0 = at0 * 16 + at1;
   // copies bf16[16,1024] meanwhile
-  copy_rows(c, 16, 8 / 8, [&](int n, int k) {
+  copy_rows(c, 8, 16 / 8, [&](int n, int k) {
     const int n0 = n;
-    copy_async<16>(s0 + n0 * 8 + k * 8, g0 + at0 + n0 * 1024 + k * 8);
+    copy_async<16>(s0 + n0 * 16 + k * 8, g0 + at0 * 1024 + at1 + n0 * 1024 + k * 8);
   });
   copies_wait();
   c.sync();
   c.stamp(1);
-  bf16* const g1 = c.template global<bf16>(8);
-  bf16* const g2 = c.template global<bf16>(10);
+  bf16* const g1 = c.template global<bf16>(9);
+  bf16* const g2 = c.template global<bf16>(11);
   // contract bf16[16,1024] over 3072  functions.py:56: streams bf16 rows
-  stream_tiles<bf16, 16, 3072, false>(
-      c, g1, 3072, 8,
+  stream_tiles<bf16, 8, 3072, false>(
+      c, g1 + at0 * 3072, 3072, 16,
       [&](int row, int m, f32 sum) {
-        const int i1 = at0 + row;
-        const int i0 = m;
-        g2[i0 * 1024 + i1] = convert<bf16>(convert<f32>(s0[i0 * 8 + i1 - o0]) + sum);
+        const int i1 = at1 + row;
+        const int i0 = at0 + m;
+        g2[i0 * 1024 + i1] = convert<bf16>(convert<f32>(s0[i0 * 16 + i1 - o0]) + sum);
       });
 }
 

@@ -23,7 +23,7 @@ struct Shape {
     kStages = 24,
     kReaders = 8,
     kStageBytes = 8192,
-    kFlight = 5,
+    kFlight = 6,
     kLiveRows = 0,
     kTiles = 0,
     kPacedJobs = 0,
@@ -102,7 +102,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   const auto g1 = c.template tagged<bf16>(8);
   bf16* const s1 = c.template local<bf16>(128);
   // waits for bf16[1,3072]
-  stage<false>(c, g1, 0, 3072, s1, 0, 11);
+  stage(c, g1, 0, 3072, s1, 0, 11);
   copies_wait();
   c.sync();
   c.stamp(1);

@@ -29,6 +29,7 @@ class Case:
       shapes: shapes and types of the arguments: ``"3x4 float32"``; integers and bools may end in ``=value``.
       text: parts of the kernel's source.
       rough: results are rounded differently than by ``jax.jit``.
+      sass: beginnings of names of machine instructions: those a fast body exists for.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     shapes: Sequence[str]
     text: Sequence[str] = ()
     rough: bool = False
+    sass: Sequence[str] = ()
 
     def arguments(self, seed: int = 0) -> list[np.ndarray[Any, Any]]:
         return [_drawn(spec, np.random.default_rng([seed, k])) for k, spec in enumerate(self.shapes)]
@@ -166,6 +168,14 @@ def _scatter(mode: str) -> Callable[..., Any]:
     return fn
 
 
+#: Weights through the ring: bulk copies, and barriers that count their bytes.
+RING = ("UBLKCP.", "SYNCS.ARRIVE.TRANS64", "SYNCS.PHASECHK.TRANS64")
+#: Tensor cores, by the type of the factors.
+CORES = {"bfloat16": ("HMMA.16816.F32.BF16",), "float16": ("HMMA.16816.F32",), "float32": ("FFMA",)}
+#: Copies in the background.
+COPIES = ("LDGSTS.",)
+
+
 CASES: list[Case] = [
     Case("map", lambda x, y: (x * y + 1, x.T, x[::-1, 1:], jnp.where(x > y, x, y)), ["70x40 float32"] * 2, ["map("]),
     Case("scalars", lambda x, n: (x + n, x > n, n), ["float32", "int32=3"]),
@@ -188,14 +198,19 @@ CASES: list[Case] = [
     Case("reduce_generic", _reduce_two, ["6x700 int16", "6x700 uint8"], ["Spread::kRuns"]),
     Case("contract", lambda x, y: x @ y, ["33x50 float32", "50x20 float32"]),
     Case("contract_int", lambda x, y: jnp.einsum("abc,dcb->ad", x, y), ["4x5x6 int8", "3x6x5 int8"]),
-    Case("contract_f64", lambda x, y: x @ y, ["7x9 float64", "9x5 float64"]),
+    Case("contract_f64", lambda x, y: x @ y, ["7x9 float64", "9x5 float64"], sass=["DFMA"]),
     Case("convolution", _convolution, ["2x3x9x8 float32", "4x3x3x3 float32"]),
     *(
         Case(
-            f"streamed_{t}_{m}", _mlp, [f"{m}x512 {t}", f"1024x512 {t}", f"512x1024 {t}"], [f"stream_rows<{t[0]}"], True
+            f"streamed_{t}_{m}",
+            _mlp,
+            [f"{m}x512 {t}", f"1024x512 {t}", f"512x1024 {t}"],
+            [f"stream_rows<{t[0]}"],
+            True,
+            (*RING, *CORES[t]),
         )
         for t in ("bfloat16", "float16", "float32")
-        for m in (1, 3)
+        for m in (1, 3, 4)
     ),
     Case(
         "streamed_parts",
@@ -210,6 +225,7 @@ CASES: list[Case] = [
         ["1x64 bfloat16", "192x64 bfloat16", "96x4x16 bfloat16", "96x4x16 bfloat16", "int32=70"],
         ["update_each("],
         True,
+        COPIES,
     ),
     Case(
         "update_slice",
@@ -257,6 +273,7 @@ CASES: list[Case] = [
             [f"{m}x512 {t}", f"2048x512 {t}", f"512x2048 {t}"],
             [f"stream_tiles<{short}, {m}, 512, true>"],
             True,
+            (*RING, *CORES[t]),
         )
         for t, short, m in (("bfloat16", "bf16", 5), ("float16", "f16", 16), ("bfloat16", "bf16", 20))
     ),
@@ -267,6 +284,7 @@ CASES: list[Case] = [
         ["40x512 bfloat16", "4096x512 bfloat16", "512x4096 bfloat16"],
         ["stream_tiles<bf16, 40, 512, false>"],
         True,
+        (*RING, *CORES["bfloat16"]),
     ),
     # Pieces of different widths, tiles of few rows; sums are exact.
     Case(
@@ -283,6 +301,7 @@ CASES: list[Case] = [
             [f"{h}x{g}x{d} bfloat16", *[f"{n}x{h}x{d} bfloat16"] * 2, *[f"448x{h}x{d} bfloat16"] * 2, f"int32={at}"],
             [f"multiply_rows<bf16, {g}, {d}>(\n      c, {rows}", f"multiply_columns<bf16, {g}, {d}>(\n      c, {rows}"],
             True,
+            CORES["bfloat16"],
         )
         for n, h, g, d, at, nothing, rows in (
             (1, 67, 4, 64, 300, -jnp.inf, "live0"),

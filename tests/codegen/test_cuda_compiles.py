@@ -1,8 +1,9 @@
-"""Kernels of plans for an H100 compile, for every kind of task and for random programs."""
+"""Kernels of plans for an H100 compile to what they claim, for every kind of task and for random programs."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.targets import H100
 from jax_mpk.runtime import nvrtc
 from tests.codegen.cuda_cases import CASES, Case, named
+from tests.codegen.sass import missing
 from tests.random_programs.generate import generate as random_program
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -34,20 +36,22 @@ def plan_of(fn: Any, args: list[Any], workers: int = H100.workers, **target: Any
     return plan, [*(np.asarray(c) for c in captured.consts), *args]
 
 
-def compile_twice(plan: Plan) -> tuple[str, nvrtc.Resources]:
-    """The source of a plan's kernel, which must be the same every time, and what it uses."""
+def compile_twice(plan: Plan) -> tuple[str, nvrtc.Compiled]:
+    """The source of a plan's kernel, which must be the same every time, and what the compiler makes of it."""
     program, again = generate(plan), generate(plan)
     assert program == again
-    return program.source, nvrtc.compile_source(program.source, program.arch).resources
+    return program.source, nvrtc.compile_source(program.source, program.arch)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case(case: Case) -> None:
+def test_case(case: Case, tmp_path: Path) -> None:
     plan, _ = plan_of(case.fn, case.arguments())
-    source, used = compile_twice(plan)
+    source, compiled = compile_twice(plan)
     for text in case.text:
         assert text in source
-    assert used.spill_bytes == 0
+    assert compiled.resources.spill_bytes == 0
+    if case.sass:
+        assert not missing(compiled.cubin, case.sass, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["exact", "smooth"])

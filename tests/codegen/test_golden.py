@@ -6,14 +6,17 @@ After a change that is meant, ``python -m tests.codegen.golden`` writes the file
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from jax_mpk.codegen.cuda import generate
 from jax_mpk.codegen.cuda.routine import WARPS
 from jax_mpk.runtime import nvrtc
+from tests.codegen.cuda_cases import COPIES, CORES, RING
 from tests.codegen.golden import functions
 from tests.codegen.golden.text import path, plan, program, text
+from tests.codegen.sass import missing
 
 NAMES = sorted(functions.SAMPLES)
 #: What each sample is there to show.
@@ -22,6 +25,13 @@ SHOWS = {
     "matmul": ("stream_tiles<bf16, 16, 1024, true>", "false>(", "Packed<bf16, 8>"),
     "attention": ("// new rows", "dot<8>", "reduce_packs<8", "copy_rows(c, live1", "update_each(", "op_exp("),
     "loop": ("role.running()", "role.template decide<s32>", "role.barrier();", "update_each(", "Accumulators<"),
+}
+#: The instructions that each sample is compiled to.
+CLAIMS = {
+    "streamed": (*RING, *CORES["bfloat16"], *COPIES),
+    "matmul": (*RING, *CORES["bfloat16"]),
+    "attention": COPIES,
+    "loop": COPIES,
 }
 
 
@@ -60,7 +70,7 @@ def inner_lines(code) -> set[int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiles_without_spills(name: str) -> None:
+def test_compiles_without_spills(name: str, tmp_path: Path) -> None:
     made = program(name)
     compiled = nvrtc.compile_source(text(name), made.arch)
     used = compiled.resources
@@ -69,7 +79,8 @@ def test_compiles_without_spills(name: str) -> None:
     assert used.registers * made.threads <= 64 << 10  # of an SM
     assert made.threads in (WARPS * 32, WARPS * 32 + 32)
     assert "warning" not in compiled.log
+    assert missing(compiled.cubin, (*CLAIMS[name], "HGMMA."), tmp_path) == ["HGMMA."]  # which nothing uses
 
 
 def test_every_file_has_its_sample() -> None:
-    assert {p.stem for p in path("x").parent.glob("*.cu")} == set(NAMES) == set(SHOWS)
+    assert {p.stem for p in path("x").parent.glob("*.cu")} == set(NAMES) == set(SHOWS) == set(CLAIMS)

@@ -149,7 +149,8 @@ __device__ __noinline__ f32 chunk_sums(int w_byte, int x_byte, int x_stride) {
   if constexpr (kIsHalf<W> && kSame<W, X>) {
     // On tensor cores: four lanes' elements of two rows are one row each of the first factor, and their elements of x a
     // column of the second one. What belongs together is the diagonal of each half of the result.
-    constexpr int kPairs = (rows + 1) / 2, kSets = kPairs * M == 1 ? 4 : 2;  // of accumulators, for shorter chains
+    constexpr int kPairs = (rows + 1) / 2, kChains = kPairs * M;
+    constexpr int kSets = kChains == 1 ? 4 : kChains <= 8 ? 2 : 1;  // of accumulators, for shorter chains
     f32 acc[kPairs][M][kSets][4] = {};
 #pragma unroll 4
     for (int i = 0; i < (depth + kWarp * 8 - 1) / (kWarp * 8); ++i) {

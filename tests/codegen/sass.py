@@ -1,0 +1,47 @@
+"""The machine instructions of a cubin, by NVIDIA's disassembler from its wheel or from the PATH."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+#: An instruction's name behind its address and predicate: ``/*0a10*/  @!P0 UBLKCP.S.G [UR4], ...``.
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+
+
+def missing(cubin: bytes, claimed: Sequence[str], folder: Path) -> list[str]:
+    """Which of the instructions that a kernel is said to use it does not have.
+
+    Args:
+      cubin: the kernel.
+      claimed: beginnings of names, such as "HMMA.16816".
+      folder: an empty one.
+    """
+    found = instructions(cubin, folder)
+    return [name for name in claimed if not any(has.startswith(name) for has in found)]
+
+
+def instructions(cubin: bytes, folder: Path) -> frozenset[str]:
+    """The names of all instructions of a kernel and the functions it calls."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    done = subprocess.run([_disassembler(), "-c", file], capture_output=True, text=True, check=True)
+    found = frozenset(_INSTRUCTION.findall(done.stdout))
+    assert "EXIT" in found  # every kernel has one
+    return found
+
+
+@functools.cache
+def _disassembler() -> Path:
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for tool in sorted(Path(root).glob("*/bin/nvdisasm")):
+            return tool
+    found = shutil.which("nvdisasm")
+    assert found is not None, "nvdisasm is missing; the `test` extra installs it"
+    return Path(found)

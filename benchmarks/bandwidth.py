@@ -16,17 +16,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
 from benchmarks import harness
+from benchmarks.driver import PROCESSORS, Gpu
 
 SOURCE = Path(__file__).with_suffix(".cu")
 _RING_BYTES = 12 * 16_384
-# CUdevice_attribute and CUfunction_attribute.
-_PROCESSORS, _MAJOR, _MINOR = 16, 75, 76
-_MAX_DYNAMIC_SHARED = 8
 
 
 class Read(Protocol):
@@ -68,97 +66,35 @@ class DeviceRead:
 
     def __init__(self, nbytes: int = 1 << 32, ordinal: int = 0) -> None:
         self.nbytes = nbytes
-        self._cuda = _Library("libcuda.so.1")
-        self._cuda.cuInit(0)
-        device = ctypes.c_int()
-        self._cuda.cuDeviceGet(ctypes.byref(device), ordinal)
-        self._context = ctypes.c_void_p()
-        self._cuda.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), device)
-        self._cuda.cuCtxPushCurrent_v2(self._context)
-        processors, major, minor = (self._attribute(device, which) for which in (_PROCESSORS, _MAJOR, _MINOR))
-        # The features of one architecture only, such as bulk copies, go by a name with an "a".
-        image = compile_cuda(f"sm_{major}{minor}" + ("a" if major >= 9 else ""))
-        module = ctypes.c_void_p()
-        self._cuda.cuModuleLoadData(ctypes.byref(module), image)
-        self._data, self._out = self._allocate(nbytes), self._allocate(4)
-        self._start, self._end = self._event(), self._event()
-        self._launch(self._function(module, "fill"), processors * 16, 256, 0)
-        # By name: the kernel, blocks, threads and bytes of shared memory.
-        self._ways = {
-            f"vector loads, {blocks} blocks per SM": (
-                self._function(module, "read_vectors"),
-                processors * blocks,
-                256,
-                0,
-            )
-            for blocks in (4, 8)
-        }
-        if major >= 9:
-            for flight in (3, 8):
-                function = self._function(module, f"read_bulk_{flight}")
-                self._cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, _RING_BYTES)
-                self._ways[f"bulk copies, {flight} under way"] = (function, processors, 32, _RING_BYTES)
-        self._cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        self._gpu = gpu = Gpu(ordinal)
+        processors, architecture = gpu.attribute(PROCESSORS), gpu.architecture
+        with gpu.current():
+            module = gpu.module(compile_cuda(architecture))
+            self._arguments = (gpu.allocate(nbytes), ctypes.c_ulonglong(nbytes), gpu.allocate(4))
+            gpu.launch(gpu.function(module, "fill"), (processors * 16, 256, 0), self._arguments)
+            # By name: the kernel, and its blocks, threads and bytes of shared memory.
+            self._ways = {
+                f"vector loads, {blocks} blocks per SM": (
+                    gpu.function(module, "read_vectors"),
+                    (processors * blocks, 256, 0),
+                )
+                for blocks in (4, 8)
+            }
+            if architecture.endswith("a"):
+                for flight in (3, 8):
+                    function = gpu.function(module, f"read_bulk_{flight}", _RING_BYTES)
+                    self._ways[f"bulk copies, {flight} under way"] = (function, (processors, 32, _RING_BYTES))
         self._samples: dict[str, list[float]] = {name: [] for name in self._ways}
 
     def __call__(self) -> None:
         """Reads the array once in every way."""
-        self._cuda.cuCtxPushCurrent_v2(self._context)
-        for name, way in self._ways.items():
-            self._samples[name].append(self._launch(*way))
-        self._cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        with self._gpu.current():
+            for name, (function, grid) in self._ways.items():
+                self._samples[name].append(self._gpu.launch(function, grid, self._arguments))
 
     @property
     def rates(self) -> dict[str, float]:
         return {name: self.nbytes / statistics.median(found) for name, found in self._samples.items()}
-
-    def _launch(self, function: ctypes.c_void_p, blocks: int, threads: int, shared: int) -> float:
-        """Runs one kernel over the array; returns seconds."""
-        arguments = (self._data, ctypes.c_ulonglong(self.nbytes), self._out)
-        pointers = (ctypes.c_void_p * 3)(*(ctypes.addressof(a) for a in arguments))
-        self._cuda.cuEventRecord(self._start, None)
-        self._cuda.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, None, pointers, None)
-        self._cuda.cuEventRecord(self._end, None)
-        self._cuda.cuEventSynchronize(self._end)
-        milliseconds = ctypes.c_float()
-        self._cuda.cuEventElapsedTime(ctypes.byref(milliseconds), self._start, self._end)
-        return milliseconds.value / 1e3
-
-    def _attribute(self, device: ctypes.c_int, which: int) -> int:
-        value = ctypes.c_int()
-        self._cuda.cuDeviceGetAttribute(ctypes.byref(value), which, device)
-        return value.value
-
-    def _allocate(self, nbytes: int) -> ctypes.c_uint64:
-        pointer = ctypes.c_uint64()
-        self._cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(nbytes))
-        return pointer
-
-    def _event(self) -> ctypes.c_void_p:
-        event = ctypes.c_void_p()
-        self._cuda.cuEventCreate(ctypes.byref(event), 0)
-        return event
-
-    def _function(self, module: ctypes.c_void_p, name: str) -> ctypes.c_void_p:
-        function = ctypes.c_void_p()
-        self._cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
-        return function
-
-
-class _Library:
-    """A C library whose functions return 0 or an error."""
-
-    def __init__(self, name: str) -> None:
-        self._library = ctypes.CDLL(name)
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self._library, name)
-
-        def call(*arguments: Any) -> None:
-            if error := function(*arguments):
-                raise RuntimeError(f"{name}: error {error}")
-
-        return call
 
 
 def compile_cuda(architecture: str) -> bytes:

@@ -12,6 +12,7 @@
 #   sanitizer  compute-sanitizer's tools on a small decode step
 #   launches   kernels of a call, as CUPTI records them
 #   bandwidth  how fast memory can be read
+#   kernels    the packed kernels of the folder $KERNELS, in turns (benchmarks.kernel)
 #   decode     every model of $MODELS at every batch size of $BATCHES, against $PEERS
 #   roofline   the picture of what decode measured
 #
@@ -27,6 +28,7 @@ BATCHES=${BATCHES:-1}
 PEERS=${PEERS:-jax,torch}
 TESTS=${TESTS:-tests}
 DECODE=${DECODE:-}
+KERNELS=${KERNELS:-kernels}
 commit=${COMMIT:+--commit=$COMMIT}
 export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
@@ -53,6 +55,7 @@ part() {
     sanitizer) run sanitizer "${2:-240}" "$PYTHON" -m benchmarks.sanitizer $commit --out "$OUT/sanitizer.json" ;;
     launches) run launches "${2:-60}" "$PYTHON" -m benchmarks.launches $commit --out "$OUT/launches.json" ;;
     bandwidth) run bandwidth "${2:-60}" "$PYTHON" -m benchmarks.bandwidth $commit --out "$OUT/bandwidth.json" ;;
+    kernels) run kernels "${2:-180}" "$PYTHON" -m benchmarks.kernel time "$KERNELS"/*.npz ;;
     decode) run decode "${2:-540}" "$PYTHON" -m benchmarks.decode --model "$MODELS" --batch "$BATCHES" \
       --peers "$PEERS" $DECODE $commit --out "$OUT/decode.json" ;;
     roofline) run roofline "${2:-60}" "$PYTHON" -m benchmarks.roofline "$OUT/decode.json" --out "$OUT/roofline.svg" ;;

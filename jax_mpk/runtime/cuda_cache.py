@@ -1,8 +1,8 @@
 """The disk cache of compiled kernels: what was compiled once is not compiled again, in whatever process.
 
 There are two levels. A *cubin* is found by what the compiler was given: source, headers, compiler, options,
-architecture. A whole *program* is found by what it was made for: the function's jaxpr, which of its arguments are
-donated, the target, and the code that made it; that skips planning too.
+architecture. A whole *program*, or how its arguments are read best (*placement*), is found by what it was made for: the
+function's jaxpr, which of its arguments are donated, the target, and the code that made it; that skips planning too.
 
 Entries are files of their own, named by their keys, written under another name and then renamed: readers see whole
 entries or none, and any number of processes may work on one folder. An entry counts only if it belongs to this user
@@ -85,17 +85,18 @@ def cubin_key(source: str, arch: str) -> str:
     return _digest("cubin", source, arch, *nvrtc.options(arch), nvrtc.find().version, _headers()) + ".cubin"
 
 
-def program_key(jaxpr: str, donated: tuple[bool, ...], name: str, target: str) -> str:
-    """The key of a whole program.
+def function_key(jaxpr: str, kind: str, *about: str) -> str:
+    """The key of what was made of a function.
 
     Args:
-      jaxpr: canonical text of the function, source lines included: they become part of the program.
-      donated: one flag per argument.
-      name: of the function.
-      target: everything that is known about the device.
+      jaxpr: canonical text of the function, source lines included: they become part of programs.
+      kind: what it is: "program", which the compiler has a part in, or "placement", which needs none.
+      about: what else decided it: which arguments are donated, what is known about the device.
     """
-    made_by = (__version__, jax.__version__, str(CUDA_VERSION), nvrtc.find().version, _headers(), _own_code())
-    return _digest("program", jaxpr, repr(donated), name, target, *made_by) + ".program"
+    made_by = [__version__, jax.__version__, _own_code()]
+    if kind == "program":
+        made_by += [str(CUDA_VERSION), nvrtc.find().version, _headers()]
+    return f"{_digest(kind, jaxpr, *about, *made_by)}.{kind}"
 
 
 def _digest(*parts: str) -> str:

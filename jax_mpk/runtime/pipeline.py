@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,22 +109,37 @@ def stages(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target, lay
 @_cache(maxsize=None)
 def artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target, layouts: Layouts = ()) -> Artifact:
     """What the custom call of a closed jaxpr needs. It lives as long as the jaxpr."""
-    if targets.platform(target) == "cpu":
+
+    def build() -> Artifact:
         return _build(stages(jaxpr, donated, name, target, layouts))
+
+    if targets.platform(target) == "cpu":
+        return build()
+    about = ("program", repr(donated), name, repr((target, layouts)))
+    return Artifact.from_bytes(_through_cache(jaxpr, about, lambda: build().to_bytes()))
+
+
+def _through_cache(jaxpr: Any, about: tuple[str, ...], make: Callable[[], bytes]) -> bytes:
+    """What some process made of a jaxpr before, or what ``make`` makes of it now."""
     cache = cuda_cache.current()
     # Whoever asked for dumps wants every stage to happen.
-    text = canonical(jaxprs.open_jaxpr(jaxpr)[0]) if cache is not None and config.current().dump_to is None else None
+    text = _text(jaxpr) if cache is not None and config.current().dump_to is None else None
     if cache is None or text is None:
-        return _build(stages(jaxpr, donated, name, target, layouts))
+        return make()
     with timed("cache"):
-        key = cuda_cache.program_key(text, donated, name, repr((target, layouts)))
+        key = cuda_cache.function_key(text, *about)
         found = cache.get(key)
-    if found is not None:
-        return Artifact.from_bytes(found)
-    made = _build(stages(jaxpr, donated, name, target, layouts))
+    if found is None:
+        found = make()
+        with timed("cache"):
+            cache.put(key, found)
+    return found
+
+
+@_cache(maxsize=8)
+def _text(jaxpr: Any) -> str | None:
     with timed("cache"):
-        cache.put(key, made.to_bytes())
-    return made
+        return canonical(jaxprs.open_jaxpr(jaxpr)[0])
 
 
 def _build(made: Stages) -> Artifact:
@@ -134,12 +150,35 @@ def _build(made: Stages) -> Artifact:
     return Artifact(cuda.build(program), program.workspace_bytes, aliases)
 
 
-@_cache(maxsize=8)
 def preferred(jaxpr: Any, donated: tuple[bool, ...], target: Target) -> Layouts:
     """The layout each operand is read best in; None where that does not matter or cannot be chosen."""
     if not target.contracted_last:
         return (None,) * len(donated)
-    return preferred_layouts(fuse(_built(jaxpr, donated, target)[1]))
+    return _placement(jaxpr, donated, target).preferred
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """How the operands of a jaxpr may lie.
+
+    Attributes:
+      movable: positions of those that may have any layout.
+      preferred: the layout each is read best in.
+    """
+
+    movable: frozenset[int]
+    preferred: Layouts
+
+
+@_cache(maxsize=None)
+def _placement(jaxpr: Any, donated: tuple[bool, ...], target: Target) -> _Placement:
+    def find() -> bytes:
+        built = _built(jaxpr, donated, target)[1]
+        return json.dumps([sorted(movable(built)), preferred_layouts(fuse(built))]).encode()
+
+    # The graph is half of what a process would have to do for a kernel that is in the cache.
+    can, best = json.loads(_through_cache(jaxpr, ("placement", repr(donated), repr(target)), find))
+    return _Placement(frozenset(can), tuple(None if layout is None else tuple(layout) for layout in best))
 
 
 def operand_layouts(jaxpr: Any, donated: tuple[bool, ...], target: Target, lies: Sequence[Lies]) -> Layouts:
@@ -151,21 +190,20 @@ def operand_layouts(jaxpr: Any, donated: tuple[bool, ...], target: Target, lies:
 
 @_cache(maxsize=None)
 def _operand_layouts(jaxpr: Any, donated: tuple[bool, ...], target: Target, lies: tuple[Lies, ...]) -> Layouts:
-    can = movable(_built(jaxpr, donated, target)[1])
-    chosen = tuple(
-        _declared(lie, lambda i=i: preferred(jaxpr, donated, target)[i]) if i in can else None  # type: ignore[misc]
-        for i, lie in enumerate(lies)
-    )
+    if target.contracted_last:
+        found = _placement(jaxpr, donated, target)
+        can, best = found.movable, found.preferred
+    else:
+        can, best = movable(_built(jaxpr, donated, target)[1]), (None,) * len(donated)
+    chosen = tuple(_declared(lie, best[i]) if i in can else None for i, lie in enumerate(lies))
     return chosen if any(chosen) else ()
 
 
-def _declared(lie: Lies, best: Callable[[], Layout | None]) -> Layout | None:
+def _declared(lie: Lies, best: Layout | None) -> Layout | None:
     if len(lie) == 1 and lie != AUTO:
         (layout,) = lie
     else:
-        layout = best()
-        if layout not in lie and "auto" not in lie:
-            layout = None
+        layout = best if best in lie or "auto" in lie else None
     assert layout != "auto"
     return None if layout is None or layout == tuple(range(len(layout))) else layout
 

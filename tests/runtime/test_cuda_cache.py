@@ -4,16 +4,18 @@ import multiprocessing
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_mpk
 from jax_mpk import ConfigError, config
 from jax_mpk.capture import capture
 from jax_mpk.capture.canonical import canonical
-from jax_mpk.runtime import cuda, cuda_cache, nvrtc
+from jax_mpk.runtime import cuda, cuda_cache, nvrtc, pipeline
 from jax_mpk.runtime.artifact import Artifact
 from jax_mpk.runtime.cuda_cache import Cache
 from tests.cuda_programs import COUNTING, kernel
@@ -177,16 +179,43 @@ def test_keys_follow_what_they_stand_for(monkeypatch, tmp_path) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(nvrtc, "find", lambda: nvrtc.Compiler("NVRTC 99.0", lambda *_: (None, "")))
         keys.append(cuda_cache.cubin_key("source", "sm_90a"))
-    for jaxpr, donated, name, target in [
-        ("jaxpr", (True,), "f", "h100"),
-        ("other", (True,), "f", "h100"),
-        ("jaxpr", (False,), "f", "h100"),
-        ("jaxpr", (True,), "g", "h100"),
-        ("jaxpr", (True,), "f", "h200"),
+    for jaxpr, *about in [
+        ("jaxpr", "program", "(True,)", "f", "h100"),
+        ("other", "program", "(True,)", "f", "h100"),
+        ("jaxpr", "program", "(False,)", "f", "h100"),
+        ("jaxpr", "program", "(True,)", "g", "h100"),
+        ("jaxpr", "program", "(True,)", "f", "h200"),
+        ("jaxpr", "placement", "(True,)", "f", "h100"),
+        ("jaxpr", "placement", "(True,)f", "h100"),
     ]:
-        keys.append(cuda_cache.program_key(jaxpr, donated, name, target))
+        keys.append(cuda_cache.function_key(jaxpr, *about))
     assert len(set(keys)) == len(keys)
     assert keys[0] == cuda_cache.cubin_key("source", "sm_90a")
+
+
+@pytest.mark.usefixtures("compilations")
+def test_what_is_read_best_is_found_without_a_graph(monkeypatch) -> None:
+    """A second process has a function's placement from the cache; it needs neither a graph nor a compiler."""
+    x, w = jnp.ones((1, 128), jnp.bfloat16), jnp.ones((128, 2048), jnp.bfloat16)
+
+    def placed() -> list[Any]:
+        # A new function each time: what this process remembers of the others does not count.
+        step = jax_mpk.megakernelize(lambda x, w: jnp.tanh(x @ w), target="h100-sxm")
+        return [array.format.layout.major_to_minor for array in jax_mpk.place(step, x, w)]
+
+    first = placed()
+    assert first == [(0, 1), (1, 0)]
+    (entry,) = (config.current().cache_dir or Path()).glob("*.placement")
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(pipeline, "build_graph", refuse)
+    monkeypatch.setattr(nvrtc, "find", refuse)
+    assert placed() == first
+    entry.write_bytes(entry.read_bytes()[:-1])
+    with pytest.raises(AssertionError, match="made again"):
+        placed()
 
 
 def test_artifacts_survive() -> None:

@@ -108,12 +108,15 @@ def _inlined(op: Op, chosen: dict[int, Nest]) -> Op | None:
 
 def _rewrite(op: Op, rule: LoadRule, slots: Slots) -> Op | None:
     fused = rewrite_loads(op, rule, slots)
-    for new, old in zip(programs(fused), programs(op), strict=True):
-        if len(new.nodes) > max(MAX_NODES, _GROWTH * len(old.nodes)):
-            return None
-    if isinstance(fused, Nest) and fused.kind == "contract" and not has_factors(fused):
+    if too_large(fused, op) or (isinstance(fused, Nest) and fused.kind == "contract" and not has_factors(fused)):
         return None
     return fused
+
+
+def too_large(new: Op, old: Op) -> bool:
+    """Whether a rewrite made programs of an operator larger than they should be."""
+    pairs = zip(programs(new), programs(old), strict=True)
+    return any(len(n.nodes) > max(MAX_NODES, _GROWTH * len(o.nodes)) for n, o in pairs)
 
 
 def programs(op: Op) -> list[Expr]:

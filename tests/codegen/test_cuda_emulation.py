@@ -69,7 +69,7 @@ def _many_layers(q: jax.Array, k: jax.Array, v: jax.Array, kept: jax.Array, last
     visible = (at <= last) & (jnp.sin(jnp.tanh(kept)) > 0)
     for _ in range(28):  # too many for each to compute its own mask
         scores = jnp.where(visible, jnp.einsum("bhd,bshd->bhs", q, k) / 8, -jnp.inf)
-        q = q / 2 + jnp.einsum("bhs,bshd->bhd", jax.nn.softmax(scores), v)
+        q = jnp.einsum("bhs,bshd->bhd", jax.nn.softmax(scores), v)
     return q
 
 

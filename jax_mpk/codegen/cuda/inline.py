@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mpk.graph.fuse_maps import VIEW, has_factors, programs, work
+from jax_mpk.graph.fuse_maps import VIEW, has_factors, programs, too_large, work
 from jax_mpk.graph.ir import Nest, Op, Update
 from jax_mpk.graph.rewrite import Slots, inline_map, rewrite_loads
 from jax_mpk.graph.scalar import Builder
@@ -79,4 +79,6 @@ def _inlined(producer: Nest, reader: Op | None, box: np.ndarray) -> Op | None:
         return inline_map(builder, producer, value, indices, pred, slots, lambda *_: None)
 
     new = rewrite_loads(reader, rule, slots)
-    return None if isinstance(new, Nest) and new.kind == "contract" and not has_factors(new) else new
+    if too_large(new, reader) or (isinstance(new, Nest) and new.kind == "contract" and not has_factors(new)):
+        return None
+    return new

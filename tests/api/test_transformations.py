@@ -48,6 +48,30 @@ def test_scan_while_cond(x, w) -> None:
         assert_same(jax.jit(use, static_argnums=0)(compiled), use(layer))
 
 
+def test_inside_what_xla_joins_scalars_with(x) -> None:
+    """There may be no custom call in there, so XLA gets the function itself."""
+
+    def join(a, b):
+        return a + b + a * b
+
+    def join_two(a, b):
+        return a[0] + b[0], join(a[1], b[1])
+
+    def uses(join, join_two, double):
+        return (
+            jax.lax.reduce(x, 0.0, join, (0,)),
+            jax.lax.reduce((x, x), (0.0, 0.0), join_two, (1,)),
+            jax.lax.reduce_window(x, 0.0, join, (2, 2), (1, 1), "VALID"),
+            x.at[1].apply(double),
+        )
+
+    expected = uses(join, join_two, lambda v: v * 2)
+    compiled = [megakernelize(f) for f in (join, join_two, lambda v: v * 2)]
+    assert_same(uses(*compiled), expected)
+    assert_same(jax.jit(lambda: uses(*compiled))(), expected)
+    assert_same(megakernelize(lambda: uses(*compiled))(), expected)
+
+
 def test_fori_loop_with_a_predicate_inside() -> None:
     f = megakernelize(lambda x: x + 1 < 10)
     assert_same(jax.lax.while_loop(lambda x: f(x), lambda x: x + 1, 0), jnp.asarray(9))

@@ -32,13 +32,14 @@ class Megakernelized:
     It is called like the function it wraps, and can be used under any JAX transformation except differentiation.
     """
 
+    __name__: str
     __wrapped__: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any], options: Options, may_split: bool, **jit_options: Any):
         functools.update_wrapper(self, function)
         self._made_from = {"options": options, "may_split": may_split, **jit_options}
-        name = getattr(function, "__name__", None) or type(function).__name__
-        self._site = CallSite(function, name, options, may_split, **jit_options)
+        self.__name__ = _name(function)
+        self._site = CallSite(function, self.__name__, options, may_split, **jit_options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not eager():
@@ -117,6 +118,12 @@ class Megakernelized:
             static_argnums=info.static_argnums,
             static_argnames=info.static_argnames,
         )
+
+
+def _name(function: Callable[..., Any]) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", None) or type(function).__name__
 
 
 def megakernelize(

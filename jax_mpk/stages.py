@@ -10,7 +10,7 @@ from jax_mpk.graph.printer import format_graph
 from jax_mpk.plan.ir import Plan
 from jax_mpk.plan.printer import format_plan
 from jax_mpk.runtime import pipeline
-from jax_mpk.runtime.dispatch import Entry, Reordered, Traced
+from jax_mpk.runtime.dispatch import Donations, Entry, Reordered, Traced
 from jax_mpk.runtime.jax_internals import stages, tree_util
 
 
@@ -106,14 +106,24 @@ class MegakernelLowered(stages.Lowered):
         """Compiles, and returns a :class:`jax.stages.Compiled`."""
         options = {"compiler_options": compiler_options, "device_assignment": device_assignment}
         executable = self._lowering.compile(**options)
-        return _Compiled(executable, list(self._entry.consts), self.args_info, self._lowered.out_tree)
+        compiled = _Compiled(executable, list(self._entry.consts), self.args_info, self._lowered.out_tree)
+        compiled.donations = self._entry.donations
+        return compiled
 
 
 class _Compiled(stages.Compiled):
-    """A Compiled whose results may come in another order."""
+    """A Compiled whose results may come in another order, and that deletes all that ``jax.jit`` would.
+
+    Attributes:
+      donations: what becomes of donated leaves.
+    """
+
+    donations: Donations
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _restored(super().__call__(*args, **kwargs))
+        results = super().__call__(*args, **kwargs)
+        self.donations.delete(tree_util.tree_leaves((args, kwargs)), results)
+        return _restored(results)
 
     @property
     def out_info(self) -> Any:

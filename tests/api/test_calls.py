@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import pickle
 from typing import Any, NamedTuple
 
@@ -39,6 +40,29 @@ def test_decorator_with_and_without_arguments() -> None:
     assert_same(with_options(x, n=3), x * 3)
     assert plain.__name__ == "plain" and plain.__doc__ == "Adds one."
     assert "plain" in repr(plain)
+
+
+def test_looks_like_the_function() -> None:
+    def f(x: float, y: float = 2.0, *, n: int = 3) -> float:
+        """Doc."""
+        return x * y * n
+
+    compiled, reference = megakernelize(f, static_argnames="n"), jax.jit(f, static_argnames="n")
+    assert inspect.signature(compiled) == inspect.signature(f)
+    assert compiled.__wrapped__ is f and isinstance(compiled, jax.stages.Wrapped)
+    for name in ("__name__", "__qualname__", "__module__", "__doc__", "__annotations__"):
+        assert getattr(compiled, name) == getattr(reference, name)
+
+    twice = megakernelize(functools.partial(functools.partial(f, 1.0), n=2))
+    assert twice.__name__ == "f"
+    assert_same(twice(), reference(1.0, n=2))
+
+    class Scale:
+        def __call__(self, x):
+            return x * 2
+
+    assert megakernelize(Scale()).__name__ == "Scale"
+    assert_same(megakernelize(Scale())(3.0), jax.jit(Scale())(3.0))
 
 
 def test_keyword_arguments_and_defaults() -> None:
@@ -94,6 +118,33 @@ def test_pytrees() -> None:
     tree = [Pair(x, None), Labelled({"k": x}, "name"), Custom(x, (x, 1)), {}]
     assert_same(megakernelize(f)(tree), jax.jit(f)(tree))
     assert_same(megakernelize(f)(tree, other=Pair(None, x)), jax.jit(f)(tree, other=Pair(None, x)))
+
+
+@jax.tree_util.register_pytree_node_class
+class MadeAnew:
+    """A class whose leaves are other objects each time that it is flattened."""
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def tree_flatten(self):
+        return (self.values[...], jnp.asarray(self.scale, jnp.float32)), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        made = cls.__new__(cls)
+        made.values, made.scale = children
+        return made
+
+
+def test_leaves_made_anew() -> None:
+    def f(x, *, other):
+        return MadeAnew(x.values * x.scale + other.scale, 1)
+
+    args, named = (MadeAnew(integers(0, 4), 3),), {"other": MadeAnew(integers(1, 4), 2.5)}
+    expected = jax.jit(f)(*args, **named)
+    assert_same(megakernelize(f)(*args, **named), expected)
+    assert_same(jax.jit(megakernelize(f))(*args, **named), expected)
 
 
 def test_methods() -> None:
@@ -301,17 +352,6 @@ def test_any_number_of_workers(target) -> None:
 
     x, w = integers(0, 17, 33), integers(1, 33, 65)
     assert_same(megakernelize(f, target=target)(x, w), jax.jit(f)(x, w))
-
-
-def test_unsupported_primitive_names_the_line() -> None:
-    @megakernelize
-    def f(x):
-        y = x + 1
-        return jnp.linalg.qr(y)[0]
-
-    with pytest.raises(jax_mpk.UnsupportedPrimitiveError, match=r"test_calls\.py:\d+") as error:
-        f(integers(0, 4, 4))
-    assert 'on_unsupported="split"' in str(error.value)
 
 
 def test_tracing_from_several_threads() -> None:

@@ -1,10 +1,12 @@
 """``on_unsupported="split"``: megakernels for what can be compiled, XLA for the rest.
 
 The equations of a captured jaxpr are cut into *islands* of supported equations. Every equation gets a level: at least
-that of whatever it reads, and one more where a supported equation reads from an unsupported one. The supported
-equations of one level are an island. No value can leave an island and come back to it, since whatever reads it from
-outside pushes its readers to the next level; and there are no fewer islands than levels. Loops and branches that
-cannot be compiled whole are split inside.
+that of whatever it reads, and one more where a supported equation reads from an unsupported one. Supported equations
+that read nothing computed are of level 0; unsupported ones are of level −1, as they can come before all islands. The
+supported equations of one level are an island. No value can leave an island and come back to it, since whatever reads
+it from outside pushes its readers to the next level. Fewer islands are not possible: an equation of level n is the end
+of a chain in which n + 1 supported parts alternate with unsupported ones. Loops and branches that cannot be compiled
+whole are split inside.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ class _Splitter:
         supported = [self._is_supported(eqn, jaxpr) for eqn in jaxpr.eqns]
         levels = _levels(jaxpr, supported)
         steps: list[list[JaxprEqn]] = []
-        for level in range(max(levels, default=-1) + 1):
+        for level in range(-1, max(levels, default=-1) + 1):
             here = [i for i, at in enumerate(levels) if at == level]
             island = [jaxpr.eqns[i] for i in here if supported[i]]
             if island:
@@ -208,9 +210,9 @@ class _Splitter:
 def _levels(jaxpr: Jaxpr, supported: Sequence[bool]) -> list[int]:
     made: dict[Var, int] = {}
     levels: list[int] = []
-    ordered = 0
+    ordered = -1
     for number, eqn in enumerate(jaxpr.eqns):
-        level = 0
+        level = 0 if supported[number] else -1
         for atom in eqn.invars:
             if isinstance(atom, Var) and atom in made:
                 source = made[atom]

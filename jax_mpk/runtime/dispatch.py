@@ -10,6 +10,7 @@ is the plan's: any other pair would cost a copy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import warnings
 import weakref
@@ -236,6 +237,7 @@ class CallSite:
         self.may_split = may_split
         # Used to trace only. All checks of arguments, all their error messages and the trace cache are JAX's.
         self.tracer: Any = jax.jit(function, **jit_options)
+        self._jit_options = jit_options
         self.compiled: OrderedDict[Any, Any] = OrderedDict()
         self._entries: dict[Any, Entry | dict[Any, Entry]] = {}
         self._lock = threading.Lock()
@@ -297,11 +299,21 @@ class CallSite:
             *operands, jaxpr=traced.jaxpr, donated=traced.donated, name=self.name, options=self.options
         )
 
+    @functools.cached_property
+    def jitted(self) -> Any:
+        """The function under an outer ``jax.jit`` with the same options."""
+
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            return self.bind(args, kwargs)
+
+        return jax.jit(functools.wraps(self.tracer.__wrapped__)(bound), **self._jit_options)
+
     def clear_cache(self) -> None:
         """Forgets all entry points and traces."""
         self._entries.clear()
         self.compiled.clear()
         self.tracer.clear_cache()
+        self.__dict__.pop("jitted", None)
 
     # -- entry points ------------------------------------------------------------------------------------------
 

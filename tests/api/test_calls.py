@@ -76,6 +76,18 @@ def test_keyword_arguments_and_defaults() -> None:
     assert_same(compiled(shift=x, x=x, scale=x), reference(shift=x, x=x, scale=x))
 
 
+def test_arguments_called_like_those_of_methods() -> None:
+    def f(self, args):
+        return self * 2 + args
+
+    x = integers(0, 4)
+    compiled, expected = megakernelize(f), jax.jit(f)(self=x, args=x)
+    for call in (compiled, jax.jit(compiled)):
+        assert_same(call(self=x, args=x), expected)
+    for look in (compiled.eval_shape, compiled.explain, compiled.lower, compiled.trace):
+        look(self=x, args=x)
+
+
 def test_variable_arguments() -> None:
     def f(*xs, **named):
         return sum(xs) + named["a"] - named["b"]
@@ -247,6 +259,50 @@ def test_traced_once_for_each_signature() -> None:
     f.clear_cache()
     f(x, x)
     assert len(traces) == 6
+
+
+def test_traced_as_often_as_with_jit() -> None:
+    x, devices = integers(0, 4), jax.devices()
+
+    def within(context, *args):
+        def call(f):
+            with context():
+                f(x, *args)
+
+        return call
+
+    calls = [
+        *(lambda f, y=y: f(x, y) for y in (2.0, 3, True, np.float32(3), np.ones(4), x, x.astype(jnp.bfloat16))),
+        lambda f: f(jax.device_put(x, devices[3])),
+        lambda f: f(jax.device_put(x, devices[3])),
+        lambda f: f(x, n=1),
+        lambda f: f(x, n=(1, "a")),
+        lambda f: f(x, n=(1, "a")),
+        lambda f: jax.jit(f)(x),
+        lambda f: f.lower(jax.ShapeDtypeStruct((4,), jnp.float32)),
+        lambda f: jax.eval_shape(f, x),
+        lambda f: jax.vmap(f)(jnp.ones((2, 4))),
+        lambda f: jax.lax.map(f, jnp.ones((2, 4))),
+        within(lambda: jax.enable_x64(True)),
+        within(lambda: jax.default_matmul_precision("high")),
+        within(lambda: jax.default_device(devices[2])),
+        within(lambda: jax.default_prng_impl("rbg")),
+        within(lambda: jax.numpy_rank_promotion("raise")),
+        within(lambda: jax.debug_nans(True)),
+        within(lambda: jax.transfer_guard("allow")),
+    ]
+    counts = []
+    for compiler in (jax.jit, megakernelize):
+        traces: list[None] = []
+
+        def f(x, y=1.0, n=0, traces=traces):
+            traces.append(None)
+            return x @ x + y
+
+        compiled = compiler(f, static_argnames=("n", "traces"))
+        counts.append([(call(compiled), len(traces))[1] for call in calls * 2])
+    assert counts[0] == counts[1]
+    assert len(set(counts[0])) > 10 and counts[0][-1] == counts[0][len(calls)]
 
 
 def test_traced_anew_when_jax_is_configured_otherwise() -> None:

@@ -122,3 +122,6 @@ def test_trace() -> None:
     traced = compiled.trace(X, W)
     assert [eqn.primitive.name for eqn in traced.jaxpr.eqns] == ["megakernel"]
     assert_same(traced.lower().compile()(X, W), jax.jit(layer)(X, W))
+    # A megakernel of a megakernel has options of its own.
+    donating = megakernelize(compiled, donate_argnums=0)
+    assert donating.trace(X, W).args_info[0][0].donated and not traced.args_info[0][0].donated

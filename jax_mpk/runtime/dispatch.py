@@ -207,25 +207,23 @@ class Entry:
 
 @jax.tree_util.register_pytree_node_class
 class Reordered:
-    """Results in the order XLA returns them; :meth:`restore` gives what the function returned."""
+    """Results in the order XLA returns them; JAX, which puts them together, gets what the function returned."""
 
-    def __init__(self, leaves: Sequence[Any], order: tuple[int, ...], out_tree: Any):
-        self.leaves = leaves
-        self.order = order
-        self.out_tree = out_tree
-
-    def restore(self) -> Any:
-        results: list[Any] = [None] * len(self.order)
-        for leaf, position in zip(self.leaves, self.order, strict=True):
-            results[position] = leaf
-        return self.out_tree.unflatten(results)
+    def __init__(self, results: Sequence[Any], order: tuple[int, ...], out_tree: Any):
+        self._results = results
+        self._order = order
+        self._out_tree = out_tree
 
     def tree_flatten(self) -> tuple[Sequence[Any], tuple[tuple[int, ...], Any]]:
-        return tuple(self.leaves), (self.order, self.out_tree)
+        return tuple(self._results[i] for i in self._order), (self._order, self._out_tree)
 
     @classmethod
-    def tree_unflatten(cls, aux: tuple[tuple[int, ...], Any], leaves: Sequence[Any]) -> Reordered:
-        return cls(leaves, *aux)
+    def tree_unflatten(cls, aux: tuple[tuple[int, ...], Any], leaves: Sequence[Any]) -> Any:
+        order, out_tree = aux
+        results: list[Any] = [None] * len(order)
+        for leaf, position in zip(leaves, order, strict=True):
+            results[position] = leaf
+        return out_tree.unflatten(results)
 
 
 class CallSite:
@@ -254,7 +252,7 @@ class CallSite:
         except _Respecialise:
             entry, results = self._retry(entry, signature, leaves, args, kwargs)
         entry.donations.delete(leaves, results)
-        return results.restore() if type(results) is Reordered else results
+        return results
 
     def _retry(
         self, entry: Entry, signature: Any, leaves: list[Any], args: Sequence[Any], kwargs: dict[str, Any]
@@ -404,7 +402,7 @@ class CallSite:
             rest = [i for i, _ in now.float0]
             computed = [i for i in range(len(results)) if i not in rest]
             order = (*(computed[i] for i in order), *rest)
-            return Reordered([results[i] for i in order], order, now.out_tree)
+            return Reordered(results, order, now.out_tree)
 
         entry_point.__name__ = entry_point.__qualname__ = self.name
         name_arguments(entry_point, len(consts), self.tracer, args, kwargs)
@@ -521,7 +519,7 @@ def _run(*operands: Any, jaxpr: Any, donated: tuple[bool, ...], name: str, optio
         cache[key] = _compile(jaxpr, donated, name, options, [layouts.of_array(x) for x in operands])
     compiled, donations = cache[key]
     with jax.disable_jit(False):
-        results = compiled(*operands).restore()
+        results = compiled(*operands)
     donations.delete(operands, results)
     return results
 
@@ -538,10 +536,9 @@ def _compile(
     def entry_point(*operands: Any) -> Any:
         if eager():
             # As in CallSite: JAX looks for the operation that made a NaN.
-            results = jax.core.eval_jaxpr(jaxprs.open_jaxpr(jaxpr)[0], [], *operands)
-        else:
-            results = megakernel_p.bind(*operands, jaxpr=jaxpr, donated=donated, name=name, options=options)
-        return Reordered([results[i] for i in order], order, out_tree)
+            return jax.core.eval_jaxpr(jaxprs.open_jaxpr(jaxpr)[0], [], *operands)
+        results = megakernel_p.bind(*operands, jaxpr=jaxpr, donated=donated, name=name, options=options)
+        return Reordered(results, order, out_tree)
 
     entry_point.__name__ = entry_point.__qualname__ = name
     donations = Donations.of(jaxpr, donated, aliases)

@@ -261,6 +261,7 @@ def test_traced_once_for_each_signature() -> None:
     assert len(traces) == 6
 
 
+@pytest.mark.cpu
 def test_traced_as_often_as_with_jit() -> None:
     x, devices = integers(0, 4), jax.devices()
 

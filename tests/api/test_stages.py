@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import serialize_executable
 
 import jax_mpk
 from jax_mpk import config, megakernelize
@@ -51,6 +52,18 @@ def test_behaves_like_compiled() -> None:
         done(X)
     with pytest.raises(TypeError):
         done(X, W[:, :3])
+
+
+def test_compiled_and_stored() -> None:
+    def f(a, b, x):
+        return {"b": b.at[0].set(x), "x": x, "a": a.at[1].set(x)}
+
+    compiled = megakernelize(f, donate_argnums=(0, 1)).lower(W, W, 3.0).compile()
+    stored = serialize_executable.serialize(compiled)
+    again = serialize_executable.deserialize_and_load(*stored, execution_devices=jax.devices()[:1])
+    expected = jax.jit(f)(W, W + 1, 3.0)
+    assert_same(again(W + 0, W + 1, 3.0), expected)
+    assert_same(compiled(W + 0, W + 1, 3.0), expected)
 
 
 def test_keywords_static_arguments_and_constants() -> None:

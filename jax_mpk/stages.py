@@ -122,7 +122,8 @@ class _Compiled(stages.Compiled):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         results = super().__call__(*args, **kwargs)
-        self.donations.delete(tree_util.tree_leaves((args, kwargs)), results)
+        if self.donations.deleted:
+            self.donations.delete(tree_util.tree_leaves((args, kwargs)), results)
         return results
 
 

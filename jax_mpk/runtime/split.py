@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jax_mpk.capture import jaxprs
-from jax_mpk.errors import UnsupportedError
+from jax_mpk.errors import UnsupportedError, UnsupportedPrimitiveError
 from jax_mpk.graph.build import build_graph, unsupported
 from jax_mpk.runtime import targets
 from jax_mpk.runtime.call import Options, has_derivatives, megakernel_p, plan_target, undifferentiable_p
@@ -146,7 +147,8 @@ class _Splitter:
     def _is_supported(self, eqn: JaxprEqn, jaxpr: Jaxpr) -> bool:
         refusal = _refusal(_single(eqn, jaxpr), self.options)
         if refusal is not None and eqn.primitive.name not in _NESTING:
-            self.notes.append(f"left to XLA: {str(refusal).splitlines()[0]}")
+            where = f"{PurePath(refusal.line).name} {refusal.primitive or eqn.primitive.name}".strip()
+            self.notes.append(f"left to XLA: {where}: {refusal.reason}")
         return refusal is None
 
     def _island(
@@ -236,10 +238,10 @@ def _single(eqn: JaxprEqn, like: Jaxpr) -> Jaxpr:
     return jaxprs.make_jaxpr(list(inputs), outputs, [eqn], like)
 
 
-def _refusal(jaxpr: Jaxpr, options: Options) -> UnsupportedError | None:
+def _refusal(jaxpr: Jaxpr, options: Options) -> UnsupportedPrimitiveError | None:
     try:
         refuse_effects(jaxpr)
         build_graph(jaxpr, platform=targets.platform(plan_target(options)))
-    except UnsupportedError as error:
+    except UnsupportedPrimitiveError as error:
         return error
     return None

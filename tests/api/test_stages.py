@@ -129,6 +129,9 @@ def test_dumps(tmp_path) -> None:
         megakernelize(lambda x: x + 2)(X)
     assert len(list(folder.iterdir())) == 24
     assert re.match(r"\d{4}_", min(p.name for p in folder.iterdir()))
+    nowhere = next(folder.iterdir()) / "in a file"
+    with config.override(dump_to=nowhere), pytest.raises(jax_mpk.ConfigError, match=r"JAX_MPK_DUMP_TO=.*in a file"):
+        megakernelize(lambda x: x + 3)(X)
 
 
 def test_trace() -> None:

@@ -243,7 +243,7 @@ _JOINS = {f"stablehlo.{name}" for name in ("reduce", "reduce_window", "scatter",
 
 def _lower_each(ctx: Any, *operands: Any, **params: Any) -> Any:
     """For all platforms of a module; JAX's own choice among rules fails where several are kept and none is cached."""
-    if ir.InsertionPoint.current.block.owner.name in _JOINS:
+    if ir.InsertionPoint.current.block.owner.operation.name in _JOINS:
         jaxpr, _ = jaxprs.open_jaxpr(params["jaxpr"])
         inline = mlir.lower_fun(functools.partial(jax.core.eval_jaxpr, jaxpr, ()), multiple_results=True)
         return inline(ctx, *operands)

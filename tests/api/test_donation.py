@@ -102,6 +102,20 @@ def test_caller_that_does_not_donate_keeps_its_array() -> None:
     np.testing.assert_array_equal(cache, kept)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("view", [np.asarray, np.from_dlpack])
+def test_memory_that_numpy_sees_is_not_overwritten(view) -> None:
+    cache = fresh()
+    seen, kept = view(cache), np.array(cache)
+    assert_same(in_place(cache, ROW, 3), jax.jit(write)(jnp.asarray(kept), ROW, 3))
+    np.testing.assert_array_equal(seen, kept)
+
+    array = np.array(kept)
+    in_place(jnp.asarray(array), ROW, 3)
+    in_place(array, ROW, 3)
+    np.testing.assert_array_equal(array, kept)
+
+
 def test_donated_input_read_after_its_update() -> None:
     def f(cache, row, pos):
         new, total = write(cache, row, pos)

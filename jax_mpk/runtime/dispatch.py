@@ -235,7 +235,6 @@ class CallSite:
         self.may_split = may_split
         # Used to trace only. All checks of arguments, all their error messages and the trace cache are JAX's.
         self.tracer: Any = jax.jit(function, **jit_options)
-        self._jit_options = jit_options
         self.compiled: OrderedDict[Any, Any] = OrderedDict()
         self._entries: dict[Any, Entry | dict[Any, Entry]] = {}
         self._lock = threading.Lock()
@@ -304,7 +303,14 @@ class CallSite:
         def bound(*args: Any, **kwargs: Any) -> Any:
             return self.bind(args, kwargs)
 
-        return jax.jit(functools.wraps(self.tracer.__wrapped__)(bound), **self._jit_options)
+        info = self.tracer._jit_info
+        return jax.jit(
+            functools.wraps(self.tracer.__wrapped__)(bound),
+            donate_argnums=info.donate_argnums,
+            donate_argnames=info.donate_argnames,
+            static_argnums=info.static_argnums,
+            static_argnames=info.static_argnames,
+        )
 
     def clear_cache(self) -> None:
         """Forgets all entry points and traces."""

@@ -32,15 +32,16 @@ class Megakernelized:
     It is called like the function it wraps, and can be used under any JAX transformation except differentiation.
     """
 
+    __name__: str
     __wrapped__: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any], options: Options, may_split: bool, **jit_options: Any):
         functools.update_wrapper(self, function)
         self._made_from = {"options": options, "may_split": may_split, **jit_options}
-        name = getattr(function, "__name__", None) or type(function).__name__
-        self._site = CallSite(function, name, options, may_split, **jit_options)
+        self.__name__ = _name(function)
+        self._site = CallSite(function, self.__name__, options, may_split, **jit_options)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if not eager():
             return self._site.bind(args, kwargs)
         if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
@@ -57,7 +58,7 @@ class Megakernelized:
     def __repr__(self) -> str:
         return f"<megakernelized {self.__wrapped__!r}>"
 
-    def lower(self, *args: Any, **kwargs: Any) -> MegakernelLowered:
+    def lower(self, /, *args: Any, **kwargs: Any) -> MegakernelLowered:
         """Compiles for arguments of these types (arrays or ``jax.ShapeDtypeStruct``), up to the custom call.
 
         Returns:
@@ -67,15 +68,15 @@ class Megakernelized:
         traced, entry, leaves, args_info = self._site.lower(args, kwargs)
         return MegakernelLowered(traced, entry, leaves, args_info, self._kernels(traced, leaves))
 
-    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+    def trace(self, /, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """Traces the function like ``jax.jit(f).trace(…)``: for ``jax.export.export``."""
-        return self._jitted.trace(*args, **kwargs)
+        return self._site.jitted.trace(*args, **kwargs)
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
         """Shapes and types of the results; see ``jax.eval_shape``."""
         return self._site.tracer.eval_shape(*args, **kwargs)
 
-    def explain(self, *args: Any, **kwargs: Any) -> str:
+    def explain(self, /, *args: Any, **kwargs: Any) -> str:
         """Describes what the function is compiled to for arguments of these types.
 
         Operators and what was fused into them, tasks, dependent phases, bytes moved, memory, the predicted time,
@@ -88,7 +89,6 @@ class Megakernelized:
     def clear_cache(self) -> None:
         """Forgets everything compiled so far."""
         self._site.clear_cache()
-        self.__dict__.pop("_jitted", None)
 
     def _kernels(self, traced: Traced, leaves: Sequence[Any]) -> list[Callable[[], pipeline.Stages]]:
         target = plan_target(self._site.options)
@@ -101,22 +101,11 @@ class Megakernelized:
         calls = traced.calls(self._site.name, lies, layouts.ROW_MAJOR)
         return [functools.partial(stages, call) for call in calls]
 
-    @functools.cached_property
-    def _jitted(self) -> Any:
-        """The function under an outer ``jax.jit`` with the same options."""
-        info = self._site.tracer._jit_info
 
-        def bound(*args: Any, **kwargs: Any) -> Any:
-            return self._site.bind(args, kwargs)
-
-        functools.update_wrapper(bound, self.__wrapped__)
-        return jax.jit(
-            bound,
-            donate_argnums=info.donate_argnums,
-            donate_argnames=info.donate_argnames,
-            static_argnums=info.static_argnums,
-            static_argnames=info.static_argnames,
-        )
+def _name(function: Callable[..., Any]) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", None) or type(function).__name__
 
 
 def megakernelize(

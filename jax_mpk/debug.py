@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_mpk import config
+from jax_mpk.errors import ConfigError
 from jax_mpk.graph.printer import format_graph
 from jax_mpk.plan import report
 from jax_mpk.plan.printer import format_plan
@@ -48,11 +49,15 @@ def dump(made: pipeline.Stages) -> None:
     folder = config.current().dump_to
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "_", made.name) or "_"
-    stem = _claim(folder, name)
-    for stage, text in _DUMPS:
-        (folder / f"{stem}.{stage}.txt").write_text(text(made).rstrip("\n") + "\n", encoding="utf-8")
+    texts = [(stage, text(made).rstrip("\n") + "\n") for stage, text in _DUMPS]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = _claim(folder, name)
+        for stage, text in texts:
+            (folder / f"{stem}.{stage}.txt").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"JAX_MPK_DUMP_TO={folder}: nothing can be written there ({error})") from error
 
 
 def _claim(folder: Path, name: str) -> str:

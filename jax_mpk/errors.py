@@ -37,12 +37,14 @@ class UnsupportedPrimitiveError(UnsupportedError):
     Attributes:
       primitive: its name.
       line: ``file:line`` in the user's code, or "".
+      reason: why, as half a sentence.
     """
 
-    def __init__(self, message: str, *, primitive: str = "", line: str = ""):
+    def __init__(self, message: str, *, primitive: str = "", line: str = "", reason: str = ""):
         super().__init__(message)
         self.primitive = primitive
         self.line = line
+        self.reason = reason
 
 
 class UnsupportedDtypeError(UnsupportedPrimitiveError):
@@ -126,11 +128,9 @@ def unsupported_primitive(
 ) -> UnsupportedPrimitiveError:
     """The error for an equation that no rule lowers."""
     what = f"jax_mpk cannot put the primitive `{primitive}` into a megakernel"
-    return UnsupportedPrimitiveError(
-        _equation_text(what, avals, params, line, reason or "there is no rule for it"),
-        primitive=primitive,
-        line=line,
-    )
+    reason = reason or "there is no rule for it"
+    text = _equation_text(what, avals, params, line, reason)
+    return UnsupportedPrimitiveError(text, primitive=primitive, line=line, reason=reason)
 
 
 def unsupported_dtype(
@@ -139,8 +139,9 @@ def unsupported_dtype(
     """The error for an equation that reads or makes arrays of an element type the graph does not have."""
     where = f"used by the primitive `{primitive}`" if primitive else "of an argument"
     what = f"jax_mpk cannot put the element type {dtype} ({where}) into a megakernel"
-    reason = "supported are bool, 8- to 64-bit integers, float16, bfloat16, float32, float64 and PRNG keys"
-    return UnsupportedDtypeError(_equation_text(what, avals, params, line, reason), primitive=primitive, line=line)
+    supported = "supported are bool, 8- to 64-bit integers, float16, bfloat16, float32, float64 and PRNG keys"
+    text = _equation_text(what, avals, params, line, supported)
+    return UnsupportedDtypeError(text, primitive=primitive, line=line, reason=f"{dtype} is not supported")
 
 
 def task_too_large(primitive: str, line: str, reason: str) -> TaskTooLargeError:

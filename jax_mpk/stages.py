@@ -10,7 +10,7 @@ from jax_mpk.graph.printer import format_graph
 from jax_mpk.plan.ir import Plan
 from jax_mpk.plan.printer import format_plan
 from jax_mpk.runtime import pipeline
-from jax_mpk.runtime.dispatch import Entry, Reordered, Traced
+from jax_mpk.runtime.dispatch import Donations, Entry, Traced
 from jax_mpk.runtime.jax_internals import stages, tree_util
 
 
@@ -100,39 +100,34 @@ class MegakernelLowered(stages.Lowered):
     def out_info(self) -> Any:
         """Shapes and types of the results."""
         _ = self._lowering
-        return _restored(self._lowered.out_info)
+        return self._lowered.out_info
 
     def compile(self, compiler_options: Any = None, *, device_assignment: Any = None) -> stages.Compiled:
         """Compiles, and returns a :class:`jax.stages.Compiled`."""
         options = {"compiler_options": compiler_options, "device_assignment": device_assignment}
         executable = self._lowering.compile(**options)
-        return _Compiled(executable, list(self._entry.consts), self.args_info, self._lowered.out_tree)
+        compiled = _Compiled(executable, list(self._entry.consts), self.args_info, self._lowered.out_tree)
+        compiled.donations = self._entry.donations
+        return compiled
 
 
 class _Compiled(stages.Compiled):
-    """A Compiled whose results may come in another order."""
+    """A Compiled that deletes all donated arguments that ``jax.jit`` would.
+
+    Attributes:
+      donations: what becomes of donated leaves.
+    """
+
+    donations: Donations
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _restored(super().__call__(*args, **kwargs))
-
-    @property
-    def out_info(self) -> Any:
-        return _restored(super().out_info)
-
-    @property
-    def output_shardings(self) -> Any:
-        return _restored(super().output_shardings)
-
-    @property
-    def output_formats(self) -> Any:
-        return _restored(super().output_formats)
+        results = super().__call__(*args, **kwargs)
+        if self.donations.deleted:
+            self.donations.delete(tree_util.tree_leaves((args, kwargs)), results)
+        return results
 
 
 def _source(kernel: pipeline.Stages) -> str:
     if not isinstance(kernel.program, CudaProgram):
         raise ValueError(f"{kernel.name} was planned for {kernel.plan.target.name}: there is no CUDA source")
     return kernel.program.source
-
-
-def _restored(results: Any) -> Any:
-    return results.restore() if isinstance(results, Reordered) else results

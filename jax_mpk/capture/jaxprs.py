@@ -78,25 +78,30 @@ def eliminate_dead_code(jaxpr: Jaxpr, consts: int) -> tuple[Jaxpr, list[bool]]:
     return new, list(used)[:consts]
 
 
-def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> Any:
-    """Closed jaxpr of ``fn`` on arguments of the given avals."""
+def trace(fn: Callable[..., Any], avals: Sequence[Any], source: JaxprEqn) -> Any:
+    """Closed jaxpr of ``fn`` on arguments of the given avals; its equations come from where ``source`` does."""
     args = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    return jax.make_jaxpr(fn)(*args)
+    info = source.source_info
+    with source_info_util.user_context(info.traceback, name_stack=info.name_stack):
+        return jax.make_jaxpr(fn)(*args)
 
 
 def join_source(outer: JaxprEqn | None, eqn: JaxprEqn, jaxpr: Jaxpr) -> Any:
     """Source of an equation of ``jaxpr`` once it is part of what ``outer`` called.
 
     Name stacks are joined. Functions of JAX itself (``jax.nn.silu``) are traced once and reused, so that
-    their equations remember the line of the first call; those take the line of ``outer``.
+    their equations remember the line of the first call; those take the line of ``outer``. So do equations that
+    remember none, as JAX keeps no frames below those of the function it traces: ``jax.jit(jnp.linalg.qr)``. Without
+    ``outer`` it is the call that runs now.
     """
     info = eqn.source_info
+    unknown = source_info_util.user_frame(info.traceback) is None
     if outer is None:
-        return info
+        return info.replace(traceback=source_info_util.current().traceback) if unknown else info
     around = outer.source_info
     _, _, where = str(jaxpr.debug_info.func_src_info).rpartition(" at ")
     library = bool(where) and not source_info_util.is_user_filename(where.rpartition(":")[0])
-    traceback = around.traceback if library else info.traceback
+    traceback = around.traceback if library or unknown else info.traceback
     return info.replace(traceback=traceback, name_stack=around.name_stack + info.name_stack)
 
 

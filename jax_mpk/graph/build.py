@@ -97,6 +97,9 @@ def build_graph(jaxpr: Jaxpr, *, donated: frozenset[int] = frozenset(), platform
     for var in jaxpr.invars:
         name = element_type(var.aval)
         if name is None:
+            for eqn in jaxpr.eqns:
+                if var in eqn.invars:
+                    _check_types(eqn)
             raise errors.unsupported_dtype(getattr(var.aval, "dtype", var.aval), "", [var.aval], {}, "")
         inputs.append(bb.value(jaxprs.physical(var.aval)[0], name))
     results = run(bb, jaxpr, inputs)
@@ -170,19 +173,20 @@ def reindex(
 
 
 def decompose(
-    bb: BlockBuilder, fn: Callable[..., Any], *values: Value, avals: Sequence[Any] | None = None
+    bb: BlockBuilder, eqn: JaxprEqn, fn: Callable[..., Any], *values: Value, avals: Sequence[Any] | None = None
 ) -> list[Value]:
     """Builds a jax function inline: for primitives that are compositions of others.
 
     Args:
       bb: block to build into; operators get the source of the equation being built.
+      eqn: that equation.
       fn: jax function of as many arrays as there are values.
       *values: its arguments.
       avals: what ``fn`` is traced on; by default arrays of the values' shapes and element types.
     """
     if avals is None:
         avals = [np.broadcast_to(np.zeros((), dtypes.to_numpy(v.dtype)), v.shape) for v in values]
-    captured = capture(jaxprs.trace(fn, avals))
+    captured = capture(jaxprs.trace(fn, avals, eqn))
     consts = [bb.constant_array(np.asarray(const)) for const in captured.consts]
     with bb.built_from(bb.source, pin=True):
         return run(bb, captured.jaxpr, [*consts, *values])

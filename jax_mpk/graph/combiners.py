@@ -85,7 +85,7 @@ def joiner(bb: BlockBuilder, eqn: JaxprEqn, jaxpr: Jaxpr, consts: Sequence[Any])
     def fn(*args: Any) -> Any:
         return jax.core.eval_jaxpr(jaxpr, consts, *args)
 
-    results = decompose(inner, fn, *params, avals=avals)
+    results = decompose(inner, eqn, fn, *params, avals=avals)
     ops = inner.block(results).ops
     if any(not isinstance(op, Nest) or op.kind != "map" or op.space for op in ops):
         raise unsupported(eqn, "the function that joins two elements is more than a scalar expression")

@@ -89,4 +89,4 @@ def _ragged_dot_general(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Seq
     def fn(*args: Any) -> Any:
         return jaxprs.ragged_dot_general(*args, **eqn.params)
 
-    return decompose(bb, fn, *xs)
+    return decompose(bb, eqn, fn, *xs)

@@ -28,7 +28,7 @@ def _batched(fn: Callable[..., Any], x: Value, rank: int) -> Callable[..., Any]:
 
 @rule("cholesky")
 def _cholesky_rule(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
-    return decompose(bb, _batched(_cholesky, xs[0], 2), *xs)
+    return decompose(bb, eqn, _batched(_cholesky, xs[0], 2), *xs)
 
 
 def _cholesky(a: Any) -> Any:
@@ -52,7 +52,7 @@ def _cholesky(a: Any) -> Any:
 def _triangular_solve_rule(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     names = ("left_side", "lower", "transpose_a", "unit_diagonal")
     fn = partial(_triangular_solve, **{name: eqn.params[name] for name in names})
-    return decompose(bb, _batched(fn, xs[0], 2), *xs)
+    return decompose(bb, eqn, _batched(fn, xs[0], 2), *xs)
 
 
 def _triangular_solve(a: Any, b: Any, *, left_side: bool, lower: bool, transpose_a: bool, unit_diagonal: bool) -> Any:
@@ -80,7 +80,7 @@ def _triangular_solve(a: Any, b: Any, *, left_side: bool, lower: bool, transpose
 
 @rule("lu")
 def _lu_rule(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
-    return decompose(bb, _batched(_lu, xs[0], 2), *xs)
+    return decompose(bb, eqn, _batched(_lu, xs[0], 2), *xs)
 
 
 def _lu(a: Any) -> tuple[Any, Any, Any]:
@@ -108,7 +108,7 @@ def _lu(a: Any) -> tuple[Any, Any, Any]:
 @rule("lu_pivots_to_permutation")
 def _lu_pivots_rule(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     fn = partial(_permutation, size=eqn.params["permutation_size"])
-    return decompose(bb, _batched(fn, xs[0], 1), *xs)
+    return decompose(bb, eqn, _batched(fn, xs[0], 1), *xs)
 
 
 def _permutation(pivots: Any, *, size: int) -> Any:
@@ -132,4 +132,4 @@ def _custom_linear_solve(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Se
     def fn(*args: Any) -> Any:
         return jax.core.eval_jaxpr(jaxpr, consts, *args)
 
-    return decompose(bb, fn, *(xs[k] for k in used), avals=[eqn.invars[k].aval for k in used])
+    return decompose(bb, eqn, fn, *(xs[k] for k in used), avals=[eqn.invars[k].aval for k in used])

@@ -60,21 +60,21 @@ def _implementation(eqn: JaxprEqn) -> Any:
 @rule("random_seed")
 def _random_seed(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     fn = _vectorized(eqn.params["impl"].seed, len(xs[0].shape))
-    return decompose(bb, fn, *xs)
+    return decompose(bb, eqn, fn, *xs)
 
 
 @rule("random_split")
 def _random_split(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     impl, aval = _implementation(eqn), _logical(eqn, 0)
     fn = partial(_swapped, impl.split, (eqn.params["shape"],))
-    return decompose(bb, _vectorized(fn, len(aval.shape)), *xs)
+    return decompose(bb, eqn, _vectorized(fn, len(aval.shape)), *xs)
 
 
 @rule("random_bits")
 def _random_bits(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     impl, aval = _implementation(eqn), _logical(eqn, 0)
     fn = partial(_swapped, impl.random_bits, (eqn.params["bit_width"], eqn.params["shape"]))
-    return decompose(bb, _vectorized(fn, len(aval.shape)), *xs)
+    return decompose(bb, eqn, _vectorized(fn, len(aval.shape)), *xs)
 
 
 @rule("random_fold_in")
@@ -87,14 +87,14 @@ def _random_fold_in(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequenc
         keys = jnp.broadcast_to(keys, (*shape, *impl.key_shape))
         return _vectorized(impl.fold_in, len(shape))(keys, jnp.broadcast_to(data, shape))
 
-    return decompose(bb, fn, *xs)
+    return decompose(bb, eqn, fn, *xs)
 
 
 @rule("random_gamma")
 def _random_gamma(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     """Rejection sampling, all elements at once: a loop that runs until every element has accepted."""
     fn = partial(eqn.primitive.impl, log_space=eqn.params["log_space"], use_vmap=True)
-    return decompose(bb, fn, *xs, avals=[atom.aval for atom in eqn.invars])
+    return decompose(bb, eqn, fn, *xs, avals=[atom.aval for atom in eqn.invars])
 
 
 @rule("rng_bit_generator")

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import mlir
 
@@ -29,6 +30,7 @@ from jax_mpk.runtime.jax_internals import (
     core,
     default_platform,
     ffi_lowering,
+    ir,
     lower_per_platform,
     partial_eval,
     weakref_lru_cache,
@@ -235,8 +237,16 @@ def _lower_elsewhere(ctx: Any, *_: Any, name: str, **__: Any) -> Any:
     raise TargetError(f"{name} is a megakernel, and jax_mpk has no executor for {platforms}, only for cpu and cuda.")
 
 
+#: Operations of XLA whose regions say how to join two scalars: nothing but scalar operations may be in there.
+_JOINS = {f"stablehlo.{name}" for name in ("reduce", "reduce_window", "scatter", "select_and_scatter", "sort")}
+
+
 def _lower_each(ctx: Any, *operands: Any, **params: Any) -> Any:
     """For all platforms of a module; JAX's own choice among rules fails where several are kept and none is cached."""
+    if ir.InsertionPoint.current.block.owner.operation.name in _JOINS:
+        jaxpr, _ = jaxprs.open_jaxpr(params["jaxpr"])
+        inline = mlir.lower_fun(functools.partial(jax.core.eval_jaxpr, jaxpr, ()), multiple_results=True)
+        return inline(ctx, *operands)
     rules: dict[str, Any] = {platform: functools.partial(_lower, platform) for platform in _CALLS}
     listed = ctx.replace(avals_out=list(ctx.avals_out))
     return lower_per_platform(listed, str(megakernel_p), rules, _lower_elsewhere, core.no_effects, *operands, **params)

@@ -10,6 +10,7 @@ is the plan's: any other pair would cost a copy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import warnings
 import weakref
@@ -26,7 +27,15 @@ from jax_mpk.runtime import layouts, pipeline
 from jax_mpk.runtime.artifact import Artifact
 from jax_mpk.runtime.call import Options, lift, megakernel_p, plan_target
 from jax_mpk.runtime.constants import Constants, Copies, is_small
-from jax_mpk.runtime.jax_internals import core, eager, jax_config, parse_arguments, tree_util, weakref_lru_cache
+from jax_mpk.runtime.jax_internals import (
+    core,
+    eager,
+    jax_config,
+    name_arguments,
+    parse_arguments,
+    tree_util,
+    weakref_lru_cache,
+)
 from jax_mpk.runtime.layouts import Lies
 from jax_mpk.runtime.split import Split, is_whole, refuse_effects, refuse_high_types, split, undifferentiable
 from jax_mpk.runtime.timing import timed
@@ -147,7 +156,7 @@ class _Respecialise(Exception):
 
 @dataclass(frozen=True)
 class Donations:
-    """What becomes of the leaves that a call donates.
+    """What becomes of the arguments that a call donates.
 
     Attributes:
       reused: the plan takes their buffers over.
@@ -156,6 +165,27 @@ class Donations:
 
     reused: frozenset[int]
     deleted: frozenset[int]
+
+    @classmethod
+    def of(cls, jaxpr: Any, donated: Sequence[bool], aliases: Sequence[tuple[int, int]]) -> Donations:
+        """Those of the operands of a closed jaxpr, given which of them the plan takes over for which results."""
+        reused = frozenset(operand for _, operand in aliases)
+        paired = {operand for _, operand in _pairs(donated, jaxpr.in_avals, jaxpr.out_avals)}
+        return cls(reused, frozenset(paired - reused))
+
+    def renumbered(self, number: Callable[[int], int]) -> Donations:
+        """The same arguments under other numbers."""
+        return Donations(frozenset(map(number, self.reused)), frozenset(map(number, self.deleted)))
+
+    def delete(self, arguments: Sequence[Any], results: Any) -> None:
+        """Deletes what XLA did not, once the call is on its way."""
+        if not self.deleted:
+            return
+        kept = {id(result) for result in jax.tree.leaves(results)}
+        for i in self.deleted:
+            argument = arguments[i]
+            if isinstance(argument, jax.Array) and id(argument) not in kept:
+                argument.delete()  # a call that still runs keeps the memory
 
 
 @dataclass(frozen=True)
@@ -177,25 +207,23 @@ class Entry:
 
 @jax.tree_util.register_pytree_node_class
 class Reordered:
-    """Results in the order XLA returns them; :meth:`restore` gives what the function returned."""
+    """Results in the order XLA returns them; JAX, which puts them together, gets what the function returned."""
 
-    def __init__(self, leaves: Sequence[Any], order: tuple[int, ...], out_tree: Any):
-        self.leaves = leaves
-        self.order = order
-        self.out_tree = out_tree
-
-    def restore(self) -> Any:
-        results: list[Any] = [None] * len(self.order)
-        for leaf, position in zip(self.leaves, self.order, strict=True):
-            results[position] = leaf
-        return self.out_tree.unflatten(results)
+    def __init__(self, results: Sequence[Any], order: tuple[int, ...], out_tree: Any):
+        self._results = results
+        self._order = order
+        self._out_tree = out_tree
 
     def tree_flatten(self) -> tuple[Sequence[Any], tuple[tuple[int, ...], Any]]:
-        return tuple(self.leaves), (self.order, self.out_tree)
+        return tuple(self._results[i] for i in self._order), (self._order, self._out_tree)
 
     @classmethod
-    def tree_unflatten(cls, aux: tuple[tuple[int, ...], Any], leaves: Sequence[Any]) -> Reordered:
-        return cls(leaves, *aux)
+    def tree_unflatten(cls, aux: tuple[tuple[int, ...], Any], leaves: Sequence[Any]) -> Any:
+        order, out_tree = aux
+        results: list[Any] = [None] * len(order)
+        for leaf, position in zip(leaves, order, strict=True):
+            results[position] = leaf
+        return out_tree.unflatten(results)
 
 
 class CallSite:
@@ -222,9 +250,8 @@ class CallSite:
             results = entry.jitted(*entry.consts, *leaves)
         except _Respecialise:
             entry, results = self._retry(entry, signature, leaves, args, kwargs)
-        if entry.donations.deleted:
-            _delete([leaves[i] for i in entry.donations.deleted], results)
-        return results.restore() if type(results) is Reordered else results
+        entry.donations.delete(leaves, results)
+        return results
 
     def _retry(
         self, entry: Entry, signature: Any, leaves: list[Any], args: Sequence[Any], kwargs: dict[str, Any]
@@ -269,11 +296,28 @@ class CallSite:
             *operands, jaxpr=traced.jaxpr, donated=traced.donated, name=self.name, options=self.options
         )
 
+    @functools.cached_property
+    def jitted(self) -> Any:
+        """The function under an outer ``jax.jit`` with the same options."""
+
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            return self.bind(args, kwargs)
+
+        info = self.tracer._jit_info
+        return jax.jit(
+            functools.wraps(self.tracer.__wrapped__)(bound),
+            donate_argnums=info.donate_argnums,
+            donate_argnames=info.donate_argnames,
+            static_argnums=info.static_argnums,
+            static_argnames=info.static_argnames,
+        )
+
     def clear_cache(self) -> None:
         """Forgets all entry points and traces."""
         self._entries.clear()
         self.compiled.clear()
         self.tracer.clear_cache()
+        self.__dict__.pop("jitted", None)
 
     # -- entry points ------------------------------------------------------------------------------------------
 
@@ -364,9 +408,10 @@ class CallSite:
             rest = [i for i, _ in now.float0]
             computed = [i for i in range(len(results)) if i not in rest]
             order = (*(computed[i] for i in order), *rest)
-            return Reordered([results[i] for i in order], order, now.out_tree)
+            return Reordered(results, order, now.out_tree)
 
         entry_point.__name__ = entry_point.__qualname__ = self.name
+        name_arguments(entry_point, len(consts), self.tracer, args, kwargs)
         donate_argnums = tuple(len(consts) + i for i in sorted(donations.reused))
         return Entry(jax.jit(entry_point, donate_argnums=donate_argnums), consts, donations, _entry_key(leaves))
 
@@ -379,14 +424,9 @@ class CallSite:
         return _artifact(traced.jaxpr, traced.donated, self.name, self.options, traced.lies(lies)).aliases
 
     def _donations(self, traced: Traced, lies: Sequence[Lies]) -> Donations:
-        reused = {operand for _, operand in self._aliases(traced, lies)}
-        pairs = _pairs(traced.donated, traced.jaxpr.in_avals, traced.jaxpr.out_avals)
-        deleted = {operand for _, operand in pairs} - reused
         first = len(traced.consts)
-        return Donations(
-            frozenset(traced.kept[operand - first] for operand in reused),
-            frozenset(traced.kept[operand - first] for operand in deleted),
-        )
+        donations = Donations.of(traced.jaxpr, traced.donated, self._aliases(traced, lies))
+        return donations.renumbered(lambda operand: traced.kept[operand - first])
 
 
 def _artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options, lies: Sequence[Lies]) -> Artifact:
@@ -399,13 +439,6 @@ def _entry_key(leaves: Sequence[Any]) -> Any:
     return tuple(core.shaped_abstractify(x) for x in leaves), jax_config.trace_context()
 
 
-def _delete(leaves: Sequence[Any], results: Any) -> None:
-    kept = {id(result) for result in jax.tree.leaves(results)}
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array) and id(leaf) not in kept:
-            leaf.delete()  # a call that still runs keeps the memory
-
-
 def rebuilder(
     tracer: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any]
 ) -> Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -416,8 +449,9 @@ def rebuilder(
     dynamic = tuple(None if i in static else a for i, a in enumerate(args))
     named = {k: v for k, v in kwargs.items() if k not in info.static_argnames}
     flat, tree = tree_util.tracing_registry.flatten((dynamic, named))
-    if len(flat) != len(leaves) or any(a is not b for a, b in zip(flat, leaves, strict=True)):
-        raise AssertionError("JAX flattens arguments in another order than expected")
+    # Not the same objects where a class makes its leaves anew each time that it is flattened.
+    if len(flat) != len(leaves):
+        raise AssertionError("JAX flattens arguments in another way than expected")
     fixed = {i: args[i] for i in static}
     fixed_named = {k: v for k, v in kwargs.items() if k in info.static_argnames}
 
@@ -489,11 +523,16 @@ def _run(*operands: Any, jaxpr: Any, donated: tuple[bool, ...], name: str, optio
             cache.popitem(last=False)
         # The function keeps the jaxpr, so its id stays its own.
         cache[key] = _compile(jaxpr, donated, name, options, [layouts.of_array(x) for x in operands])
+    compiled, donations = cache[key]
     with jax.disable_jit(False):
-        return cache[key](*operands).restore()
+        results = compiled(*operands)
+    donations.delete(operands, results)
+    return results
 
 
-def _compile(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options, lies: Sequence[Lies]) -> Any:
+def _compile(
+    jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options, lies: Sequence[Lies]
+) -> tuple[Any, Donations]:
     aliases: tuple[tuple[int, int], ...] = ()
     if any(donated):
         aliases = _artifact(jaxpr, donated, name, options, lies).aliases
@@ -503,10 +542,10 @@ def _compile(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options,
     def entry_point(*operands: Any) -> Any:
         if eager():
             # As in CallSite: JAX looks for the operation that made a NaN.
-            results = jax.core.eval_jaxpr(jaxprs.open_jaxpr(jaxpr)[0], [], *operands)
-        else:
-            results = megakernel_p.bind(*operands, jaxpr=jaxpr, donated=donated, name=name, options=options)
-        return Reordered([results[i] for i in order], order, out_tree)
+            return jax.core.eval_jaxpr(jaxprs.open_jaxpr(jaxpr)[0], [], *operands)
+        results = megakernel_p.bind(*operands, jaxpr=jaxpr, donated=donated, name=name, options=options)
+        return Reordered(results, order, out_tree)
 
     entry_point.__name__ = entry_point.__qualname__ = name
-    return jax.jit(entry_point, donate_argnums=tuple(sorted(argument for _, argument in aliases)))
+    donations = Donations.of(jaxpr, donated, aliases)
+    return jax.jit(entry_point, donate_argnums=tuple(sorted(donations.reused))), donations

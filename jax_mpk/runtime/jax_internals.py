@@ -5,12 +5,12 @@ Nothing else in ``runtime``, ``debug`` and ``api`` imports ``jax._src``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax._src import api_util, core, sharding_impls, stages, tree_util
 from jax._src import config as jax_config
-from jax._src import core, sharding_impls, stages, tree_util
 from jax._src.compiler import register_xla_runtime_error_handler as register_compile_error_handler
 from jax._src.ffi import ffi_lowering
 from jax._src.interpreters import ad, batching, partial_eval
@@ -33,6 +33,7 @@ __all__ = [
     "ir",
     "jax_config",
     "lower_per_platform",
+    "name_arguments",
     "parse_arguments",
     "partial_eval",
     "register_compile_error_handler",
@@ -66,3 +67,23 @@ def parse_arguments(jitted: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
         info.static_argnames,
         tree_util.tracing_registry,
     )
+
+
+def name_arguments(
+    flat: Callable[..., Any], consts: int, jitted: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """Has JAX's messages about a function of flat arrays speak of the arguments of the function that was called.
+
+    Args:
+      flat: takes closed-over arrays, then the leaves of a call.
+      consts: number of closed-over arrays.
+      jitted: ``jax.jit`` of the function that is called.
+      args: of the call.
+      kwargs: of the call.
+    """
+    info, function = jitted._jit_info, jitted.__wrapped__
+    named: Any = api_util.debug_info(
+        "jit", function, args, kwargs, static_argnums=info.static_argnums, static_argnames=info.static_argnames
+    )
+    closed_over = tuple(f"closed_over[{i}]" for i in range(consts))
+    api_util.save_wrapped_fun_debug_info(flat, named._replace(arg_names=(*closed_over, *named.arg_names)))

@@ -1,22 +1,25 @@
 """``on_unsupported="split"``: megakernels for what can be compiled, XLA for the rest.
 
 The equations of a captured jaxpr are cut into *islands* of supported equations. Every equation gets a level: at least
-that of whatever it reads, and one more where a supported equation reads from an unsupported one. The supported
-equations of one level are an island. No value can leave an island and come back to it, since whatever reads it from
-outside pushes its readers to the next level; and there are no fewer islands than levels. Loops and branches that
-cannot be compiled whole are split inside.
+that of whatever it reads, and one more where a supported equation reads from an unsupported one. Supported equations
+that read nothing computed are of level 0; unsupported ones are of level −1, as they can come before all islands. The
+supported equations of one level are an island. No value can leave an island and come back to it, since whatever reads
+it from outside pushes its readers to the next level. Fewer islands are not possible: an equation of level n is the end
+of a chain in which n + 1 supported parts alternate with unsupported ones. Loops and branches that cannot be compiled
+whole are split inside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jax_mpk.capture import jaxprs
-from jax_mpk.errors import UnsupportedError
+from jax_mpk.errors import UnsupportedError, UnsupportedPrimitiveError
 from jax_mpk.graph.build import build_graph, unsupported
 from jax_mpk.runtime import targets
 from jax_mpk.runtime.call import Options, has_derivatives, megakernel_p, plan_target, undifferentiable_p
@@ -117,7 +120,7 @@ class _Splitter:
         supported = [self._is_supported(eqn, jaxpr) for eqn in jaxpr.eqns]
         levels = _levels(jaxpr, supported)
         steps: list[list[JaxprEqn]] = []
-        for level in range(max(levels, default=-1) + 1):
+        for level in range(-1, max(levels, default=-1) + 1):
             here = [i for i, at in enumerate(levels) if at == level]
             island = [jaxpr.eqns[i] for i in here if supported[i]]
             if island:
@@ -144,7 +147,8 @@ class _Splitter:
     def _is_supported(self, eqn: JaxprEqn, jaxpr: Jaxpr) -> bool:
         refusal = _refusal(_single(eqn, jaxpr), self.options)
         if refusal is not None and eqn.primitive.name not in _NESTING:
-            self.notes.append(f"left to XLA: {str(refusal).splitlines()[0]}")
+            where = f"{PurePath(refusal.line).name} {refusal.primitive or eqn.primitive.name}".strip()
+            self.notes.append(f"left to XLA: {where}: {refusal.reason}")
         return refusal is None
 
     def _island(
@@ -208,9 +212,9 @@ class _Splitter:
 def _levels(jaxpr: Jaxpr, supported: Sequence[bool]) -> list[int]:
     made: dict[Var, int] = {}
     levels: list[int] = []
-    ordered = 0
+    ordered = -1
     for number, eqn in enumerate(jaxpr.eqns):
-        level = 0
+        level = 0 if supported[number] else -1
         for atom in eqn.invars:
             if isinstance(atom, Var) and atom in made:
                 source = made[atom]
@@ -234,10 +238,10 @@ def _single(eqn: JaxprEqn, like: Jaxpr) -> Jaxpr:
     return jaxprs.make_jaxpr(list(inputs), outputs, [eqn], like)
 
 
-def _refusal(jaxpr: Jaxpr, options: Options) -> UnsupportedError | None:
+def _refusal(jaxpr: Jaxpr, options: Options) -> UnsupportedPrimitiveError | None:
     try:
         refuse_effects(jaxpr)
         build_graph(jaxpr, platform=targets.platform(plan_target(options)))
-    except UnsupportedError as error:
+    except UnsupportedPrimitiveError as error:
         return error
     return None

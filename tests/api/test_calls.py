@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import pickle
 from typing import Any, NamedTuple
 
@@ -41,6 +42,29 @@ def test_decorator_with_and_without_arguments() -> None:
     assert "plain" in repr(plain)
 
 
+def test_looks_like_the_function() -> None:
+    def f(x: float, y: float = 2.0, *, n: int = 3) -> float:
+        """Doc."""
+        return x * y * n
+
+    compiled, reference = megakernelize(f, static_argnames="n"), jax.jit(f, static_argnames="n")
+    assert inspect.signature(compiled) == inspect.signature(f)
+    assert compiled.__wrapped__ is f and isinstance(compiled, jax.stages.Wrapped)
+    for name in ("__name__", "__qualname__", "__module__", "__doc__", "__annotations__"):
+        assert getattr(compiled, name) == getattr(reference, name)
+
+    twice = megakernelize(functools.partial(functools.partial(f, 1.0), n=2))
+    assert twice.__name__ == "f"
+    assert_same(twice(), reference(1.0, n=2))
+
+    class Scale:
+        def __call__(self, x):
+            return x * 2
+
+    assert megakernelize(Scale()).__name__ == "Scale"
+    assert_same(megakernelize(Scale())(3.0), jax.jit(Scale())(3.0))
+
+
 def test_keyword_arguments_and_defaults() -> None:
     def f(x, y=2.0, *, scale=3, shift):
         return x * y * scale + shift
@@ -50,6 +74,18 @@ def test_keyword_arguments_and_defaults() -> None:
     assert_same(compiled(x, shift=1), reference(x, shift=1))
     assert_same(compiled(x, 4.0, shift=x), reference(x, 4.0, shift=x))
     assert_same(compiled(shift=x, x=x, scale=x), reference(shift=x, x=x, scale=x))
+
+
+def test_arguments_called_like_those_of_methods() -> None:
+    def f(self, args):
+        return self * 2 + args
+
+    x = integers(0, 4)
+    compiled, expected = megakernelize(f), jax.jit(f)(self=x, args=x)
+    for call in (compiled, jax.jit(compiled)):
+        assert_same(call(self=x, args=x), expected)
+    for look in (compiled.eval_shape, compiled.explain, compiled.lower, compiled.trace):
+        look(self=x, args=x)
 
 
 def test_variable_arguments() -> None:
@@ -94,6 +130,33 @@ def test_pytrees() -> None:
     tree = [Pair(x, None), Labelled({"k": x}, "name"), Custom(x, (x, 1)), {}]
     assert_same(megakernelize(f)(tree), jax.jit(f)(tree))
     assert_same(megakernelize(f)(tree, other=Pair(None, x)), jax.jit(f)(tree, other=Pair(None, x)))
+
+
+@jax.tree_util.register_pytree_node_class
+class MadeAnew:
+    """A class whose leaves are other objects each time that it is flattened."""
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def tree_flatten(self):
+        return (self.values[...], jnp.asarray(self.scale, jnp.float32)), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        made = cls.__new__(cls)
+        made.values, made.scale = children
+        return made
+
+
+def test_leaves_made_anew() -> None:
+    def f(x, *, other):
+        return MadeAnew(x.values * x.scale + other.scale, 1)
+
+    args, named = (MadeAnew(integers(0, 4), 3),), {"other": MadeAnew(integers(1, 4), 2.5)}
+    expected = jax.jit(f)(*args, **named)
+    assert_same(megakernelize(f)(*args, **named), expected)
+    assert_same(jax.jit(megakernelize(f))(*args, **named), expected)
 
 
 def test_methods() -> None:
@@ -196,6 +259,51 @@ def test_traced_once_for_each_signature() -> None:
     f.clear_cache()
     f(x, x)
     assert len(traces) == 6
+
+
+@pytest.mark.cpu
+def test_traced_as_often_as_with_jit() -> None:
+    x, devices = integers(0, 4), jax.devices()
+
+    def within(context, *args):
+        def call(f):
+            with context():
+                f(x, *args)
+
+        return call
+
+    calls = [
+        *(lambda f, y=y: f(x, y) for y in (2.0, 3, True, np.float32(3), np.ones(4), x, x.astype(jnp.bfloat16))),
+        lambda f: f(jax.device_put(x, devices[3])),
+        lambda f: f(jax.device_put(x, devices[3])),
+        lambda f: f(x, n=1),
+        lambda f: f(x, n=(1, "a")),
+        lambda f: f(x, n=(1, "a")),
+        lambda f: jax.jit(f)(x),
+        lambda f: f.lower(jax.ShapeDtypeStruct((4,), jnp.float32)),
+        lambda f: jax.eval_shape(f, x),
+        lambda f: jax.vmap(f)(jnp.ones((2, 4))),
+        lambda f: jax.lax.map(f, jnp.ones((2, 4))),
+        within(lambda: jax.enable_x64(True)),
+        within(lambda: jax.default_matmul_precision("high")),
+        within(lambda: jax.default_device(devices[2])),
+        within(lambda: jax.default_prng_impl("rbg")),
+        within(lambda: jax.numpy_rank_promotion("raise")),
+        within(lambda: jax.debug_nans(True)),
+        within(lambda: jax.transfer_guard("allow")),
+    ]
+    counts = []
+    for compiler in (jax.jit, megakernelize):
+        traces: list[None] = []
+
+        def f(x, y=1.0, n=0, traces=traces):
+            traces.append(None)
+            return x @ x + y
+
+        compiled = compiler(f, static_argnames=("n", "traces"))
+        counts.append([(call(compiled), len(traces))[1] for call in calls * 2])
+    assert counts[0] == counts[1]
+    assert len(set(counts[0])) > 10 and counts[0][-1] == counts[0][len(calls)]
 
 
 def test_traced_anew_when_jax_is_configured_otherwise() -> None:
@@ -301,17 +409,6 @@ def test_any_number_of_workers(target) -> None:
 
     x, w = integers(0, 17, 33), integers(1, 33, 65)
     assert_same(megakernelize(f, target=target)(x, w), jax.jit(f)(x, w))
-
-
-def test_unsupported_primitive_names_the_line() -> None:
-    @megakernelize
-    def f(x):
-        y = x + 1
-        return jnp.linalg.qr(y)[0]
-
-    with pytest.raises(jax_mpk.UnsupportedPrimitiveError, match=r"test_calls\.py:\d+") as error:
-        f(integers(0, 4, 4))
-    assert 'on_unsupported="split"' in str(error.value)
 
 
 def test_tracing_from_several_threads() -> None:

@@ -70,6 +70,44 @@ def test_wrong_out_specs_are_refused(mesh) -> None:
     assert str(actual.value).splitlines()[0] == str(expected.value).splitlines()[0]
 
 
+def test_keys_and_closed_over_arrays_in_shard_map(mesh) -> None:
+    table = integers(2, 4, 700)
+
+    def f(keys, x):
+        return jax.random.bits(keys[0], (2,)), x @ table, jax.random.split(keys[0], 2)
+
+    def run(f):
+        return jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+
+    keys, x = put(mesh, jax.random.split(jax.random.key(3), 8), "d"), put(mesh, X, "d")
+    for a, e in zip(run(megakernelize(f))(keys, x), run(f)(keys, x), strict=True):
+        assert a.sharding == e.sharding
+        read = jax.random.key_data if jax.dtypes.issubdtype(e.dtype, jax.dtypes.prng_key) else np.asarray
+        np.testing.assert_array_equal(read(a), read(e))
+
+
+def test_collectives_are_refused_or_left_to_xla(mesh) -> None:
+    def total(x):
+        return jax.lax.psum(x * 2, "d") + 1
+
+    def neighbour(x):
+        return jax.lax.ppermute(x, "d", [(i, (i + 1) % 8) for i in range(8)]) * 2
+
+    def position(x):
+        return x + jax.lax.axis_index("d")
+
+    x = put(mesh, X, "d")
+    for f, out in ((total, P()), (neighbour, P("d")), (position, P("d"))):
+
+        def run(f, out=out):
+            return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=out))
+
+        with pytest.raises(jax_mpk.UnsupportedPrimitiveError, match=r"p(sum|permute)|axis_index") as error:
+            run(megakernelize(f))(x)
+        assert error.value.line == f"{__file__}:{f.__code__.co_firstlineno + 1}"
+        np.testing.assert_array_equal(run(megakernelize(f, on_unsupported="split"))(x), run(f)(x))
+
+
 def test_shard_map_with_donation_loops_and_vmap(mesh) -> None:
     def step(cache, x):
         return cache.at[0].set(x), cache.sum() + x

@@ -102,6 +102,20 @@ def test_caller_that_does_not_donate_keeps_its_array() -> None:
     np.testing.assert_array_equal(cache, kept)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("view", [np.asarray, np.from_dlpack])
+def test_memory_that_numpy_sees_is_not_overwritten(view) -> None:
+    cache = fresh()
+    seen, kept = view(cache), np.array(cache)
+    assert_same(in_place(cache, ROW, 3), jax.jit(write)(jnp.asarray(kept), ROW, 3))
+    np.testing.assert_array_equal(seen, kept)
+
+    array = np.array(kept)
+    in_place(jnp.asarray(array), ROW, 3)
+    in_place(array, ROW, 3)
+    np.testing.assert_array_equal(array, kept)
+
+
 def test_donated_input_read_after_its_update() -> None:
     def f(cache, row, pos):
         new, total = write(cache, row, pos)
@@ -238,8 +252,22 @@ def test_donated_buffer_that_the_plan_does_not_take_over() -> None:
         assert_same(square(x), expected)
         assert x.is_deleted()
     assert_same(square(np.asarray(fresh()[:8])), expected)
+    # Neither when it is compiled ahead of time, nor batched.
+    compiled = square.lower(fresh()[:8]).compile()
+    x = fresh()[:8]
+    assert_same(compiled(x), expected)
+    assert x.is_deleted()
+    named = megakernelize(lambda n, *, a, b: (a @ b * n, b), static_argnums=0, donate_argnames="a")
+    a, b = fresh()[:8], fresh()[:8]
+    named.lower(1, a=a, b=b).compile()(b=b, a=a)
+    assert a.is_deleted() and not b.is_deleted()
+    rows = jnp.stack([fresh()[:8]] * 2)
+    assert_same(jax.vmap(square)(rows), jnp.stack([expected] * 2))
+    assert rows.is_deleted()
 
     # A result that is the argument itself stays.
     for how in ("error", "split"):
         same = megakernelize(lambda a, b: (b, a, a @ b), donate_argnums=(0, 1), on_unsupported=how)
         assert_same(same(fresh()[:8], fresh()[:8]), (fresh()[:8], fresh()[:8], expected))
+        compiled = same.lower(fresh()[:8], fresh()[:8]).compile()
+        assert_same(compiled(fresh()[:8], fresh()[:8]), (fresh()[:8], fresh()[:8], expected))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Var
 
 import jax_mpk
 from jax_mpk import megakernelize
@@ -46,7 +47,59 @@ def test_equal_results_with_as_few_kernels_as_possible() -> None:
     with pytest.raises(ValueError, match="2 megakernels"):
         _ = lowered.plan
     text = split.explain(X, y)
-    assert "2 custom calls" in text and "left to XLA" in text and "eigh" in text
+    assert "2 custom calls" in text
+    where = f"test_split.py:{unsupported.__code__.co_firstlineno + 2}"
+    assert f"left to XLA: {where} eigh: there is no rule for it" in text
+
+
+def test_what_needs_no_island_comes_before_all_of_them() -> None:
+    def f(x, y):
+        return y * 2 + jnp.linalg.svd(x, compute_uv=False)
+
+    split = megakernelize(f, on_unsupported="split")
+    assert len(split.lower(X, X).kernels) == 1
+    np.testing.assert_allclose(split(X, X), jax.jit(f)(X, X), rtol=1e-5)
+
+
+def reached(eqns, start) -> list[bool]:
+    """Which equations need, directly or not, a result of the one numbered ``start``."""
+    made = set(eqns[start].outvars)
+    found = [False] * len(eqns)
+    for i, eqn in enumerate(eqns[start + 1 :], start + 1):
+        if any(isinstance(atom, Var) and atom in made for atom in eqn.invars):
+            found[i] = True
+            made |= set(eqn.outvars)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_islands_are_maximal(seed) -> None:
+    """Nothing supported is left out, and no two islands could be one: a value leaves the first and comes back."""
+    rng = np.random.default_rng(seed)
+    plan = [(2, 0, 1), *((rng.integers(0, 3), *rng.integers(0, i + 3, 2)) for i in range(rng.integers(4, 14)))]
+    # Whole numbers throughout, so that results are equal bit by bit.
+    operations = [jnp.add, lambda a, b: jnp.clip(a * b, -9, 9), lambda a, b: left(a) - b]
+
+    def f(x, y):
+        values = [x, y]
+        for kind, a, b in plan:
+            values.append(operations[kind](values[a], values[b]))
+        return values[2:]
+
+    def left(x):
+        return jax.pure_callback(lambda x: -x, x, x, vmap_method="expand_dims")
+
+    split = megakernelize(f, on_unsupported="split")
+    y = integers(1, 4, 4)
+    assert_same(split(X, y), jax.jit(f)(X, y))
+    traced, _ = split._site.trace((X, y), {})
+    eqns = traced.jaxpr.eqns
+    assert {eqn.primitive.name for eqn in eqns} <= {"megakernel", "pure_callback"}
+    after = [reached(eqns, i) for i in range(len(eqns))]
+    islands = [i for i, eqn in enumerate(eqns) if eqn.primitive.name == "megakernel"]
+    for i, first in enumerate(islands):
+        for second in islands[i + 1 :]:
+            assert any(after[first][k] and after[k][second] for k in range(len(eqns)))
 
 
 def test_whole_function_is_one_kernel() -> None:
@@ -121,7 +174,10 @@ def test_unsupported_element_types() -> None:
         z = x.astype(jnp.complex64) * 2j
         return z, jnp.abs(x) + 1, (z * 2).imag + 1
 
-    assert_same(megakernelize(f, on_unsupported="split")(X), jax.jit(f)(X))
+    split = megakernelize(f, on_unsupported="split")
+    assert_same(split(X), jax.jit(f)(X))
+    where = f"test_split.py:{f.__code__.co_firstlineno + 1}"
+    assert f"left to XLA: {where} mul: complex64 is not supported" in split.explain(X)
 
 
 @jax.custom_jvp

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import serialize_executable
 
 import jax_mpk
 from jax_mpk import config, megakernelize
@@ -51,6 +53,18 @@ def test_behaves_like_compiled() -> None:
         done(X)
     with pytest.raises(TypeError):
         done(X, W[:, :3])
+
+
+def test_compiled_and_stored() -> None:
+    def f(a, b, x):
+        return {"b": b.at[0].set(x[0, 0]), "x": x, "a": a.at[1].set(x[0, 0])}
+
+    compiled = megakernelize(f, donate_argnums=(0, 1)).lower(W, W, X).compile()
+    stored = serialize_executable.serialize(compiled)
+    again = serialize_executable.deserialize_and_load(*stored, execution_devices=jax.devices()[:1])
+    expected = jax.jit(f)(W, W + 1, X)
+    assert_same(compiled(W + 0, W + 1, X), expected)
+    jax.tree.map(np.testing.assert_array_equal, again(W + 0, W + 1, X), expected)
 
 
 def test_keywords_static_arguments_and_constants() -> None:
@@ -116,9 +130,15 @@ def test_dumps(tmp_path) -> None:
         megakernelize(lambda x: x + 2)(X)
     assert len(list(folder.iterdir())) == 24
     assert re.match(r"\d{4}_", min(p.name for p in folder.iterdir()))
+    nowhere = next(folder.iterdir()) / "in a file"
+    with config.override(dump_to=nowhere), pytest.raises(jax_mpk.ConfigError, match=r"JAX_MPK_DUMP_TO=.*in a file"):
+        megakernelize(lambda x: x + 3)(X)
 
 
 def test_trace() -> None:
     traced = compiled.trace(X, W)
     assert [eqn.primitive.name for eqn in traced.jaxpr.eqns] == ["megakernel"]
     assert_same(traced.lower().compile()(X, W), jax.jit(layer)(X, W))
+    # A megakernel of a megakernel has options of its own.
+    donating = megakernelize(compiled, donate_argnums=0)
+    assert donating.trace(X, W).args_info[0][0].donated and not traced.args_info[0][0].donated

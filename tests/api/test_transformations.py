@@ -48,6 +48,30 @@ def test_scan_while_cond(x, w) -> None:
         assert_same(jax.jit(use, static_argnums=0)(compiled), use(layer))
 
 
+def test_inside_what_xla_joins_scalars_with(x) -> None:
+    """There may be no custom call in there, so XLA gets the function itself."""
+
+    def join(a, b):
+        return a + b + a * b
+
+    def join_two(a, b):
+        return a[0] + b[0], join(a[1], b[1])
+
+    def uses(join, join_two, double):
+        return (
+            jax.lax.reduce(x, 0.0, join, (0,)),
+            jax.lax.reduce((x, x), (0.0, 0.0), join_two, (1,)),
+            jax.lax.reduce_window(x, 0.0, join, (2, 2), (1, 1), "VALID"),
+            x.at[1].apply(double),
+        )
+
+    expected = uses(join, join_two, lambda v: v * 2)
+    compiled = [megakernelize(f) for f in (join, join_two, lambda v: v * 2)]
+    assert_same(uses(*compiled), expected)
+    assert_same(jax.jit(lambda: uses(*compiled))(), expected)
+    assert_same(megakernelize(lambda: uses(*compiled))(), expected)
+
+
 def test_fori_loop_with_a_predicate_inside() -> None:
     f = megakernelize(lambda x: x + 1 < 10)
     assert_same(jax.lax.while_loop(lambda x: f(x), lambda x: x + 1, 0), jnp.asarray(9))
@@ -67,6 +91,42 @@ def test_vmap(axes, x, w) -> None:
     # The batched function is one kernel, not a loop of calls.
     found = operations(jax.jit(jax.vmap(compiled, axes)).lower(*args).compile())
     assert found.count("custom-call") == 1 and "while" not in found
+
+
+def test_vmap_with_a_named_axis(x) -> None:
+    def f(x):
+        return x - jax.lax.pmax(x, "i") + jax.lax.psum(x, "i") * jax.lax.axis_index("i")
+
+    expected = jax.vmap(f, axis_name="i")(x)
+    assert_same(jax.vmap(megakernelize(f), axis_name="i")(x), expected)
+    assert_same(jax.jit(jax.vmap(megakernelize(f), axis_name="i"))(x), expected)
+    assert_same(megakernelize(jax.vmap(f, axis_name="i"))(x), expected)
+
+
+def test_keys() -> None:
+    def f(key, n):
+        key, sub = jax.random.split(jax.random.fold_in(key, n))
+        return key, jax.random.bits(sub, (2,))
+
+    compiled = megakernelize(f)
+    key, keys, counts = jax.random.key(0), jax.random.split(jax.random.key(1), 3), jnp.arange(3)
+
+    def uses(f):
+        return (
+            jax.jit(f)(key, 1),
+            jax.vmap(f)(keys, counts),
+            jax.vmap(f, (None, 0))(key, counts),
+            jax.lax.scan(f, key, counts),
+            jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (f(*c)[0], c[1] + 1), (key, 0)),
+            jax.lax.cond(counts[0] == 0, f, lambda k, n: (k, jnp.zeros(2, jnp.uint32)), key, 1),
+        )
+
+    assert_same(uses(compiled), jax.jit(uses, static_argnums=0)(f))
+    donated = jax.random.split(key, 3)
+    result = megakernelize(lambda k: k.at[0].set(k[1]), donate_argnums=0)(donated)
+    assert donated.is_deleted()
+    assert_same(result, jax.random.split(key, 3).at[0].set(jax.random.split(key, 3)[1]))
+    assert jax.eval_shape(compiled, key, 1)[0].dtype == key.dtype
 
 
 def test_vmap_of_vmap_and_scan_inside(w) -> None:
@@ -121,12 +181,37 @@ def test_differentiation_is_refused_clearly(x, w) -> None:
         lambda: jax.jvp(lambda x: loss(compiled, x), (x,), (x,)),
         lambda: jax.linearize(lambda x: loss(compiled, x), x),
         lambda: jax.vjp(lambda x: loss(compiled, x), x),
+        lambda: jax.jacfwd(lambda x: compiled(x, w))(x),
+        lambda: jax.hessian(lambda x: loss(compiled, x))(x),
+        lambda: jax.linear_transpose(lambda x: compiled(x, w), x)(x),
+        lambda: jax.grad(lambda x: jax.checkpoint(loss, static_argnums=0)(compiled, x))(x),
+        lambda: jax.grad(lambda x: jax.lax.scan(lambda c, _: (compiled(c, w), None), x, None, length=2)[0].sum())(x),
+        lambda: jax.vmap(jax.grad(lambda row: loss(compiled, row)))(x),
     ):
         with pytest.raises(jax_mpk.DifferentiationError, match=r"megakernelize\(jax\.grad\(f\)\)") as error:
             attempt()
         assert "layer" in str(error.value)
     gradient = megakernelize(jax.grad(lambda x: loss(layer, x)))
     assert_same(gradient(x), jax.grad(lambda x: loss(layer, x))(x))
+
+
+def test_derivatives_that_are_megakernels_themselves(x, w) -> None:
+    @jax.custom_vjp
+    def f(x, w):
+        return compiled(x, w)
+
+    def backward(saved, g):
+        return jax.vjp(layer, *saved)[1](g)
+
+    f.defvjp(lambda x, w: (compiled(x, w), (x, w)), megakernelize(backward))
+
+    def gradient(f):
+        return jax.grad(lambda x, w: (f(x, w) * x).sum(), argnums=(0, 1))
+
+    for around in (lambda g: g, jax.jit, megakernelize):
+        assert_same(around(gradient(f))(x, w), gradient(layer)(x, w))
+    rows = jnp.stack([x, x + 1])
+    assert_same(jax.vmap(gradient(f), (0, None))(rows, w), jax.vmap(gradient(layer), (0, None))(rows, w))
 
 
 def test_differentiation_around_what_has_no_gradient(x, w) -> None:

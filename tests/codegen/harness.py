@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import Jaxpr
 
 from jax_mpk import _native
-from jax_mpk.capture import capture, jaxprs
+from jax_mpk.capture import capture
 from jax_mpk.codegen.encode import encode
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.build import build_graph
@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 def graph_of(fn: Callable[..., Any], *args: Any, donated: frozenset[int] = frozenset(), fused: bool = True) -> Graph:
     """The graph of a function of flat arrays."""
-    captured = capture(jaxprs.trace(fn, args))
+    captured = capture(jax.make_jaxpr(fn)(*args))
     jaxpr: Jaxpr = captured.jaxpr
     assert not captured.consts, "pass constants as arguments"
     graph = build_graph(jaxpr, donated=donated)

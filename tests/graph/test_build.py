@@ -149,7 +149,8 @@ def test_decompose_builds_inline_under_one_source() -> None:
     bb = BlockBuilder()
     x = bb.value((3, 4), "f32")
     load_rules()
-    (y,) = decompose(bb, lambda x: jax.nn.relu(x) + np.array([1.0, 2, 3, 4], np.float32), x)
+    (eqn,) = jax.make_jaxpr(jnp.sin)(X).eqns
+    (y,) = decompose(bb, eqn, lambda x: jax.nn.relu(x) + np.array([1.0, 2, 3, 4], np.float32), x)
     graph = finish(bb, [x], [y])
     (got,) = evaluate(graph, [X])
     np.testing.assert_array_equal(got, X + [1, 2, 3, 4])

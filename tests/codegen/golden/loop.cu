@@ -167,11 +167,11 @@ __device__ __forceinline__ void routine_6(C& c) {
       });
 }
 
-// add  (routines 7)
+// functions.py:82 add  (routines 7)
 __device__ __forceinline__ void routine_7(C& c) {
   c.stamp(1);
   s32* const g0 = c.template global<s32>(5);
-  // map s32[]
+  // map s32[]  functions.py:82
   map(c, 1, [&](int n) {
     g0[0] = op_add(g0[0], 1);
   });

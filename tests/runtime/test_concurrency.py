@@ -47,16 +47,23 @@ def test_same_bits_whatever_runs_beside_and_however_interleaved() -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((40, 40)), jnp.float32)
 
     def f(x):
-        return jax.lax.fori_loop(0, 10, lambda _, x: jax.nn.softmax(x @ x.T) + jnp.tanh(x), x)
+        x = jax.lax.fori_loop(0, 10, lambda _, x: jax.nn.softmax(x @ x.T) + jnp.tanh(x), x)
+        half = x.astype(jnp.bfloat16)
+        return x, half @ half, jnp.cumsum(x, 1), jax.lax.top_k(x, 3), x.mean(), jnp.argsort(x.sum(0))
 
-    g = megakernelize(f, target="cpu-5")
-    expected = np.asarray(g(x))
-    for seed in range(10):
-        for threads in (1, 2, 3):
-            with config.override(threads=threads, chaos=seed):
-                results = jax.block_until_ready([g(x) for _ in range(3)])
-            for result in results:
-                np.testing.assert_array_equal(np.asarray(result).view(np.uint32), expected.view(np.uint32))
+    def bits(results) -> list[bytes]:
+        return [np.asarray(r).tobytes() for r in jax.tree.leaves(results)]
+
+    g, other = megakernelize(f, target="cpu-5"), megakernelize(work, target="cpu-16")
+    expected, beside = bits(g(x)), integers(1, 33, 33)
+    with ThreadPoolExecutor(4) as pool:
+        for seed in range(10):
+            for threads in (1, 2, 3):
+                with config.override(threads=threads, chaos=seed):
+                    neighbours = [pool.submit(lambda: jax.block_until_ready(other(beside, 20))) for _ in range(2)]
+                    same = [pool.submit(lambda: bits(g(x))) for _ in range(2)]
+                    assert all(result.result() == expected for result in same)
+                    assert all(bits(n.result()) == bits(neighbours[0].result()) for n in neighbours)
 
 
 def test_denormals_are_flushed_on_every_thread_and_the_caller_is_left_alone() -> None:

@@ -13,6 +13,7 @@ import pytest
 from jax import lax
 
 from jax_mpk.capture import capture
+from jax_mpk.errors import ConfigError
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.graph.verify import verify_graph
@@ -262,3 +263,12 @@ def test_many_pieces_of_one_array_stay_within_bounds(scale: int) -> None:
     # Slices are read in place, whatever the size of the program; a routine holds no more operators than it may.
     assert len(graph.block.ops) == (1 if scale == 1 else 129)
     assert max(len(routine.members) for routine in plan.routines) <= 64
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("workers", 0), ("granule", 0), ("bandwidth", 0.0), ("flops", np.nan), ("scratch_bytes", -1), ("handoff", -1e-6)],
+)
+def test_targets_that_no_device_is_like(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"'cpu-2' is like no device: {name}={value}"):
+        replace(targets.cpu(2), **{name: value})

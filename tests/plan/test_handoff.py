@@ -17,7 +17,7 @@ from jax_mpk.plan.simulate import phase_count
 from jax_mpk.plan.verify import verify_plan
 from tests.plan.campaign import refusal
 from tests.plan.draft import take_apart
-from tests.plan.test_planner import CASES, planned
+from tests.plan.test_planner import CASES, plan_of
 
 
 def chain(steps: int, workers: int, size: int = 256) -> Plan:
@@ -46,8 +46,7 @@ def test_tasks_that_need_the_same_share_an_event(workers: int) -> None:
 @pytest.mark.parametrize(("workers", "tagged"), [(3, False), (8, False), (3, True)])
 @pytest.mark.parametrize("name", CASES)
 def test_every_wait_and_signal_is_needed(name: str, workers: int, tagged: bool) -> None:
-    plan, _, _ = planned(name, workers, tagged)
-    draft = take_apart(plan)
+    draft = take_apart(plan_of(name, workers, tagged)[0])
     signallers: dict[int, list[int]] = {}
     for task in draft.tasks:
         for event in task.signals:

@@ -154,15 +154,22 @@ ATTENTION = (aval(1, 2, 3, 8), *[aval(1, 1, 2, 8)] * 2, *[aval(1, 256, 2, 8)] * 
 CASES["attention"] = (attention, ATTENTION, (3, 4))
 
 
-def planned(name: str, workers: int, tagged: bool = False) -> tuple[Plan, list[Array], list[Array]]:
+def plan_of(name: str, workers: int, tagged: bool = False) -> tuple[Plan, list[Array]]:
+    """The plan, and the constants that come before the arguments."""
     f, avals, donate = CASES[name]
-    rng = np.random.default_rng([workers, *name.encode()])
-    inputs = [np.asarray(rng.integers(0, 3, a.shape) - (a.dtype != jnp.int32), a.dtype) for a in avals]
     captured = capture(jax.make_jaxpr(f)(*avals))
     graph = fuse(build_graph(captured.jaxpr, donated=frozenset(len(captured.consts) + i for i in donate)))
-    plan = make_plan(graph, targets.cpu(workers, tagged))
+    return make_plan(graph, targets.cpu(workers, tagged)), [np.asarray(c) for c in captured.consts]
+
+
+def planned(name: str, workers: int, tagged: bool = False) -> tuple[Plan, list[Array], list[Array]]:
+    """The plan, its arguments, and the results of ``jax.jit``."""
+    f, avals, _ = CASES[name]
+    rng = np.random.default_rng([workers, *name.encode()])
+    inputs = [np.asarray(rng.integers(0, 3, a.shape) - (a.dtype != jnp.int32), a.dtype) for a in avals]
+    plan, consts = plan_of(name, workers, tagged)
     want = [np.asarray(x) for x in jax.tree.leaves(jax.jit(f)(*inputs))]
-    return plan, [np.asarray(c) for c in captured.consts] + inputs, want
+    return plan, consts + inputs, want
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Many launches at once, with fewer threads than launches."""
 
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jax_mpk import config, megakernelize
+from tests.api.support import run_python
 
 
 def work(x, n):
@@ -85,3 +87,31 @@ def test_thread_count_stays_put() -> None:
     for i in range(20):
         jax.block_until_ready(megakernelize(lambda x, i=i: x + i)(x))
     assert count() <= before + 1
+
+
+SCARCE = """
+    import resource
+    import jax, jax.numpy as jnp, numpy as np
+    from jax_mpk import config, megakernelize
+    from jax_mpk.codegen.encode import encode
+    from jax_mpk.runtime.native import run_program
+
+    x = np.arange(33 * 33, dtype=np.float32).reshape(33, 33) % 7
+    plan = megakernelize(lambda x: jnp.clip(x.T @ x, -3, 3).T @ x, target="cpu-8").lower(x).plan
+    words, result = encode(plan).words.tobytes(), np.zeros_like(x)
+    with config.override(threads=2):
+        # No room for the stack of another thread.
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+        for launch in range(3):
+            run_program(words, [x], [result])
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        run_program(words, [x], [result])
+    np.testing.assert_array_equal(result, np.clip(x.T @ x, -3, 3).T @ x)
+    print("ran")
+"""
+
+
+def test_a_system_without_another_thread() -> None:
+    """The caller does all the work itself, and nothing is left behind that a later launch trips over."""
+    assert run_python(textwrap.dedent(SCARCE)) == "ran\n"

@@ -1,6 +1,7 @@
 #include "host/thread_pool.h"
 
 #include <algorithm>
+#include <system_error>
 #include <thread>
 
 #include "host/program.h"
@@ -99,7 +100,11 @@ void ThreadPool::call_helpers(int count) {
     helpers_wake_.notify_one();
   }
   while (threads_ < std::min(count, limit() - 1)) {
-    std::thread([this] { helper_main(); }).detach();
+    try {
+      std::thread([this] { helper_main(); }).detach();
+    } catch (const std::system_error&) {
+      return;  // the system has no more threads to give: those there are will do
+    }
     ++threads_;
   }
 }

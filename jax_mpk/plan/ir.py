@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_mpk.errors import ConfigError
 from jax_mpk.graph.bounds import Spans
 from jax_mpk.graph.ir import Graph
 
@@ -58,6 +59,15 @@ class Target:
     tagged_bytes: int
     contracted_last: bool = False
     live_keys: bool = False
+
+    def __post_init__(self) -> None:
+        positive = ("workers", "granule", "bandwidth", "cache_bandwidth", "flops")
+        others = ("scratch_bytes", "l2_bytes", "tagged_bytes", "handoff", "task_overhead")
+        wrong = [name for name in positive if not getattr(self, name) > 0]
+        wrong += [name for name in others if not getattr(self, name) >= 0]
+        if wrong:
+            values = ", ".join(f"{name}={getattr(self, name)}" for name in wrong)
+            raise ConfigError(f"target {self.name!r} is like no device: {values}")
 
     def may_tag(self, size: int, itemsize: int, read: float) -> bool:
         """Whether a value may be handed over by tagged words.

@@ -82,8 +82,6 @@ def verify_plan(plan: Plan) -> None:
 def _check_tables(plan: Plan) -> None:
     """Shapes, types and ids of every array, so that the other checks may index freely."""
     tasks, accesses, values = plan.tasks, plan.accesses, len(plan.graph.values)
-    if plan.target.workers < 1:
-        refuse(f"target {plan.target.name} has {plan.target.workers} workers")
     if plan.events < 0 or plan.scratch_bytes < 0:
         refuse(f"the plan has {plan.events} events and {plan.scratch_bytes} bytes of scratch")
     if tuple(v.id for v in plan.graph.values) != tuple(range(values)):

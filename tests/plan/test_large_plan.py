@@ -1,6 +1,7 @@
 """The plan of a large decode step for a GPU that is not there: proved correct, few phases, every SM busy.
 
-Two spellings of the same step: plain einsums, and the project's own decoder.
+Two spellings of the same step: plain einsums, and the project's own decoder. Of the latter also the plan with the
+fewest phases, five a layer, which the planner makes where hand-offs are dear.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax_mpk.capture import capture
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.plan import targets
-from jax_mpk.plan.ir import Plan
+from jax_mpk.plan.ir import Plan, Target
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.report import PlanStats, plan_stats
 from jax_mpk.plan.verify import verify_plan
@@ -27,6 +28,8 @@ from models.sampling import Sampling
 from tests.plan.large_step import Shape
 
 SHAPE = Shape()
+#: Parts of attention are merged by their readers at this price, not in a phase of their own.
+DEAR = dataclasses.replace(targets.H100, handoff=2e-6)
 
 
 @functools.cache
@@ -40,7 +43,7 @@ def plan(shape: Shape = SHAPE) -> Plan:
 
 
 @functools.cache
-def decoder_plan(shape: Shape = SHAPE, steps: int = 1) -> Plan:
+def decoder_plan(shape: Shape = SHAPE, steps: int = 1, target: Target = targets.H100) -> Plan:
     """The plan of a decode step, or of a loop of several."""
     config = DecoderConfig(
         vocab_size=shape.vocab,
@@ -67,7 +70,7 @@ def decoder_plan(shape: Shape = SHAPE, steps: int = 1) -> Plan:
     captured = capture(jax.make_jaxpr(step)(params, cache, *scalars))
     first = len(captured.consts) + len(jax.tree.leaves(params))
     donated = frozenset(range(first, first + len(jax.tree.leaves(cache))))
-    return make_plan(fuse(build_graph(captured.jaxpr, donated=donated)), targets.H100)
+    return make_plan(fuse(build_graph(captured.jaxpr, donated=donated)), target)
 
 
 @functools.cache
@@ -80,10 +83,20 @@ def decoder_stats() -> PlanStats:
     return plan_stats(decoder_plan())
 
 
-STEPS = pytest.mark.parametrize("step", [stats, decoder_stats])
+def fewest_phases() -> Plan:
+    return decoder_plan(target=DEAR)
 
 
-@pytest.mark.parametrize("step", [plan, decoder_plan])
+@functools.cache
+def fewest_phases_stats() -> PlanStats:
+    """At the H100's prices."""
+    return plan_stats(dataclasses.replace(fewest_phases(), target=targets.H100))
+
+
+STEPS = pytest.mark.parametrize("step", [stats, decoder_stats, fewest_phases_stats])
+
+
+@pytest.mark.parametrize("step", [plan, decoder_plan, fewest_phases])
 def test_verified(step: Callable[[], Plan]) -> None:
     verify_plan(step())
 
@@ -105,10 +118,16 @@ def test_every_weight_is_read_once() -> None:
     assert stats().cache_bytes == pytest.approx(held, rel=1e-3)
 
 
-@STEPS
-def test_dependent_phases(step: Callable[[], PlanStats]) -> None:
-    # Q, K and V; attention; its merge; output; gate and up; down.
+def test_dependent_phases() -> None:
+    # Q, K and V; attention; output; gate and up; down.
+    assert fewest_phases_stats().phases <= 5 * SHAPE.layers + 3
+
+
+@pytest.mark.parametrize("step", [stats, decoder_stats])
+def test_another_phase_pays(step: Callable[[], PlanStats]) -> None:
+    """Attention's merge is a phase of its own, since the step takes less time for it."""
     assert step().phases <= 6 * SHAPE.layers + 3
+    assert step().predicted_s <= fewest_phases_stats().predicted_s
 
 
 def test_dependent_phases_with_a_time_axis() -> None:

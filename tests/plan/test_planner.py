@@ -13,6 +13,7 @@ import pytest
 from jax import lax
 
 from jax_mpk.capture import capture
+from jax_mpk.errors import ConfigError
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.graph.verify import verify_graph
@@ -153,15 +154,22 @@ ATTENTION = (aval(1, 2, 3, 8), *[aval(1, 1, 2, 8)] * 2, *[aval(1, 256, 2, 8)] * 
 CASES["attention"] = (attention, ATTENTION, (3, 4))
 
 
-def planned(name: str, workers: int, tagged: bool = False) -> tuple[Plan, list[Array], list[Array]]:
+def plan_of(name: str, workers: int, tagged: bool = False) -> tuple[Plan, list[Array]]:
+    """The plan, and the constants that come before the arguments."""
     f, avals, donate = CASES[name]
-    rng = np.random.default_rng([workers, *name.encode()])
-    inputs = [np.asarray(rng.integers(0, 3, a.shape) - (a.dtype != jnp.int32), a.dtype) for a in avals]
     captured = capture(jax.make_jaxpr(f)(*avals))
     graph = fuse(build_graph(captured.jaxpr, donated=frozenset(len(captured.consts) + i for i in donate)))
-    plan = make_plan(graph, targets.cpu(workers, tagged))
+    return make_plan(graph, targets.cpu(workers, tagged)), [np.asarray(c) for c in captured.consts]
+
+
+def planned(name: str, workers: int, tagged: bool = False) -> tuple[Plan, list[Array], list[Array]]:
+    """The plan, its arguments, and the results of ``jax.jit``."""
+    f, avals, _ = CASES[name]
+    rng = np.random.default_rng([workers, *name.encode()])
+    inputs = [np.asarray(rng.integers(0, 3, a.shape) - (a.dtype != jnp.int32), a.dtype) for a in avals]
+    plan, consts = plan_of(name, workers, tagged)
     want = [np.asarray(x) for x in jax.tree.leaves(jax.jit(f)(*inputs))]
-    return plan, [np.asarray(c) for c in captured.consts] + inputs, want
+    return plan, consts + inputs, want
 
 
 @pytest.mark.parametrize(
@@ -262,3 +270,12 @@ def test_many_pieces_of_one_array_stay_within_bounds(scale: int) -> None:
     # Slices are read in place, whatever the size of the program; a routine holds no more operators than it may.
     assert len(graph.block.ops) == (1 if scale == 1 else 129)
     assert max(len(routine.members) for routine in plan.routines) <= 64
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("workers", 0), ("granule", 0), ("bandwidth", 0.0), ("flops", np.nan), ("scratch_bytes", -1), ("handoff", -1e-6)],
+)
+def test_targets_that_no_device_is_like(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"'cpu-2' is like no device: {name}={value}"):
+        replace(targets.cpu(2), **{name: value})

@@ -10,8 +10,9 @@ from tests.plan.mutations import BREAKING, HARMLESS, ORDER_ONLY, Mutation, Skip,
 from tests.plan.naive import Order, conflicting_pairs
 from tests.plan.oracle import harm
 
-#: Verdicts wanted of each function; there are enough functions for more than 1,000 of each.
-WANTED = 75
+#: Wanted of each function: harmful plans refused, as a replay shows, and harmless ones accepted. There are enough
+#: functions for more than 1,000 of each.
+WANTED = 60
 
 
 def test_there_are_enough_functions() -> None:
@@ -27,9 +28,10 @@ def test_harmful_refused_and_harmless_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [*BREAKING, *HARMLESS])
 def test_every_kind_finds_something_to_change(kind: str) -> None:
-    """A kind that is meant to break plans breaks some and is refused; a legal one is accepted."""
+    """A kind that is meant to break plans breaks some, or a rule, and is refused; a legal one is accepted."""
     tally = hunt(kind)
-    assert tally.total("refused" if kind in BREAKING else "accepted") > 0, tally.table()
+    found = ("refused", "rule") if kind in BREAKING else ("accepted",)
+    assert sum(map(tally.total, found)) > 0, tally.table()
     assert not tally.faults, "\n".join(tally.faults)
 
 

@@ -1,5 +1,6 @@
 """Many launches at once, with fewer threads than launches."""
 
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jax_mpk import config, megakernelize
+from tests.api.support import run_python
 
 
 def work(x, n):
@@ -47,16 +49,23 @@ def test_same_bits_whatever_runs_beside_and_however_interleaved() -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((40, 40)), jnp.float32)
 
     def f(x):
-        return jax.lax.fori_loop(0, 10, lambda _, x: jax.nn.softmax(x @ x.T) + jnp.tanh(x), x)
+        x = jax.lax.fori_loop(0, 10, lambda _, x: jax.nn.softmax(x @ x.T) + jnp.tanh(x), x)
+        half = x.astype(jnp.bfloat16)
+        return x, half @ half, jnp.cumsum(x, 1), jax.lax.top_k(x, 3), x.mean(), jnp.argsort(x.sum(0))
 
-    g = megakernelize(f, target="cpu-5")
-    expected = np.asarray(g(x))
-    for seed in range(10):
-        for threads in (1, 2, 3):
-            with config.override(threads=threads, chaos=seed):
-                results = jax.block_until_ready([g(x) for _ in range(3)])
-            for result in results:
-                np.testing.assert_array_equal(np.asarray(result).view(np.uint32), expected.view(np.uint32))
+    def bits(results) -> list[bytes]:
+        return [np.asarray(r).tobytes() for r in jax.tree.leaves(results)]
+
+    g, other = megakernelize(f, target="cpu-5"), megakernelize(work, target="cpu-16")
+    expected, beside = bits(g(x)), integers(1, 33, 33)
+    with ThreadPoolExecutor(4) as pool:
+        for seed in range(10):
+            for threads in (1, 2, 3):
+                with config.override(threads=threads, chaos=seed):
+                    neighbours = [pool.submit(lambda: jax.block_until_ready(other(beside, 20))) for _ in range(2)]
+                    same = [pool.submit(lambda: bits(g(x))) for _ in range(2)]
+                    assert all(result.result() == expected for result in same)
+                    assert all(bits(n.result()) == bits(neighbours[0].result()) for n in neighbours)
 
 
 def test_denormals_are_flushed_on_every_thread_and_the_caller_is_left_alone() -> None:
@@ -78,3 +87,31 @@ def test_thread_count_stays_put() -> None:
     for i in range(20):
         jax.block_until_ready(megakernelize(lambda x, i=i: x + i)(x))
     assert count() <= before + 1
+
+
+SCARCE = """
+    import resource
+    import jax, jax.numpy as jnp, numpy as np
+    from jax_mpk import config, megakernelize
+    from jax_mpk.codegen.encode import encode
+    from jax_mpk.runtime.native import run_program
+
+    x = np.arange(33 * 33, dtype=np.float32).reshape(33, 33) % 7
+    plan = megakernelize(lambda x: jnp.clip(x.T @ x, -3, 3).T @ x, target="cpu-8").lower(x).plan
+    words, result = encode(plan).words.tobytes(), np.zeros_like(x)
+    with config.override(threads=2):
+        # No room for the stack of another thread.
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+        for launch in range(3):
+            run_program(words, [x], [result])
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        run_program(words, [x], [result])
+    np.testing.assert_array_equal(result, np.clip(x.T @ x, -3, 3).T @ x)
+    print("ran")
+"""
+
+
+def test_a_system_without_another_thread() -> None:
+    """The caller does all the work itself, and nothing is left behind that a later launch trips over."""
+    assert run_python(textwrap.dedent(SCARCE)) == "ran\n"

@@ -153,6 +153,31 @@ def test_donated_arguments_and_separate_buffers() -> None:
     np.testing.assert_array_equal(in_place, expected)
 
 
+@pytest.mark.parametrize("target", ["cpu-1", "cpu-3", "cpu-64", "cpu-8+tagged"])
+def test_launches_in_a_row(target) -> None:
+    """A launch reads and overwrites what the one before has left in a donated buffer."""
+    from jax_mpk import megakernelize
+    from jax_mpk.codegen.encode import encode
+
+    def step(cache, rows, at):
+        new = jax.lax.dynamic_update_slice(cache, (rows @ cache.T @ cache) % 5 - 2, (at, 0))
+        return new, new[::-1].cumsum(0), cache.sum(0)
+
+    cache, rows = integers(0, 24, 16), integers(1, 3, 16)
+    plan = megakernelize(step, donate_argnums=0, target=target).lower(cache, rows, jnp.int32(0)).plan
+    assert plan.aliases == {0: 0}
+    program = encode(plan).words.tobytes()
+    expected = cache
+    for launch in range(12):
+        at = np.int32(5 * launch % 22)
+        expected, *others = jax.jit(step)(expected, rows, at)
+        results = [np.zeros_like(other) for other in others]
+        run_program(program, [cache, rows, at], [cache, *results], chaos_seed=launch, threads=1 + launch % 2)
+        np.testing.assert_array_equal(cache, expected)
+        for result, other in zip(results, others, strict=True):
+            np.testing.assert_array_equal(result, other)
+
+
 def test_buffers_that_do_not_fit_are_refused() -> None:
     from jax_mpk.codegen.encode import encode
 

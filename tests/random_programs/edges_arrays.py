@@ -51,6 +51,9 @@ def _reductions(dtype: str) -> Group:
     group.arrays["s"] = signs(x)
     group.add("lax.reduce_sum(s, (1,))", "lax.reduce_prod(s, (1,))", "lax.cumsum(s, axis=1)", "lax.cumprod(s, axis=1)")
     group.add("lax.reduce_sum(s[:, :0], (1,))", "lax.reduce_prod(s[:0], (0,))", "lax.cumsum(s, axis=0, reverse=True)")
+    for name in ("max", "min", "add", "mul"):
+        array = "x" if name in ("max", "min") else "s"
+        group.add(f"lax.reduce({array}, {array}[0, 0], lax.{name}, (1,))", lenient=True)
     group.arrays["known"] = x if dtype in INTS else np.where(np.isnan(x), x.dtype.type(7), x)
     group.add(*(f"helpers.largest(known, known[0, 0], (1,))[{k}]" for k in (0, 1)))
     if dtype in INTS:
@@ -121,6 +124,9 @@ def _products(dtype: str) -> Group:
         "lax.conv_general_dilated(x[None], y[:3, None].swapaxes(1, 2), (1,), [(0, 0)], "
         "dimension_numbers=('NHC', 'HIO', 'NHC'))"
     )
+    if dtype in FLOATS:
+        dot = "lax.dot_general(x, y, (((1,), (1,)), ((), ())), preferred_element_type={})"
+        group.add(*(dot.format(to) for to in ("s8", "s32", "s64", "u8")))
     return group
 
 

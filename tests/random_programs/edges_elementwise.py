@@ -108,6 +108,8 @@ def _bool(dtype: str) -> Group:
     )
     group.add("lax.reduce_and(x, (0,))", "lax.reduce_or(x, (0,))", "lax.reduce_xor(x, (0,))", "lax.sort(x)")
     group.add(*(f"helpers.largest(x, x[0], (0,))[{k}]" for k in (0, 1)))
+    for name in ("max", "min", "bitwise_and", "bitwise_or", "bitwise_xor"):
+        group.add(f"lax.reduce(x, x[-1], lax.{name}, (0,))", f"lax.reduce(x[:0], x[-1], lax.{name}, (0,))")
     group.add("lax.reduce_max(x, (0,))", "lax.reduce_min(x, (0,))", "lax.cumsum(x.astype(s32))", "lax.top_k(x, 3)[1]")
     group.add("lax.reduce_and(x[:0], (0,))", "lax.reduce_or(x[:0], (0,))", "lax.reduce_xor(x[:0], (0,))")
     return group

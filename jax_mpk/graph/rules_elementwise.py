@@ -408,11 +408,6 @@ def _add_dependency(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequenc
     return xs[:1]
 
 
-@rule("dce_sink")
-def _dce_sink(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
-    return []
-
-
 @rule("empty", "zeros_like")
 def _zeros(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     aval: Any = eqn.outvars[0].aval

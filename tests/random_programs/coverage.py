@@ -126,7 +126,7 @@ EXCLUDED: dict[str, str] = {
     **dict.fromkeys(("device_put", "mesh_cast", "pcast", "pvary", "reduced_vary_cast", "reshard"), _SHARDING),
     **dict.fromkeys(("reduced_vary_cast_p", "sharding_constraint", "layout_constraint"), _SHARDING),
     **dict.fromkeys(("from_edtype", "to_edtype", "copy_p", "xla_metadata_value", "stop_gradient"), _INSIDE),
-    **dict.fromkeys(("add_dependency", "dce_sink", "stage", "zeros_like", "empty", "iota_2x32_shape"), _INSIDE),
+    **dict.fromkeys(("add_dependency", "stage", "zeros_like", "empty", "iota_2x32_shape"), _INSIDE),
     **dict.fromkeys(("psum", "pmax", "pmin"), "reductions only over axes that jax.vmap names; tests of their own"),
     "random_gamma": "rejects and draws again: a rounding decides how often",
     "rng_bit_generator": "refused: the platform decides its bits",

@@ -232,7 +232,7 @@ MPK_FUNCTION f64 igamma(f64 a, f64 x) {
   if (is_nan(a) || is_nan(x) || x < 0 || a < 0) return kNan;
   if (a == 0) return x < 1 ? kNan : 1;
   if (x == 0) return 0;
-  if (is_infinite(a)) return is_infinite(x) ? 1 : x < 1 ? 0 : kNan;
+  if (is_infinite(a)) return is_infinite(x) ? kNan : 0;
   if (is_infinite(x)) return 1;
   return x > 1 && x > a ? 1 - igammac_fraction(a, x, Mode::kValue) : igamma_series(a, x, Mode::kValue);
 }
@@ -241,7 +241,7 @@ MPK_FUNCTION f64 igammac(f64 a, f64 x) {
   if (is_nan(a) || is_nan(x) || x < 0 || a < 0) return kNan;
   if (a == 0) return x == 0 ? kNan : 0;
   if (x == 0) return 1;
-  if (is_infinite(a)) return is_infinite(x) ? 0 : x < 1 ? 1 : kNan;
+  if (is_infinite(a)) return is_infinite(x) ? kNan : 1;
   if (is_infinite(x)) return 0;
   return x < 1 || x < a ? 1 - igamma_series(a, x, Mode::kValue) : igammac_fraction(a, x, Mode::kValue);
 }

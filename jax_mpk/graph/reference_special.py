@@ -162,17 +162,7 @@ def _digamma(x: Array) -> Array:
 
 
 def _igamma(a: Array, x: Array) -> Array:
-    return np.where((a == 0) & (x < 1), np.nan, _of_infinite(a, x, scipy.special.gammainc(a, x), 1))
-
-
-def _igammac(a: Array, x: Array) -> Array:
-    return _of_infinite(a, x, scipy.special.gammaincc(a, x), 0)
-
-
-def _of_infinite(a: Array, x: Array, out: Array, last: float) -> Array:
-    """``out`` with XLA's values for an infinite ``a``, where ``last`` is the value for an infinite ``x``."""
-    infinite = (a == np.inf) & (x >= 1)
-    return np.where(infinite, np.where(x == np.inf, last, np.nan), out)
+    return np.where((a == 0) & (x < 1), np.nan, scipy.special.gammainc(a, x))
 
 
 def _zeta(x: Array, q: Array) -> Array:
@@ -222,7 +212,7 @@ FUNCTIONS: dict[str, Callable[..., Array]] = {
     "digamma": _in_f64(_digamma),
     "erf_inv": _erf_inv,
     "igamma": _in_f64(_igamma),
-    "igammac": _in_f64(_igammac),
+    "igammac": _in_f64(scipy.special.gammaincc),
     "lgamma": _in_f64(_lgamma),
     "polygamma": _in_f64(_polygamma),
     "zeta": _in_f64(_zeta),

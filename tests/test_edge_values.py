@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,15 +12,17 @@ import pytest
 
 import jax_mpk
 from jax_mpk import config
+from jax_mpk.graph.build import load_rules
+from tests.random_programs import coverage, edges_arrays, edges_elementwise
 from tests.random_programs.check import WORKERS, differs, evaluated
-from tests.random_programs.edges import Case, Group, groups
+from tests.random_programs.edges import Case, Group
 from tests.random_programs.program import NAMES
 from tests.random_programs.values import FLOATS, NUMPY
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 Array = np.ndarray[Any, Any]
-GROUPS = dict(groups())
+GROUPS = {**dict(edges_elementwise.groups()), **dict(edges_arrays.groups())}
 
 
 def function(cases: list[Case], names: Mapping[str, Any] = NAMES) -> Any:
@@ -43,6 +46,16 @@ def test_edge_values(name: str) -> None:
     faults = [fault(group, k, g, w) for k, (g, w) in enumerate(zip(got, want, strict=True))]
     faults = [f for f in faults if f]
     assert not faults, f"{name}: {len(faults)} of {len(group.cases)} cases\n" + "\n".join(map(str, faults))
+
+
+@pytest.mark.slow
+def test_no_hole() -> None:
+    """Every primitive of the rule table sees edge values of every element type that JAX allows."""
+    counts: collections.Counter[coverage.Pair] = collections.Counter()
+    for group in GROUPS.values():
+        counts.update(coverage.pairs_of(jax.make_jaxpr(function(group.cases))(**group.arrays)))
+    holes = coverage.holes(counts, load_rules())
+    assert not holes, f"{len(holes)} holes: {', '.join(holes)}"
 
 
 def fault(group: Group, number: int, got: Array, want: Array) -> str | None:

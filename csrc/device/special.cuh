@@ -230,7 +230,7 @@ MPK_FUNCTION f64 erf_inv(f64 x) {
 
 MPK_FUNCTION f64 igamma(f64 a, f64 x) {
   if (is_nan(a) || is_nan(x) || x < 0 || a < 0) return kNan;
-  if (a == 0) return x == 0 ? kNan : 1;
+  if (a == 0) return x < 1 ? kNan : 1;
   if (x == 0) return 0;
   if (is_infinite(a)) return is_infinite(x) ? kNan : 0;
   if (is_infinite(x)) return 1;
@@ -260,17 +260,11 @@ MPK_FUNCTION f64 random_gamma_grad(f64 a, f64 x) {
 }
 
 MPK_FUNCTION f64 zeta(f64 x, f64 q) {
-  if (is_nan(x) || is_nan(q)) return kNan;
   if (x == 1) return kInf;
-  if (x < 1) return kNan;
-  if (q <= 0) {
-    if (q == ::floor(q)) {
-      // A pole; only even x give it a sign.
-      return x == ::floor(x) && ::fmod(x, 2.0) == 0 ? kInf : kNan;
-    }
-    if (x != ::floor(x)) return kNan;
-  }
-  if (is_infinite(x)) return q == 1 ? 1 : q > 1 ? 0 : kInf;
+  if (is_nan(x) || is_nan(q)) return kNan;
+  // At a pole, only even x give it a sign.
+  if (q <= 0 && q == ::floor(q)) return x == ::floor(x) && ::fmod(x, 2.0) == 0 ? kInf : kNan;
+  if (x < 1 || is_infinite(x) || (q <= 0 && x != ::floor(x))) return kNan;
   // Euler–Maclaurin after nine terms.
   constexpr f64 coefficient[] = {12.0, -720.0, 30240.0, -1209600.0, 47900160.0, -1.8924375803183791606e9,
                                  7.47242496e10, -2.950130727918164224e12, 1.1646782814350067249e14,
@@ -308,9 +302,11 @@ MPK_FUNCTION f64 polygamma(f64 n, f64 x) {
 
 MPK_FUNCTION f64 betainc(f64 a, f64 b, f64 x) {
   if (is_nan(a) || is_nan(b) || is_nan(x) || a < 0 || b < 0 || x < 0 || x > 1) return kNan;
-  if (a == 0 || b == 0) return a == b ? kNan : b == 0 ? 0 : 1;
-  if (x == 0) return 0;
-  if (x == 1) return 1;
+  // Limits in which all of the distribution is at 0 or at 1.
+  const bool at_zero = a == 0 || b == kInf, at_one = b == 0 || a == kInf;
+  if (at_zero && at_one) return kNan;
+  if (x == 0 || x == 1) return x;
+  if (at_zero || at_one) return at_zero ? 1 : 0;
   const f64 prefix = beta_prefix(a, b, x);
   if (x < (a + 1) / (a + b + 2)) return prefix * betainc_fraction(a, b, x) / a;
   return 1 - prefix * betainc_fraction(b, a, 1 - x) / b;

@@ -42,8 +42,8 @@ CALLS: dict[str, tuple[str, ...]] = {
     "xla_metadata_call": ("jaxpr",),
 }
 
-#: What stands around the parts of a split function. It says something to JAX only.
-_MARK = "undifferentiable"
+#: What says something to JAX only: what stands around the parts of a split function, and that a value is not dead.
+_MARKS = ("undifferentiable", "dce_sink")
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class _Scope:
                 results = self.inline(inner, inner_consts, eqn.invars, eqn)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
-            if name == _MARK:
-                env.update(zip(eqn.outvars, eqn.invars, strict=True))
+            if name in _MARKS:
+                env.update(zip(eqn.outvars, eqn.invars, strict=False))
                 continue
             outvars = [v if isinstance(v, jaxprs.DropVar) else Var(v.aval) for v in eqn.outvars]
             env.update(zip(eqn.outvars, outvars, strict=True))

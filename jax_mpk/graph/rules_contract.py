@@ -59,7 +59,10 @@ def _dot_general(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[V
             ["b1"],
         )
 
-    acc = accumulator(dtype)
+    # Floats are multiplied and summed as floats, whatever integers are asked for.
+    floats = left.dtype == right.dtype and dtypes.is_float(left.dtype) and not dtypes.is_float(dtype)
+    result = left.dtype if floats else dtype
+    acc = accumulator(result)
 
     def body(b: Builder, at: list[int], load: Load) -> list[int]:
         out = factors(b, at, load)
@@ -69,7 +72,7 @@ def _dot_general(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[V
         return [b.convert(x, dtypes.compute_type(dtype)) for x in out]
 
     def finish(b: Builder, at: list[int], accs: list[int], load: Load) -> int:
-        (total,) = accs
+        total = b.convert(accs[0], result) if floats else accs[0]
         return total if dtypes.is_float(dtype) else b.convert(total, dtype)
 
     return bb.contract(space, rspace, xs, body, acc, [dtype], finish)

@@ -175,15 +175,21 @@ def _integer_pow(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[V
 def _mulhi(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     dtype = xs[0].dtype
     bits = dtypes.itemsize(dtype) * 8
-    if bits == 64:
-        raise unsupported(eqn, "the upper half of a 64-bit product is not supported")
     wide, shift = ("s64", "shr_arith") if dtypes.is_signed(dtype) else ("u64", "shr_logical")
 
     def formula(b: Builder, x: int, y: int) -> int:
         product = b.mul(b.convert(x, wide), b.convert(y, wide))
         return b.convert(b.op(shift, product, b.const(bits, wide)), dtype)
 
-    return elementwise(bb, eqn, xs, formula)
+    def by_halves(b: Builder, x: int, y: int) -> int:
+        """Long multiplication of digits of 32 bits: no type holds the product of 64-bit integers."""
+        half, low = b.const(32, wide), b.const(2**32 - 1, wide)
+        (x0, x1), (y0, y1) = ((b.op("and", v, low), b.op(shift, v, half)) for v in (x, y))
+        outer = b.add(b.mul(x1, y0), b.op("shr_logical", b.mul(x0, y0), half))
+        inner = b.add(b.mul(x0, y1), b.op("and", outer, low))
+        return b.add(b.mul(x1, y1), b.add(b.op(shift, outer, half), b.op(shift, inner, half)))
+
+    return elementwise(bb, eqn, xs, by_halves if bits == 64 else formula)
 
 
 @rule("round")
@@ -400,11 +406,6 @@ def _is_spread(sharding: Sharding) -> bool:
 @rule("add_dependency")
 def _add_dependency(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     return xs[:1]
-
-
-@rule("dce_sink")
-def _dce_sink(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
-    return []
 
 
 @rule("empty", "zeros_like")

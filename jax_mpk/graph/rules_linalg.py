@@ -64,15 +64,15 @@ def _triangular_solve(a: Any, b: Any, *, left_side: bool, lower: bool, transpose
         b, transpose_a = b.T, not transpose_a
     if transpose_a:
         a, lower = a.T, not lower
-    size = a.shape[0]
-    # The other triangle may hold anything.
-    a = jnp.tril(a) if lower else jnp.triu(a)
+    size, diagonal = a.shape[0], jnp.diagonal(a)
+    # The other triangle may hold anything, and so may the diagonal: even infinity times an unsolved 0 must be 0.
+    a = jnp.tril(a, -1) if lower else jnp.triu(a, 1)
 
     def row(step: Any, x: Any) -> Any:
         k = step if lower else size - 1 - step
         # Rows not yet solved are 0.
         rest = b[k] - a[k] @ x
-        return x.at[k].set(rest if unit_diagonal else rest / a[k, k])
+        return x.at[k].set(rest if unit_diagonal else rest / diagonal[k])
 
     x = jax.lax.fori_loop(0, size, row, jnp.zeros_like(b))
     return x if left_side else x.T

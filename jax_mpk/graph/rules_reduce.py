@@ -123,5 +123,7 @@ def _generic_reduce(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequenc
         return join(b, [b.compute(load(count + k, [])) for k in range(count)], accs)
 
     name: Any = familiar(jaxpr, consts)
+    if operands[0].dtype == "b1":
+        name = _ON_BOOLS.get(name, name)
     combine = Combine(name) if name is not None else generic(join, acc)
     return bb.reduce(space, rspace, xs, body, combine, acc, out_dtypes, finish)

@@ -15,6 +15,7 @@ from jax.extend.core import JaxprEqn
 
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.build import BlockBuilder, Load, identity, rule, unsupported
+from jax_mpk.graph.builder import Epilogue
 from jax_mpk.graph.combiners import Join, compute_types, familiar, generic, joiner
 from jax_mpk.graph.dtypes import INDEX
 from jax_mpk.graph.ir import Combine, Value
@@ -87,6 +88,11 @@ class Windows:
             found.append(at)
             inside = b.op("and", inside, fits)
         return found, inside
+
+    def selected(self, b: Builder, out: Sequence[int], number: int) -> tuple[list[int], int]:
+        """Operand position of a window's element, given by its number, row by row."""
+        element = b.clamp(b.index(0), number, b.index(math.prod(self.window) - 1))
+        return self.position(b, out, b.delinearize(element, self.window))
 
 
 def _windows(eqn: JaxprEqn, operand: Value, out: Sequence[int]) -> Windows:
@@ -189,45 +195,62 @@ def _familiar(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value], kind: str) -> Se
 def _selection(eqn: JaxprEqn) -> str:
     """What a select_and_… equation looks for, "max" or "min"; the first of equals is taken."""
     name = eqn.params["select_prim"].name
-    if name not in ("ge", "le"):
+    if name not in _STAYS.values():
         raise unsupported(eqn, f"it selects by {name}")
-    return "max" if name == "ge" else "min"
+    return "max" if name == _STAYS["max"] else "min"
 
 
-def _candidates(windows: Windows, operand: Value, kind: str) -> Any:
-    """Body of an argmax or argmin over all elements of a window, numbered row by row."""
+#: The comparison with the next element by which an element stays selected.
+_STAYS = {"max": "ge", "min": "le"}
+
+
+def _select(
+    bb: BlockBuilder, windows: Windows, xs: list[Value], kind: str, out: str, epilogue: Epilogue, *, padding: bool
+) -> list[Value]:
+    """A reduction that selects an element of each window of ``xs[0]``.
+
+    XLA goes through a window in order, and what is selected gives way to the next element unless it compares well with
+    it. So NaN replaces whatever comes before it and is replaced by whatever comes after. A part of a window can be
+    summed up as the element it ends with and whether it holds a NaN: then nothing before it counts.
+
+    Args:
+      epilogue: its accumulators are the element, its number in the window, and whether there is a NaN.
+      padding: whether padding can be selected; it is less than any element then.
+    """
     rank = len(windows.out)
+    accs = [dtypes.compute_type(xs[0].dtype), INDEX, "b1"]
+    skips = not (padding or windows.inside)
 
-    def body(b: Builder, at: list[int], load: Load) -> int:
+    def body(b: Builder, at: list[int], load: Load) -> list[int]:
         where, inside = windows.position(b, at[:rank], b.delinearize(at[rank], windows.window))
-        return _element(b, load, 0, where, inside, operand.dtype, kind)
+        x = _element(b, load, 0, where, inside, xs[0].dtype, kind)
+        return [x, at[rank], b.op("ne", x, x), *([inside] if skips else [])]
 
-    return body
+    def join(b: Builder, left: list[int], right: list[int]) -> list[int]:
+        stays = b.op("and", b.op(_STAYS[kind], left[0], right[0]), b.op("not", right[2]))
+        chosen = [b.op("select", stays, x, y) for x, y in zip(left[:2], right[:2], strict=True)]
+        return [*chosen, b.op("or", left[2], right[2])]
+
+    flagged = [*accs, "b1"] if skips else accs
+    combine = generic(_skipping(join) if skips else join, flagged)
+    return list(bb.reduce(windows.out, [math.prod(windows.window)], xs, body, combine, flagged, [out], epilogue))
 
 
 @rule("select_and_scatter_add")
 def _select_and_scatter_add(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> Sequence[Value]:
     """Adds each source element to the operand position that its window selects: max pooling backwards."""
     source, operand = xs
-    kind = _selection(eqn)
     windows = _windows(eqn, operand, source.shape)
-    size = math.prod(windows.window)
     if 0 in source.shape:
         return [bb.constant(0, operand.dtype, operand.shape)]
-    (chosen,) = bb.reduce(
-        source.shape,
-        [size],
-        [operand],
-        _candidates(windows, operand, kind),
-        Combine(f"arg{kind}"),
-        [dtypes.compute_type(operand.dtype), INDEX],
-        [INDEX],
-        lambda b, at, accs, load: accs[1],
-    )
+
+    def number(b: Builder, at: list[int], found: list[int], load: Load) -> int:
+        return found[1]
+
+    (chosen,) = _select(bb, windows, [operand], _selection(eqn), INDEX, number, padding=True)
 
     def index(b: Builder, at: list[int], load: Load) -> list[int]:
-        element = b.clamp(b.index(0), load(0, at), b.index(size - 1))
-        where, inside = windows.position(b, at, b.delinearize(element, windows.window))
+        where, inside = windows.selected(b, at, load(0, at))
         return [*where, inside]
 
     def value(b: Builder, at: list[int], load: Load) -> int:
@@ -244,23 +267,17 @@ def _select_and_gather_add(bb: BlockBuilder, eqn: JaxprEqn, xs: list[Value]) -> 
     kind = _selection(eqn)
     aval: Any = eqn.outvars[0].aval
     windows = _windows(eqn, operand, aval.shape)
-    size = math.prod(windows.window)
 
-    def epilogue(b: Builder, at: list[int], accs: list[int], load: Load) -> int:
-        element = b.clamp(b.index(0), accs[1], b.index(size - 1))
-        where, inside = windows.position(b, at, b.delinearize(element, windows.window))
-        return load(1, where, inside)
+    def tangent(b: Builder, at: list[int], found: list[int], load: Load) -> int:
+        element, number, nan = found[:3]
+        where, inside = windows.selected(b, at, number)
+        # In front of every window stands the least of all values, with a tangent of zero.
+        dtype = b.nodes[element].dtype
+        least = b.op(_STAYS[kind], b.const(identity(kind, dtype), dtype), element)
+        moved = b.op("or", nan, b.op("not", least))
+        return load(1, where, b.op("and", inside, moved))
 
-    return bb.reduce(
-        aval.shape,
-        [size],
-        [operand, tangents],
-        _candidates(windows, operand, kind),
-        Combine(f"arg{kind}"),
-        [dtypes.compute_type(operand.dtype), INDEX],
-        [tangents.dtype],
-        epilogue,
-    )
+    return _select(bb, windows, [operand, tangents], kind, tangents.dtype, tangent, padding=False)
 
 
 # -- convolution -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import jax_mpk
 from jax_mpk.capture import Captured, capture, jaxprs
 from jax_mpk.capture.inline import CALLS
 
@@ -180,6 +181,15 @@ def test_dead_code_is_dropped() -> None:
     assert jaxprs.scan_sizes(scan.params)[1] == 1
     assert "exp" not in names(out.jaxpr) and not out.consts
     assert len(out.jaxpr.invars) == 1
+
+
+def test_marks_of_live_values_are_dropped() -> None:
+    def fn(x):
+        lax.dce_sink(jnp.sin(x))
+        return x + 1
+
+    assert names(captured(fn, X).jaxpr) == ["add"]
+    np.testing.assert_array_equal(jax_mpk.megakernelize(fn)(X), X + 1)
 
 
 def test_arguments_stay_even_if_unused() -> None:

@@ -59,6 +59,15 @@ def _drawn(spec: str, rng: np.random.Generator) -> np.ndarray[Any, Any]:
     return rng.integers(low, 50, shape).astype(dtype)
 
 
+def _pooling(x: Any) -> Any:
+    """What a window selects, in reductions of three and of four accumulators."""
+
+    def pool(x: Any) -> Any:
+        return lax.reduce_window(x, -jnp.inf, lax.max, (2, 3), (2, 2), [(0, 0), (1, 2)])
+
+    return jax.grad(lambda x: pool(x).sum())(x), jax.jvp(pool, [x], [x[::-1]])[1]
+
+
 def _generic(x: jax.Array) -> Any:
     """A product of 2×2 matrices, which does not commute."""
     rows = jnp.stack([x, x + 1], axis=-1)
@@ -247,6 +256,7 @@ CASES: list[Case] = [
     Case("scan_together", _cumulative(1, False), ["2x3000 float64", "2x3000 uint64"], ["scan_together<"], True),
     Case("scan_together_reverse", _cumulative(0, True), ["1000x3 bfloat16", "1000x3 int64"], ["scan_together<"], True),
     Case("scan_generic", _generic, ["300 int32"]),
+    Case("pooling", _pooling, ["8x30 float32"]),
     Case("sort_lines", _sorts(0, 1), ["60x300 float32"], ["sort_by_counting("]),
     Case("sort_many", _sorts(1, 2), ["8x90 int8", "8x90 float16", "8x90 bool"], ["sort_by_counting("]),
     Case(

@@ -33,8 +33,8 @@ WITHOUT_RULE = {
     "tpu_custom_call",
     "shapes known only at run time": "dim_as_value dimension_size shape_assertion",
     "order of effects": "after_all create_token program_order tie",
-    "never in a jaxpr that is compiled": "call_hi_primitive call_hi_primitive_linearized custom_jvp_call_jaxpr empty2 "
-    "relayout remat_opt select_and_scatter unreachable",
+    "never in a jaxpr that is compiled": "call_hi_primitive call_hi_primitive_linearized custom_jvp_call_jaxpr "
+    "dce_sink empty2 relayout remat_opt select_and_scatter unreachable",
 }
 
 

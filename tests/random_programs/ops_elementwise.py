@@ -11,7 +11,19 @@ from jax import lax
 from tests.random_programs import values
 from tests.random_programs.generator import Gen, Skip, Value
 from tests.random_programs.registry import op
-from tests.random_programs.values import ALL, DEFINED, FLOATS, INTS, LOOSE, NUMBERS, POSITIVE, ROUGH, SIGNED, Info
+from tests.random_programs.values import (
+    ALL,
+    DEFINED,
+    FLOATS,
+    INTS,
+    LOOSE,
+    NUMBERS,
+    POSITIVE,
+    ROUGH,
+    SIGNED,
+    UNSIGNED,
+    Info,
+)
 
 Transfer = Callable[..., Info]
 
@@ -167,7 +179,7 @@ _BINARY: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Transfer]] = {
     "gt": ("lax.gt({0}, {1})", ALL, (), _bool),
     "ge": ("lax.ge({0}, {1})", ALL, (), _bool),
     # Of signed integers it is nothing that XLA of JAX 0.10 compiles inside a fusion.
-    "mulhi": ("lax.mulhi({0}, {1})", ("u8", "u16", "u32"), (), _full),
+    "mulhi": ("lax.mulhi({0}, {1})", UNSIGNED, (), _full),
     "polynomial": ("lax.polynomial({0}, [{1}, {0}])", NUMBERS, FLOATS, lambda x, y: _sum(multiplied(x, x), y)),
 }
 #: Not in every version of JAX.

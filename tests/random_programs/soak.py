@@ -4,7 +4,7 @@
 
 Three fifths of the programs are exact, the others smooth. Every process takes a chunk of consecutive seeds and
 ends with it, since each program leaves compiled code in memory. What is done is kept beside the output, a line per
-chunk; the output is written at the end.
+chunk; the output is written at the end. Chunks of another commit are done again.
 """
 
 import argparse
@@ -71,14 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--commit", help="where git cannot say")
     options = parser.parse_args(argv)
     log = options.out.with_suffix(".jsonl")
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    commit = options.commit or harness.commit()
     exact = options.programs * 3 // 5
     wanted = [
         (family, first, min(CHUNK, total - first))
         for family, total in zip(FAMILIES, (exact, options.programs - exact), strict=True)
         for first in range(0, total, CHUNK)
     ]
-    known = {(c["family"], c["first"], c["count"]) for c in done}
+    found = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    known = {(c["family"], c["first"], c["count"]): c for c in found if c["commit"] == commit}
+    done = [known[chunk] for chunk in wanted if chunk in known]
     missing = [chunk for chunk in wanted if chunk not in known]
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ) as pool,
     ):
         for finished in concurrent.futures.as_completed([pool.submit(check, *chunk) for chunk in missing]):
-            chunk = finished.result()
+            chunk = {**finished.result(), "commit": commit}
             # What was read back from the file has its keys as text.
             done.append(json.loads(json.dumps(chunk)))
             file.write(json.dumps(chunk) + "\n")
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{chunk['family']} {seed}: {message}", flush=True)
             print(f"{len(done)} of {len(wanted)} chunks", flush=True)
     row = summary(done)
-    harness.write([row], options.out, commit=options.commit, programs_asked=options.programs)
+    harness.write([row], options.out, commit=commit, programs_asked=options.programs)
     print(f"{row['programs']} programs, {len(row['wrong'])} wrong, {row['refused']} that jax.jit refuses")
     return 1 if row["wrong"] else 0
 

@@ -16,6 +16,8 @@ from flax import nnx
 from jax_mpk.capture import capture
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
+from jax_mpk.graph.ir import Graph
+from jax_mpk.graph.layouts import permute_inputs, preferred
 from jax_mpk.plan import targets
 from jax_mpk.plan.ir import Plan
 from jax_mpk.plan.planner import make_plan
@@ -29,14 +31,18 @@ from tests.plan.large_step import Shape
 SHAPE = Shape()
 
 
+def plan_of(graph: Graph, placed: bool) -> Plan:
+    """A plan for a GPU, with weights as ``jax_mpk.place`` stores them, or in the default layout."""
+    return make_plan(fuse(permute_inputs(graph, preferred(fuse(graph))) if placed else graph), targets.H100)
+
+
 @functools.cache
-def plan(shape: Shape = SHAPE) -> Plan:
+def plan(shape: Shape = SHAPE, placed: bool = True) -> Plan:
     avals = shape.avals()
     captured = capture(jax.make_jaxpr(shape.step())(*avals))
     assert not captured.consts
     params, cache = (len(jax.tree.leaves(a)) for a in avals[:2])
-    graph = build_graph(captured.jaxpr, donated=frozenset(range(params, params + cache)))
-    return make_plan(fuse(graph), targets.H100)
+    return plan_of(build_graph(captured.jaxpr, donated=frozenset(range(params, params + cache))), placed)
 
 
 @functools.cache
@@ -67,7 +73,7 @@ def decoder_plan(shape: Shape = SHAPE, steps: int = 1) -> Plan:
     captured = capture(jax.make_jaxpr(step)(params, cache, *scalars))
     first = len(captured.consts) + len(jax.tree.leaves(params))
     donated = frozenset(range(first, first + len(jax.tree.leaves(cache))))
-    return make_plan(fuse(build_graph(captured.jaxpr, donated=donated)), targets.H100)
+    return plan_of(build_graph(captured.jaxpr, donated=donated), placed=True)
 
 
 @functools.cache
@@ -114,6 +120,17 @@ def test_dependent_phases(step: Callable[[], PlanStats]) -> None:
 def test_dependent_phases_with_a_time_axis() -> None:
     shape = dataclasses.replace(SHAPE, layers=3, time_axis=True)
     assert stats(shape).phases <= 6 * shape.layers + 3
+
+
+def test_dependent_phases_in_the_default_layout() -> None:
+    """Sums in parts are joined in phases of their own behind the output projection and behind down."""
+    shape = dataclasses.replace(SHAPE, layers=3)
+    made = plan(shape, placed=False)
+    verify_plan(made)
+    found = plan_stats(made)
+    assert found.phases <= 8 * shape.layers + 4
+    assert len(found.large_contractions) >= 5 * shape.layers + 1
+    assert all(r.busy >= 0.95 and r.imbalance <= 0.15 for r in found.large_contractions)
 
 
 def test_query_heads_that_share_keys_share_tasks() -> None:

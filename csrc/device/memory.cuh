@@ -197,6 +197,12 @@ __device__ __forceinline__ void copies_arrive(u64* b) {
 // Bulk loads that follow come behind what this thread has seen landing in shared memory otherwise.
 __device__ __forceinline__ void bulk_loads_follow() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same number, though the compiler does not know: what follows from it is not computed, and kept, long before.
+__device__ __forceinline__ int afresh(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // Lets so many cycles pass.
 __device__ __forceinline__ void pause(u32 cycles) {
   u32 start, now;

@@ -28,7 +28,7 @@ __device__ __forceinline__ void stream_columns(C& c, const T* x, int x_stride, i
   constexpr int kMost = kSumTiles / kTiles, kAtOnce = kMost < 1 ? 1 : kMost > kRows ? kRows : kMost;
   constexpr int kSums = kAtOnce * kTiles * 128;
   static_assert(kHeight % kTileStep == 0 && kRows % kAtOnce == 0);
-  const int lane = c.lane(), g = lane / 4, q = lane % 4, i = lane % 8;
+  const int lane = afresh(c.lane()), g = lane / 4, q = lane % 4, i = lane % 8;
   const int x_byte = shared ? static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0))) : 0;
   // Of the row that this lane names for load_transposed, in the first 16 of 32, and of its 16 bytes.
   const int row_byte = (i / 2 * 8 + i % 2 + lane / 16 * 2) * kPitch;
@@ -57,16 +57,17 @@ __device__ __forceinline__ void stream_columns(C& c, const T* x, int x_stride, i
       for (int s = 0; s < kSteps; ++s) {
         if (K % kHeight != 0 && j * kHeight + s * kTileStep >= K) continue;
         if (s >= kAhead) load(s);
-#pragma unroll
+#pragma unroll 1  // unrolled, it takes too many registers
         for (int half = 0; half < 2; ++half) {
           const int row = chunk + row_byte + (s * kTileStep + half * 4) * kPitch;
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
-            const Quad a = load_transposed(shared_at<char>(row + (unit ^ r * 2) * 16));
+            const Quad a = load_transposed(shared_at<char>(row + (unit ^ r % 4 * 2) * 16 + r / 4 * 128));
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) {
               const Quad& v = b[s % kAhead][t];
-              matrix_multiply<T>(acc[r][t], a.w[0], a.w[1], a.w[2], a.w[3], v.w[2 * half], v.w[2 * half + 1]);
+              matrix_multiply<T>(acc[r][t], a.w[0], a.w[1], a.w[2], a.w[3], half ? v.w[2] : v.w[0],
+                                 half ? v.w[3] : v.w[1]);
             }
           }
         }

@@ -22,7 +22,7 @@ from jax_mpk.plan.ir import Plan
 
 _TYPES = ("bf16", "f16")
 #: Columns of a block, and most of the other factor's for each: accumulators must fit into registers.
-_BLOCKS = {128: 16, 64: 32}
+_BLOCKS = {128: 8, 64: 32}
 #: Steps of the reduced axis: `stream_columns` in csrc/device/tasks/columns.cuh.
 _STEP = 32
 #: Tiles of 16 columns and 8 of the other factor whose sums are in shared memory at a time: the same.

@@ -16,8 +16,6 @@ from flax import nnx
 from jax_mpk.capture import capture
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
-from jax_mpk.graph.ir import Graph
-from jax_mpk.graph.layouts import permute_inputs, preferred
 from jax_mpk.plan import targets
 from jax_mpk.plan.ir import Plan
 from jax_mpk.plan.planner import make_plan
@@ -26,23 +24,21 @@ from jax_mpk.plan.verify import verify_plan
 from models.decoder import Decoder, DecoderConfig, init_cache
 from models.generate import sampling_steps
 from models.sampling import Sampling
+from tests.plan.graphs import placed
 from tests.plan.large_step import Shape
 
 SHAPE = Shape()
 
 
-def plan_of(graph: Graph, placed: bool) -> Plan:
-    """A plan for a GPU, with weights as ``jax_mpk.place`` stores them, or in the default layout."""
-    return make_plan(fuse(permute_inputs(graph, preferred(fuse(graph))) if placed else graph), targets.H100)
-
-
 @functools.cache
-def plan(shape: Shape = SHAPE, placed: bool = True) -> Plan:
+def plan(shape: Shape = SHAPE, *, by_default: bool = False) -> Plan:
+    """The plan of the einsums, with placed weights or with weights in the default layout."""
     avals = shape.avals()
     captured = capture(jax.make_jaxpr(shape.step())(*avals))
     assert not captured.consts
     params, cache = (len(jax.tree.leaves(a)) for a in avals[:2])
-    return plan_of(build_graph(captured.jaxpr, donated=frozenset(range(params, params + cache))), placed)
+    graph = build_graph(captured.jaxpr, donated=frozenset(range(params, params + cache)))
+    return make_plan(fuse(graph if by_default else placed(graph)), targets.H100)
 
 
 @functools.cache
@@ -73,7 +69,7 @@ def decoder_plan(shape: Shape = SHAPE, steps: int = 1) -> Plan:
     captured = capture(jax.make_jaxpr(step)(params, cache, *scalars))
     first = len(captured.consts) + len(jax.tree.leaves(params))
     donated = frozenset(range(first, first + len(jax.tree.leaves(cache))))
-    return plan_of(build_graph(captured.jaxpr, donated=donated), placed=True)
+    return make_plan(fuse(placed(build_graph(captured.jaxpr, donated=donated))), targets.H100)
 
 
 @functools.cache
@@ -125,7 +121,7 @@ def test_dependent_phases_with_a_time_axis() -> None:
 def test_dependent_phases_in_the_default_layout() -> None:
     """Sums in parts are joined in phases of their own behind the output projection and behind down."""
     shape = dataclasses.replace(SHAPE, layers=3)
-    made = plan(shape, placed=False)
+    made = plan(shape, by_default=True)
     verify_plan(made)
     found = plan_stats(made)
     assert found.phases <= 8 * shape.layers + 4

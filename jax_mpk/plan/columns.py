@@ -18,8 +18,9 @@ from jax_mpk.graph.scalar import Builder, Expr, inline
 from jax_mpk.plan import costs
 from jax_mpk.plan.ir import Target
 
-#: Tensor cores take so many positions of the reduced axis at a time, and registers hold sums for so many rows.
-_STEP, _MOST_ROWS = 32, 32
+#: Tensor cores take so many positions of the reduced axis at a time, and registers hold sums for so many rows; the same
+#: columns are read by so many tasks at most.
+_STEP, _MOST_ROWS, _MOST_READERS = 32, 32, 2
 #: Smaller weights are not worth more than other operands are, nor are shorter parts of the reduced axis.
 _LEAST_BYTES, _LEAST_DEPTH = 64 << 10, 64
 #: How much longer a weight takes of whose rows tasks have a single granule (docs/design.md), and that does not stream.
@@ -35,7 +36,8 @@ class Columns:
       free: parallel axes that the weight alone has, in its order; it is contiguous along them. The first one is cut.
       step: coordinates of that one between which it may be cut.
       shared: parallel axes that both factors have: a task takes one coordinate of each.
-      rows: coordinates of the parallel axes that the weight does not have.
+      rows: parallel axes that the weight does not have, the longest first.
+      readers: parts into which the first of these is cut, where a task cannot have all rows.
     """
 
     weight: int
@@ -43,7 +45,8 @@ class Columns:
     free: tuple[int, ...]
     step: int
     shared: tuple[int, ...]
-    rows: int
+    rows: tuple[int, ...]
+    readers: int
 
     @property
     def axis(self) -> int:
@@ -110,13 +113,17 @@ def _columns(
     if extents != [e for e in value.shape if e > 1][-len(free) :]:
         return None
     step = target.granule // math.gcd(target.granule, math.prod(extents[1:]))
-    rows = math.prod(op.space[d] for d in moving if d not in has_w)
-    if extents[0] % step or rows > min(_MOST_ROWS, math.prod(extents)):
+    rows = sorted((d for d in moving if d not in has_w), key=lambda d: -op.space[d])
+    count = math.prod(op.space[d] for d in rows)
+    readers = max(-(-count // _MOST_ROWS), 1)
+    if extents[0] % step or count > math.prod(extents) or readers > _MOST_READERS:
+        return None
+    if readers > 1 and op.space[rows[0]] % readers:
         return None
     along = [index[reduced] for index in mine if reduced in index]
     if along != [1] or theirs[-1].get(reduced) != 1:
         return None
-    return Columns(w, x, free, step, tuple(d for d in moving if d in has_w and d in has_x), rows)
+    return Columns(w, x, free, step, tuple(d for d in moving if d in has_w and d in has_x), tuple(rows), readers)
 
 
 def _load(body: Expr, root: int) -> int:
@@ -144,7 +151,7 @@ def slowdown(found: Columns, op: Nest, target: Target, lo: np.ndarray, hi: np.nd
     extents = hi - lo
     behind = found.free[1:]
     streams = (lo[:, found.axis] % found.step == 0) & (extents[:, found.axis] % found.step == 0)
-    streams &= np.all(extents[:, found.shared] <= 1, axis=1)
+    streams &= np.all(extents[:, found.shared] <= 1, axis=1) & (extents[:, found.rows].prod(axis=1) <= _MOST_ROWS)
     streams &= np.all(extents[:, behind] == [op.space[d] for d in behind], axis=1)
     width = np.maximum(extents[:, found.free].prod(axis=1), 1)
     granules = -(-width // target.granule)
@@ -154,17 +161,20 @@ def slowdown(found: Columns, op: Nest, target: Target, lo: np.ndarray, hi: np.nd
 def parts(values: Sequence[Value], target: Target, group: Sequence[tuple[Nest, Columns]]) -> int:
     """Into how many parts the reduced axis of contractions is cut that have the other factor in common."""
     depth = math.prod(group[0][0].rspace)
-    most = max(min(target.workers, depth // _LEAST_DEPTH), 1)
+    readers = max(found.readers for _, found in group)
+    most = max(min(target.workers // readers, depth // _LEAST_DEPTH), 1)
     choices = [p for p in range(1, most + 1) if depth % (p * _STEP) == 0]
     return min(choices, key=lambda p: (_seconds(values, target, group, p), p))
 
 
 def _seconds(values: Sequence[Value], target: Target, group: Sequence[tuple[Nest, Columns]], count: int) -> float:
     """Predicted time of the busiest worker, and of joining the parts."""
+    (any_op, any_found), readers = group[0], max(found.readers for _, found in group)
     pieces = [op.space[found.axis] // found.step for op, found in group]
-    tiles = min([*pieces, target.workers // count])
-    rows, item = group[0][1].rows, dtypes.itemsize(values[group[0][1].weight].dtype)
-    depth = math.prod(group[0][0].rspace) // count
+    tiles = min([*pieces, max(target.workers // (count * readers), 1)])
+    item = dtypes.itemsize(values[any_found.weight].dtype)
+    depth = math.prod(any_op.rspace) // count
+    rows = math.prod(any_op.space[d] for d in any_found.rows) // readers
     read, columns, total = 0.0, 0, 0
     for some, (op, found) in zip(pieces, group, strict=True):
         whole = math.prod(op.space[d] for d in found.free)
@@ -172,8 +182,8 @@ def _seconds(values: Sequence[Value], target: Target, group: Sequence[tuple[Nest
         columns, total = columns + mine, total + whole
         read += mine * depth * item * (_NARROW if mine == target.granule else 1.0)
     staged = costs.staged_bytes(target, rows * depth * item, item, True)
-    seconds = float(costs.task_seconds(target, read, read, 2.0 * rows * columns * depth, staged))
+    seconds = float(costs.task_seconds(target, read, read / readers, 2.0 * rows * columns * depth, staged))
     if count > 1:
-        joined = rows * 8 * (columns + count * total / target.workers)  # words with tags
+        joined = rows * 8 * (columns + count * readers * total / target.workers)  # words with tags
         seconds += 2 * costs.handoff_seconds(target) + float(costs.task_seconds(target, joined, 0.0, 0.0))
     return seconds

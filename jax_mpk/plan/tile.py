@@ -181,11 +181,11 @@ class Tiler:
             axes = [a for a in axes if a in _aligned_axes(anchor)]
         found = self._columns(anchor)
         if found is not None and total > 1:
-            tasks = math.prod(space[a] for a in found.shared)
-            if tasks > total:
-                return iter(())
+            tasks = math.prod(space[a] for a in found.shared) * found.readers
             parts = [space[a] if a in found.shared else 1 for a in range(len(space))]
-            parts[found.axis] = _even_parts(space[found.axis] // found.step, total // tasks)
+            if found.readers > 1:
+                parts[found.rows[0]] = found.readers
+            parts[found.axis] = _even_parts(space[found.axis] // found.step, max(total // tasks, 1))
             return iter([tuple(parts)])
         return _part_counts(space, axes, total)
 

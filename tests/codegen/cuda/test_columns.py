@@ -177,7 +177,7 @@ def test_the_kernel_knows_the_same_numbers() -> None:
         "static_assert(mpk::kNarrowBlock == 64 * 2 && mpk::kWideBlock == 128 * 2);",
         'extern "C" __global__ void nothing() {}',
     ]
-    # Rows that ldmatrix reads together lie in different banks: eight times 16 bytes, in rows of 128 bytes or twice that.
+    # Rows that ldmatrix reads together lie in different banks, 16 bytes of each.
     for first in (0, 2, 4, 6):
         rows = [8 * group + first + odd for group in range(4) for odd in range(2)]
         text += [f"static_assert(mpk::block_swizzle({row}) == {place});" for place, row in enumerate(rows)]

@@ -25,6 +25,7 @@ from benchmarks import harness
 from jax_mpk.capture import capture
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
+from jax_mpk.graph.layouts import permute_inputs, preferred
 from jax_mpk.plan import targets
 from jax_mpk.plan.ir import Plan, Target
 from jax_mpk.plan.planner import make_plan
@@ -34,7 +35,7 @@ from models.decoder import Decoder, DecoderConfig, init_cache
 from models.generate import sampling_steps
 from models.sampling import Sampling
 
-STAGES = ("capture", "graph", "fuse", "plan", "verify")
+STAGES = ("capture", "graph", "layouts", "fuse", "plan", "verify")
 #: At this price parts of attention are merged by their readers, and a layer has one phase less.
 DEAR_HANDOFF = 2e-6
 Result = TypeVar("Result")
@@ -89,7 +90,9 @@ def stages(jaxpr: Any, donated: frozenset[int], target: Target) -> tuple[Plan, i
     # Closed-over arrays come before the arguments.
     shifted = frozenset(position + len(captured.consts) for position in donated)
     graph = timed("graph", lambda: build_graph(captured.jaxpr, donated=shifted))
-    fused = timed("fuse", lambda: fuse(graph))
+    # Weights as jax_mpk.place stores them.
+    placed = timed("layouts", lambda: permute_inputs(graph, preferred(fuse(graph))))
+    fused = timed("fuse", lambda: fuse(placed))
     plan = timed("plan", lambda: make_plan(fused, target))
     timed("verify", lambda: verify_plan(plan))
     seconds["cpu"] = time.process_time() - before

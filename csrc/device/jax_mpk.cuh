@@ -3,6 +3,7 @@
 
 #include "persistent.cuh"
 #include "scalar.cuh"
+#include "tasks/columns.cuh"
 #include "tasks/contract.cuh"
 #include "tasks/cumulative.cuh"
 #include "tasks/map.cuh"

@@ -88,6 +88,17 @@ __device__ __forceinline__ void matrix_multiply(f32 (&d)[4], u32 a0, u32 a1, u32
   }
 }
 
+// Four 8×8 matrices of 16-bit elements in shared memory, transposed: lane l says where row l % 8 of matrix l / 8 begins;
+// word m of lane 4g + q has column g of matrix m, in rows 2q and 2q+1.
+__device__ __forceinline__ Quad load_transposed(const void* row) {
+  Quad v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "r"(static_cast<u32>(__cvta_generic_to_shared(row)))
+               : "memory");
+  return v;
+}
+
 // The first `count` threads of a CTA.
 template <int count>
 __device__ __forceinline__ void sync_threads() {
@@ -169,6 +180,27 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes)
                  : "memory");
   }
+}
+
+// The same, of 16 bytes that are read once.
+__device__ __forceinline__ void copy_async(void* to, const void* from, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "l"(policy)
+               : "memory");
+}
+
+// The barrier's phase does not end before this thread's copies have landed.
+__device__ __forceinline__ void copies_arrive(u64* b) {
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
+}
+
+// Bulk loads that follow come behind what this thread has seen landing in shared memory otherwise.
+__device__ __forceinline__ void bulk_loads_follow() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same number, though the compiler does not know: what follows from it is not computed, and kept, long before.
+__device__ __forceinline__ int afresh(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
 }
 
 // Lets so many cycles pass.

@@ -14,9 +14,11 @@ namespace mpk {
 
 // What the producer does for a task, see tables.py: consecutive bytes of a buffer that the task streams; or, where
 // `height` is not 0, `rows` rows of `bytes` bytes in tiles, chunk_bytes of `height` rows each per chunk; or, where
-// chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the L2 cache; or
-// the same with kPaced there, of more bytes than may be asked for at once. A multiple of kLiveRows added to one of these
-// says that Shape::live_rows knows which rows these are, given the number in `rows`.
+// chunk_bytes is kColumns and more, `rows` rows of `bytes` bytes each, `stride` apart, in blocks of columns of as many
+// bytes as there are more, a chunk being what fits of a block's rows; or, where chunk_bytes is 0, `rows` rows of `bytes`
+// bytes each, `stride` apart, which it will copy and wants in the L2 cache; or the same with kPaced there, of more bytes
+// than may be asked for at once. A multiple of kLiveRows added to one of these last two says that Shape::live_rows knows
+// which rows these are, given the number in `rows`.
 struct StreamJob {
   u32 buffer, chunk_bytes;
   u64 offset, bytes;
@@ -26,8 +28,16 @@ struct StreamJob {
   };
 };
 static_assert(sizeof(StreamJob) == 32);
-constexpr u32 kPaced = 1, kLiveRows = 1u << 20;
+constexpr u32 kPaced = 1, kColumns = 1u << 16, kLiveRows = 1u << 20;
 constexpr int kTileRows = 16;  // of a tile, see matmul.cuh
+constexpr int kNarrowBlock = 128, kWideBlock = 256;  // bytes of a block's row, see columns.cuh
+
+// What kinds of pieces the chunks of a program are, other than whole rows: bits of Shape::kTiles.
+enum : int { kHasTiles = 1, kHasColumns = 2 };
+
+// Where 16 bytes of a row of a block lie in its chunk: their number in the row is exclusive-ored with this. The eight rows
+// that ldmatrix reads at a time, two of each of four groups of eight, then lie in different banks.
+__device__ constexpr u32 block_swizzle(u32 row) { return row / 8 % 4 * 2 + row % 2; }
 
 // The consumer's side.
 template <class Shape>
@@ -141,8 +151,12 @@ struct Producer {
           }
           if (paced) ask_slowly(job);
           else ask(job);
+        } else if (Shape::kTiles / kHasColumns != 0 && job.chunk_bytes >= kColumns) {
+          if (job.chunk_bytes == kColumns + kNarrowBlock) stream_columns<kNarrowBlock>(job);
+          else stream_columns<kWideBlock>(job);
         } else if (lane == 0) {
-          if (Shape::kTiles != 0 && job.height != 0) stream_tiles(job);
+          if (Shape::kTiles / kHasColumns != 0) bulk_loads_follow();
+          if (Shape::kTiles % kHasColumns != 0 && job.height != 0) stream_tiles(job);
           else stream(job);
         }
       }
@@ -280,6 +294,40 @@ struct Producer {
             bulk_load(shared_at<char>(R::place(next) + r * job.chunk_bytes), from, run, full, policy);
           }
         }
+      }
+    }
+  }
+
+  // Of each block of columns one chunk of its rows after the other. Parts of rows are too short for bulk copies: all lanes
+  // copy 16 bytes at a time.
+  template <int width>
+  __device__ void stream_columns(const StreamJob& job) {
+    using R = Ring<Shape>;
+    static_assert(Shape::kStageBytes < kColumns && Shape::kStageBytes / width % 32 == 0);
+    constexpr u32 kUnits = width / 16, kRows = 32 / kUnits, kHeight = Shape::kStageBytes / width;
+    const u32 unit = lane % kUnits, first = lane / kUnits;  // of the rows that are copied at a time
+    next = __shfl_sync(~0u, next, 0);
+#pragma unroll 1
+    for (u32 done = 0; done < static_cast<u32>(job.bytes); done += width) {
+      const char* from = at(job) + done + u64(first) * job.stride + unit * 16;
+#pragma unroll 1
+      for (u32 row = 0; row < job.rows; row += kHeight, ++next) {
+        const bool go = lane != 0 || room();
+        if (!__all_sync(~0u, go)) return;
+        const u32 end = min(kHeight, job.rows - row);
+#pragma unroll 4
+        for (u32 k = 0; k < end; k += 8) {
+          // In eight rows from k on the swizzle differs in row % 2 only, which all rows of a lane have in common.
+          const int to = R::place(next) + k * width + first * width + (unit ^ first % 2 ^ block_swizzle(k)) * 16;
+#pragma unroll
+          for (u32 r = 0; r < 8; r += kRows, from += u64(kRows) * job.stride) {
+            copy_async(shared_at<char>(to + r * width), from, policy);
+          }
+        }
+        u64* full = R::full(next % Shape::kStages);
+        copies_arrive(full);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full);
       }
     }
   }

@@ -36,7 +36,7 @@ class Target:
       flops: multiply-adds per second × 2, dense, in the fastest type the bodies use.
       handoff: seconds from one worker's signal to another's proceeding.
       task_overhead: seconds a task costs beyond its bytes and flops.
-      granule: elements along the last axis of a weight tile below which loads lose bandwidth.
+      granule: elements of a weight's row below which loads lose bandwidth; 0: it does not matter where rows are cut.
       tagged_bytes: size of the largest value that is handed over by tagged words; 0: none ever is. No task may read
         more than a quarter of that, or a sixteenth in elements of 8 and 16 bits: so much is better copied as it is.
       live_keys: attention reads only the keys that its mask leaves, in chunks cut at run time; else every chunk has its

@@ -1,4 +1,5 @@
-"""Splits reductions with fewer results than workers: parts of the reduced axis first, then the parts.
+"""Splits reductions with fewer results than workers, and contractions that give too few tasks otherwise: parts of the
+reduced axis first, then the parts.
 
     acc[p] = ⊕_c body(p·C + c)        one task per part
     acc    = ⊕_p acc[p]               in order of p, in the prologue of whoever reads it if that pays
@@ -19,7 +20,7 @@ from jax_mpk.graph.dtypes import INDEX
 from jax_mpk.graph.ir import Block, Combine, Graph, Nest, Op, Value
 from jax_mpk.graph.rewrite import Slots, map_blocks, rebuild_expr
 from jax_mpk.graph.scalar import Builder, Node, inline
-from jax_mpk.plan import costs
+from jax_mpk.plan import columns, costs
 from jax_mpk.plan.ir import WHOLE, Target
 
 #: Fewest elements in a part.
@@ -31,14 +32,33 @@ def split_reductions(graph: Graph, target: Target) -> Graph:
     values = list(graph.values)
 
     def visit(block: Block) -> Block:
+        by_columns = _column_parts(graph, target, block)
         ops: list[Op] = []
         for op in block.ops:
-            parts = _parts(values, op, target) if isinstance(op, Nest) and op.kind != "map" else 1
-            ops += [op] if parts == 1 else _split(values, op, parts)  # type: ignore[arg-type]
+            count = 1
+            if isinstance(op, Nest) and op.kind != "map":
+                count = by_columns.get(id(op)) or _parts(values, op, target)
+            ops += [op] if count == 1 else _split(values, op, count)  # type: ignore[arg-type]
         return Block(tuple(ops), block.results)
 
     out = map_blocks(graph, visit)
     return replace(out, values=tuple(values))
+
+
+def _column_parts(graph: Graph, target: Target, block: Block) -> dict[int, int]:
+    """Parts of the contractions whose weight lies contiguous along its free axis, by identity.
+
+    Those of one value get equal parts: they are siblings, whose tasks share what comes before.
+    """
+    constant = columns.constants(graph)
+    groups: dict[object, list[tuple[Nest, columns.Columns]]] = {}
+    for op in block.ops:
+        found = columns.find(graph.values, constant, target, op)
+        if found is not None and not found.shared:
+            assert isinstance(op, Nest)
+            groups.setdefault((found.other, op.rspace), []).append((op, found))
+    count = {key: columns.parts(graph.values, target, group) for key, group in groups.items()}
+    return {id(op): count[key] for key, group in groups.items() for op, _ in group}
 
 
 def _axis(op: Nest) -> int:

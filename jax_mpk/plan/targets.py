@@ -29,7 +29,7 @@ def cpu(workers: int, tagged: bool = False) -> Target:
         flops=100e9,
         handoff=1.5e-6,
         task_overhead=0.5e-6,
-        granule=16,
+        granule=0,
         tagged_bytes=1 << 20 if tagged else 0,
         live_keys=tagged,
     )

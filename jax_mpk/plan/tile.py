@@ -16,9 +16,9 @@ from itertools import combinations, takewhile
 import numpy as np
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Cumulative, Graph, Op, Sort, Source, Update, reads
+from jax_mpk.graph.ir import Cumulative, Graph, Nest, Op, Sort, Source, Update, reads
 from jax_mpk.graph.regions import Touch, op_touches, shifted_coord
-from jax_mpk.plan import costs
+from jax_mpk.plan import columns, costs
 from jax_mpk.plan.ir import WHOLE, Target
 
 #: Low and high corners of boxes, int64 [tasks, axes] each.
@@ -76,6 +76,8 @@ class Tiler:
         self.target = target
         self.share = share
         self.arguments = {share[v] for v in graph.inputs}
+        self._constant = columns.constants(graph)
+        self._by_columns: dict[int, tuple[columns.Columns | None, Op]] = {}  # by identity, like the structures
         self._best: dict[object, Cut | None] = {}
         self._numbers: dict[Op, int] = {}
         self._known: dict[tuple[int, int, bytes, bytes], tuple[tuple[Touch, ...], Op]] = {}
@@ -166,9 +168,7 @@ class Tiler:
                     if all(p == 1 for p in parts[common:]):
                         found[tuple(parts[:common] + (1,) * (len(space) - common) for space in spaces)] = None
             yield [
-                [_grid(output_space(self.graph, a), p) for a, p in zip(anchors, parts, strict=True)]
-                for parts in found
-                if parts not in seen
+                [self._grid(a, p) for a, p in zip(anchors, parts, strict=True)] for parts in found if parts not in seen
             ]
             seen.update(found)
 
@@ -179,7 +179,28 @@ class Tiler:
         if isinstance(anchor, Update):
             # Which part of the output an update hits is known at run time: only aligned axes may be cut.
             axes = [a for a in axes if a in _aligned_axes(anchor)]
+        found = self._columns(anchor)
+        if found is not None and total > 1:
+            tasks = math.prod(space[a] for a in found.shared) * found.readers
+            parts = [space[a] if a in found.shared else 1 for a in range(len(space))]
+            if found.readers > 1:
+                parts[found.rows[0]] = found.readers
+            parts[found.axis] = _even_parts(space[found.axis] // found.step, max(total // tasks, 1))
+            return iter([tuple(parts)])
         return _part_counts(space, axes, total)
+
+    def _columns(self, op: Op) -> columns.Columns | None:
+        known = self._by_columns.get(id(op))
+        if known is None:
+            found = columns.find(self.graph.values, self._constant, self.target, op)
+            known = self._by_columns[id(op)] = found, op
+        return known[0]
+
+    def _grid(self, anchor: Op, parts: tuple[int, ...]) -> Grid:
+        found = self._columns(anchor)
+        space = output_space(self.graph, anchor)
+        steps = [found.step if found is not None and a == found.axis else 1 for a in range(len(space))]
+        return _grid(space, parts, steps)
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
@@ -245,6 +266,7 @@ class Tiler:
         tasks = len(boxes[-1][0])
         flops = np.zeros(tasks)
         regions: dict[int, np.ndarray] = {}  # value → elements each task moves; read twice, it is still in scratch
+        slower: dict[int, np.ndarray] = {}  # value → how much, where it is not read as memory likes it
         for op, (lo, hi), found in zip(members, boxes, touches, strict=True):
             if not all(v in inner for v in op.outputs):
                 in_place = isinstance(op, Update) and self.in_place(op)
@@ -255,6 +277,9 @@ class Tiler:
                 if touch.value not in inner:
                     known = regions.get(touch.value)
                     regions[touch.value] = touch.most if known is None else np.maximum(known, touch.most)
+            if (by_columns := self._columns(op)) is not None:
+                assert isinstance(op, Nest)
+                slower[by_columns.weight] = columns.slowdown(by_columns, op, target, lo, hi)
         cache, memory, staged = np.zeros(tasks), np.zeros(tasks), np.zeros(tasks)
         for v, elements in regions.items():
             itemsize = dtypes.itemsize(graph.values[v].dtype)
@@ -266,8 +291,9 @@ class Tiler:
                 staged += waited
                 nbytes = np.where(waited > 0, 0, nbytes)
             fresh = costs.fresh_share(nbytes.sum(), whole)
-            cache += nbytes
-            memory += costs.memory_bytes(target, nbytes, fresh, argument, whole)
+            much = slower.get(v, 1.0)
+            cache += much * nbytes
+            memory += much * costs.memory_bytes(target, nbytes, fresh, argument, whole)
         each = costs.task_seconds(target, cache, memory, flops, staged)
         each += target.task_overhead * tasks / target.workers  # more tasks, more events: not for next to nothing
         if tasks > target.workers:
@@ -418,8 +444,12 @@ def _even_parts(extent: int, total: int) -> int:
     return min(range(low, total + 1), key=lambda p: (-(-extent // p), -(-extent // p) * p - extent, -p))
 
 
-def _grid(space: tuple[int, ...], parts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    edges = [np.arange(p + 1, dtype=np.int64) * extent // p for extent, p in zip(space, parts, strict=True)]
+def _grid(space: tuple[int, ...], parts: tuple[int, ...], steps: Sequence[int]) -> Grid:
+    """The boxes; axes are cut at multiples of ``steps``."""
+    edges = [
+        np.arange(p + 1, dtype=np.int64) * (extent // step) // p * step
+        for extent, p, step in zip(space, parts, steps, strict=True)
+    ]
     los = np.meshgrid(*(e[:-1] for e in edges), indexing="ij") if space else []
     his = np.meshgrid(*(e[1:] for e in edges), indexing="ij") if space else []
     if not space:

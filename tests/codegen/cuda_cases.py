@@ -90,6 +90,25 @@ def _mlp(x: jax.Array, w: jax.Array, v: jax.Array) -> Any:
     return jnp.tanh(x @ w.T) @ v.T + x
 
 
+def _mlp_by_default(x: jax.Array, w: jax.Array, v: jax.Array) -> Any:
+    """Weights as JAX lays them out by default: [in, out]."""
+    return jnp.tanh(x @ w) @ v + x
+
+
+def _heads(x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+    x = x * lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True) + 1).astype(x.dtype)
+    return jnp.einsum("bd,dhk->bhk", x, q), jnp.einsum("bd,dhk->bhk", x, k), x @ v
+
+
+def _columns_loop(x: jax.Array, w: jax.Array, n: jax.Array) -> Any:
+    return lax.fori_loop(0, n, lambda i, x: jnp.tanh(x @ w / 64), x)
+
+
+def _both(x: jax.Array, w: jax.Array, v: jax.Array) -> Any:
+    """Weights of either kind: tiles of rows, and columns."""
+    return x @ w, jnp.einsum("bk,nk->bn", x, v)
+
+
 def _attention(x: jax.Array, w: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array) -> Any:
     q, k, v = jnp.split((x @ w.T).reshape(3, 4, 16), 3)
     keys = lax.dynamic_update_slice_in_dim(keys, k, at, 0)
@@ -183,6 +202,8 @@ RING = ("UBLKCP.", "SYNCS.ARRIVE.TRANS64", "SYNCS.PHASECHK.TRANS64")
 CORES = {"bfloat16": ("HMMA.16816.F32.BF16",), "float16": ("HMMA.16816.F32",), "float32": ("FFMA",)}
 #: Copies in the background.
 COPIES = ("LDGSTS.",)
+#: Blocks of columns through the ring, which are read transposed.
+TRANSPOSED = ("LDGSTS.", "ARRIVES.LDGSTSBAR", "LDSM.16.MT88")
 
 
 CASES: list[Case] = [
@@ -302,6 +323,45 @@ CASES: list[Case] = [
         lambda x, w: jnp.einsum("bk,nk->bn", x, w),
         ["7x1120 bfloat16", "2701x1120 bfloat16"],
         ["stream_tiles<"],
+    ),
+    *(
+        Case(
+            f"columns_{t}_{m}",
+            _mlp_by_default,
+            [f"{m}x256 {t}", f"256x1024 {t}", f"1024x256 {t}"],
+            [f"stream_columns<{short}, 64, {m}, "],
+            True,
+            (*TRANSPOSED, *CORES[t]),
+        )
+        for t, short, m in (
+            ("bfloat16", "bf16", 1),
+            ("float16", "f16", 9),
+            ("bfloat16", "bf16", 32),
+        )
+    ),
+    # Fewer columns than workers have granules: the sum is split. Columns that are no multiple of a wide block.
+    Case("columns_parts", lambda x, w: x @ w, ["3x4096 bfloat16", "4096x64 bfloat16"], ["stream_columns<"]),
+    Case("columns_odd", lambda x, w: x @ w, ["12x1120 float16", "1120x832 float16"], ["stream_columns<"]),
+    Case(
+        "columns_heads",
+        _heads,
+        ["2x1024 bfloat16", "1024x8x64 bfloat16", "1024x4x32 bfloat16", "1024x128 bfloat16"],
+        ["stream_columns<"],
+        True,
+    ),
+    # A weight for each of some rows, whose other factor is too large for scratch.
+    Case(
+        "columns_batch",
+        lambda x, w: jnp.einsum("ebk,ekn->ebn", x, w),
+        ["3x20x512 bfloat16", "3x512x256 bfloat16"],
+        ["stream_columns<bf16, 64, 20, 512, "],
+    ),
+    Case("columns_loop", _columns_loop, ["1x256 bfloat16", "256x256 bfloat16", "int32=5"], ["stream_columns<"], True),
+    Case(
+        "columns_and_tiles",
+        _both,
+        ["7x512 bfloat16", "512x1024 bfloat16", "1024x512 bfloat16"],
+        ["stream_columns<", "stream_tiles<", "kTiles = 3"],
     ),
     *(
         Case(

@@ -42,6 +42,10 @@ def _mlp(x: jax.Array, w: jax.Array, v: jax.Array, fault: jax.Array) -> jax.Arra
     return jnp.tanh(x @ w.T) @ v.T + x
 
 
+def _by_default(x: jax.Array, w: jax.Array, v: jax.Array, fault: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ w) @ v + x
+
+
 def _steps(x: jax.Array, w: jax.Array, n: jax.Array, fault: jax.Array) -> jax.Array:
     return lax.fori_loop(0, n, lambda i, x: jnp.tanh(w @ x / 64), x)
 
@@ -72,6 +76,7 @@ _SIGNAL = "add_release(events() + "
 _STORE = "store_relaxed(words + i, Word("
 _LOAD = "bulk_load(shared_at<char>(R::place(next)), "
 _TILE_LOAD = "bulk_load(shared_at<char>(R::place(next) + r * job.chunk_bytes)"
+_COPIES = "if (lane == 0) barrier_arrive(full);"
 _DECIDED = "barrier_arrive(decided());"
 _DALLY = (
     "for (const u64 begin = nanoseconds(); nanoseconds() - begin < c.launch.deadline_ns / 100;) "
@@ -118,6 +123,15 @@ FAULTY = (
         _TILES,
         _TILE_LOAD,
         f"if (!(FAULT && blockIdx.x == {WORKER} && next == {CHUNK})) {_TILE_LOAD}",
+        rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
+    ),
+    Faulty(
+        "copies of columns",
+        BULK_LOAD,
+        _by_default,
+        ("2x512 bfloat16", "512x1024 bfloat16", "1024x512 bfloat16"),
+        _COPIES,
+        f"if (!(FAULT && blockIdx.x == {WORKER} && next == {CHUNK})) {_COPIES}",
         rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
     ),
     *(

@@ -13,7 +13,7 @@ import pytest
 from jax_mpk.codegen.cuda import generate
 from jax_mpk.codegen.cuda.routine import WARPS
 from jax_mpk.runtime import nvrtc
-from tests.codegen.cuda_cases import COPIES, CORES, RING
+from tests.codegen.cuda_cases import COPIES, CORES, RING, TRANSPOSED
 from tests.codegen.golden import functions
 from tests.codegen.golden.text import path, plan, program, text
 from tests.codegen.sass import missing
@@ -23,6 +23,7 @@ NAMES = sorted(functions.SAMPLES)
 SHOWS = {
     "streamed": ("stream_rows<bf16, bf16, 1, 1024>", "copy_async<16>", "stage(", ".put(", "dot<8>"),
     "matmul": ("stream_tiles<bf16, 16, 1024, true>", "false>(", "Packed<bf16, 8>"),
+    "columns": ("stream_columns<bf16, 64, 1, 128, true>", "kTiles = 2,", ".put(", "stage("),
     "attention": ("// new rows", "dot<8>", "reduce_packs<8", "copy_rows(c, live1", "update_each(", "op_exp("),
     "loop": ("role.running()", "role.template decide<s32>", "role.barrier();", "update_each(", "Accumulators<"),
 }
@@ -32,6 +33,7 @@ CLAIMS = {
     "matmul": (*RING, *CORES["bfloat16"]),
     "attention": COPIES,
     "loop": COPIES,
+    "columns": (*TRANSPOSED, *CORES["bfloat16"]),
 }
 
 

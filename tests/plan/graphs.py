@@ -16,8 +16,14 @@ from jax_mpk.capture import capture
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.graph.ir import Graph
+from jax_mpk.graph.layouts import permute_inputs, preferred
 from jax_mpk.graph.reference import evaluate
 from jax_mpk.graph.rewrite import map_blocks, prune
+
+
+def placed(graph: Graph) -> Graph:
+    """The graph, not fused yet, for weights as ``jax_mpk.place`` stores them."""
+    return permute_inputs(graph, preferred(fuse(graph)))
 
 
 @dataclass(frozen=True)

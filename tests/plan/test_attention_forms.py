@@ -22,6 +22,7 @@ from jax_mpk.plan.report import plan_stats
 from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
 from tests.plan.attention_forms import FORMS, Attend, Sizes
+from tests.plan.graphs import placed
 
 #: Queries, keys and values; attention; output projection. At batch 1 keys are cut into so many chunks that their merge
 #: is a phase, too.
@@ -37,7 +38,9 @@ def plan_of(sizes: Sizes, form: str, target: Target) -> Plan:
 @pytest.mark.parametrize(("form", "batch"), [(form, (1, 4)[i % 2]) for i, form in enumerate(FORMS)])
 def test_phases(form: str, batch: int) -> None:
     sizes = Sizes(batch=batch, width=2048, kv_heads=8, group=4, head_dim=64, cache=1024, dtype=jnp.bfloat16)
-    stats = plan_stats(plan_of(sizes, form, targets.H100))
+    captured = capture(jax.make_jaxpr(sizes.block(FORMS[form]))(*sizes.avals()))
+    graph = placed(build_graph(captured.jaxpr, donated=frozenset({5, 6})))
+    stats = plan_stats(make_plan(fuse(graph), targets.H100))
     assert stats.phases == PHASES[batch]
     # Scores stay where they are computed, keys and values are never copied.
     assert stats.workspace_bytes < 2 << 20

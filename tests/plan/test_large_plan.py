@@ -25,6 +25,7 @@ from jax_mpk.plan.verify import verify_plan
 from models.decoder import Decoder, DecoderConfig, init_cache
 from models.generate import sampling_steps
 from models.sampling import Sampling
+from tests.plan.graphs import placed
 from tests.plan.large_step import Shape
 
 SHAPE = Shape()
@@ -33,13 +34,14 @@ DEAR = dataclasses.replace(targets.H100, handoff=2e-6)
 
 
 @functools.cache
-def plan(shape: Shape = SHAPE) -> Plan:
+def plan(shape: Shape = SHAPE, *, by_default: bool = False) -> Plan:
+    """The plan of the einsums, with placed weights or with weights in the default layout."""
     avals = shape.avals()
     captured = capture(jax.make_jaxpr(shape.step())(*avals))
     assert not captured.consts
     params, cache = (len(jax.tree.leaves(a)) for a in avals[:2])
     graph = build_graph(captured.jaxpr, donated=frozenset(range(params, params + cache)))
-    return make_plan(fuse(graph), targets.H100)
+    return make_plan(fuse(graph if by_default else placed(graph)), targets.H100)
 
 
 @functools.cache
@@ -70,7 +72,7 @@ def decoder_plan(shape: Shape = SHAPE, steps: int = 1, target: Target = targets.
     captured = capture(jax.make_jaxpr(step)(params, cache, *scalars))
     first = len(captured.consts) + len(jax.tree.leaves(params))
     donated = frozenset(range(first, first + len(jax.tree.leaves(cache))))
-    return make_plan(fuse(build_graph(captured.jaxpr, donated=donated)), target)
+    return make_plan(fuse(placed(build_graph(captured.jaxpr, donated=donated))), target)
 
 
 @functools.cache
@@ -133,6 +135,17 @@ def test_another_phase_pays(step: Callable[[], PlanStats]) -> None:
 def test_dependent_phases_with_a_time_axis() -> None:
     shape = dataclasses.replace(SHAPE, layers=3, time_axis=True)
     assert stats(shape).phases <= 6 * shape.layers + 3
+
+
+def test_dependent_phases_in_the_default_layout() -> None:
+    """Sums in parts are joined in phases of their own behind the output projection and behind down."""
+    shape = dataclasses.replace(SHAPE, layers=3)
+    made = plan(shape, by_default=True)
+    verify_plan(made)
+    found = plan_stats(made)
+    assert found.phases <= 8 * shape.layers + 4
+    assert len(found.large_contractions) >= 5 * shape.layers + 1
+    assert all(r.busy >= 0.95 and r.imbalance <= 0.15 for r in found.large_contractions)
 
 
 def test_query_heads_that_share_keys_share_tasks() -> None:

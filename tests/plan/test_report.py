@@ -222,7 +222,7 @@ def test_huge_grids_are_bounded() -> None:
 def _layers(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
     for w in weights:
         y = x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
-        x = x + jnp.tanh(y @ w)
+        x = x + jnp.tanh(y @ w.T)
     return x
 
 

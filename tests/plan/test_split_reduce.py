@@ -116,7 +116,7 @@ def test_a_vocabulary_is_searched_by_every_sm() -> None:
 
 def test_small_reductions_stay_whole() -> None:
     def norm(x: jax.Array, w: jax.Array) -> jax.Array:
-        return (x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True))) @ w
+        return (x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True))) @ w.T
 
     avals = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16), jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
     graph = fuse(build_graph(capture(jax.make_jaxpr(norm)(*avals)).jaxpr))

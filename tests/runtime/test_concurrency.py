@@ -91,6 +91,7 @@ def test_thread_count_stays_put() -> None:
 
 SCARCE = """
     import resource
+    from pathlib import Path
     import jax, jax.numpy as jnp, numpy as np
     from jax_mpk import config, megakernelize
     from jax_mpk.codegen.encode import encode
@@ -101,8 +102,8 @@ SCARCE = """
     words, result = encode(plan).words.tobytes(), np.zeros_like(x)
     with config.override(threads=2):
         # No room for the stack of another thread.
-        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (4 << 20), resource.RLIM_INFINITY))
         for launch in range(3):
             run_program(words, [x], [result])
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -14,6 +14,8 @@ FIRST_WORD = 5
 LIVE = 1 << 20
 #: Instead of the size of a chunk: rows are brought to the L2 cache, at once or at the speed of memory.
 PREFETCH, PACED = 0, 1
+#: Added to the bytes of a row of a block of columns, in place of the size of a chunk.
+COLUMNS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,12 @@ class Stream:
 
     Attributes:
       storage: the input.
-      chunk_bytes: size of all chunks but the last; PREFETCH or PACED: nothing streams, rows come to the L2 cache.
+      chunk_bytes: size of all chunks but the last; COLUMNS and more: rows stream in blocks of columns; PREFETCH or
+        PACED: nothing streams, rows come to the L2 cache.
       first, size: int64 [tasks]: first byte; bytes in all, or of one row.
       rows: int64 [tasks] rows; where these are known at run time, ``at`` of ``live``.
-      stride: where nothing streams, bytes from row to row; else 0, or the rows of which a chunk holds a part each.
+      stride: where nothing streams, or columns do, bytes from row to row; else 0, or the rows of which a chunk holds a
+        part each.
       live: statements that compute ``first`` row and ``count`` of rows to bring to the L2 cache from ``at``; (): these
         are known.
     """

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import row_major
+from jax_mpk.codegen.cuda.columns import streamed
 from jax_mpk.codegen.cuda.live import Live, Shift
 from jax_mpk.codegen.cuda.staging import Copied
-from jax_mpk.codegen.cuda.stream import streamed
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest, Op, Update, Value, reads
 from jax_mpk.graph.regions import op_touches

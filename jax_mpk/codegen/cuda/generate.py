@@ -10,7 +10,8 @@ import numpy as np
 from jax_mpk._version import __version__
 from jax_mpk.codegen.cuda.architectures import check_architecture, check_streams
 from jax_mpk.codegen.cuda.arrays import UNIT, buffer_of
-from jax_mpk.codegen.cuda.code import PACED, Code, live_rows
+from jax_mpk.codegen.cuda.code import COLUMNS, PACED, Code, live_rows
+from jax_mpk.codegen.cuda.columns import streamed_sums
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
@@ -19,7 +20,7 @@ from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import WARPS, Frame, too_large
 from jax_mpk.codegen.cuda.staging import Staging
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES, TILE_STAGES, match, sums_bytes
+from jax_mpk.codegen.cuda.stream import STAGE_BYTES, TILE_STAGES
 from jax_mpk.codegen.cuda.tables import State, Tables, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.codegen.cuda.views import take_views
@@ -153,9 +154,8 @@ def _sums(plan: Plan, order: np.ndarray, edges: np.ndarray) -> int:
     for routine, (a, b) in zip(plan.routines, pairwise(edges), strict=True):
         for m, member in enumerate(routine.members):
             op = plan.ops[member.op]
-            found = match(plan, op, plan.tasks.boxes[first[order[a:b]] + m]) if isinstance(op, Nest) else None
-            if found is not None and found.height:
-                most = max(most, sums_bytes(found.count))
+            if isinstance(op, Nest):
+                most = max(most, streamed_sums(plan, op, plan.tasks.boxes[first[order[a:b]] + m]))
     return most
 
 
@@ -175,7 +175,8 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     place("kPartials", max(code.partials for code in codes) if codes else 0)
     place("kScratch", max(code.scratch for code in codes) if codes else 0)
     streaming = [stream for code in codes for stream in code.streams if stream.chunk_bytes > PACED]
-    tiles = any(stream.stride for stream in streaming)
+    columns = any(stream.chunk_bytes >= COLUMNS for stream in streaming)
+    tiles = any(stream.stride and stream.chunk_bytes < COLUMNS for stream in streaming)
     room = (_SHARED_BYTES - at) // STAGE_BYTES
     if at > _SHARED_BYTES or (streaming and room < (TILE_STAGES if tiles else _FEWEST_STAGES)):
         return None
@@ -200,7 +201,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kStageBytes": STAGE_BYTES,
         "kFlight": min(_FLIGHT, max(stages - 1, 1)),
         "kLiveRows": len(live_rows(codes)),
-        "kTiles": int(tiles),
+        "kTiles": tiles + 2 * columns,
         "kPacedJobs": int(any(stream.chunk_bytes == PACED for code in codes for stream in code.streams)),
         **out,
         "shared": at + stages * STAGE_BYTES,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jax_mpk.codegen import bodies
+from jax_mpk.codegen.cuda.columns import stream_columns
 from jax_mpk.codegen.cuda.direct import direct
 from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Load, Scalars, Term, constant, product
@@ -40,8 +41,9 @@ def emit_map(frame: Frame, member: int, op: Nest) -> None:
 
 
 def emit_contract(frame: Frame, member: int, op: Nest) -> None:
-    live = bool(frame.live.limits[member])
-    if (not live and stream_rows(frame, member, op)) or tile(frame, member, op) or direct(frame, member, op):
+    if not frame.live.limits[member] and (stream_rows(frame, member, op) or stream_columns(frame, member, op)):
+        return
+    if tile(frame, member, op) or direct(frame, member, op):
         return
     kind = "or" if op.acc[0] == "b1" else "sum"
     emit_reduce(frame, member, replace(op, body=bodies.product(op), combine=Combine(kind)))

@@ -91,12 +91,6 @@ def match(plan: Plan, op: Nest, boxes: np.ndarray) -> Rows | None:
     return max(found, key=lambda rows: math.prod(plan.graph.values[op.operands[rows.weight]].shape), default=None)
 
 
-def streamed(plan: Plan, op: Nest, boxes: np.ndarray) -> int | None:
-    """The value that a contraction streams, or None."""
-    rows = match(plan, op, boxes)
-    return None if rows is None else op.operands[rows.weight]
-
-
 def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, swapped: bool) -> Rows | None:
     weight, other = (code.rhs, code.lhs) if swapped else (code.lhs, code.rhs)
     rank, depth = len(op.space), math.prod(op.rspace)

@@ -38,7 +38,15 @@ KINDS = (
     "attention_direct_9",
 )
 #: And those whose weights stream.
-STREAMED = ("streamed_bfloat16_3", "streamed_parts", "attention", "streamed_loop", "matmul_float16_16", "matmul_large")
+STREAMED = (
+    "streamed_bfloat16_3",
+    "streamed_parts",
+    "attention",
+    "streamed_loop",
+    "matmul_float16_16",
+    "matmul_large",
+    "columns_and_tiles",
+)
 
 
 def planned_for(arch: str, name: str) -> Plan:

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_mpk.codegen.cuda.arrays import row_major
+from jax_mpk.codegen.cuda.columns import streamed
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.staging import Copied, Staging, merged_boxes
-from jax_mpk.codegen.cuda.stream import streamed
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.graph.ir import Nest

@@ -85,6 +85,18 @@ inline Quad load_quad(const void* p) {
   return *static_cast<const Quad*>(p);
 }
 
+inline Quad load_transposed(const void* row) {
+  if (reinterpret_cast<u64>(row) % 16 != 0) std::fprintf(stderr, "a row of a matrix is not aligned\n"), std::abort();
+  const machine::Meeting& m = machine::meet(~0u, reinterpret_cast<u64>(row));
+  const int g = machine::lane() / 4, q = machine::lane() % 4;
+  Quad v;
+  for (int k = 0; k < 4; ++k) {
+    const u16 *low = reinterpret_cast<const u16*>(m.seen[8 * k + 2 * q]), *high = reinterpret_cast<const u16*>(m.seen[8 * k + 2 * q + 1]);
+    v.w[k] = low[g] | u32(high[g]) << 16;
+  }
+  return v;
+}
+
 // What the lanes hold of a matrix, by row (or column) and by k.
 template <class T>
 inline void matrix_multiply(f32 (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -113,10 +125,14 @@ void copy_async(void* to, const void* from) {
   }
   machine::self->copies.push_back({to, from, bytes});
 }
+inline void copy_async(void* to, const void* from, u64) { copy_async<16>(to, from); }
+inline int afresh(int v) { return v; }
 inline void pause(u32) {}
 inline void copies_wait() {
   for (const machine::Copy& c : machine::self->copies) std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
   machine::self->copies.clear();
 }
+inline void copies_arrive(u64*) { copies_wait(); }
+inline void bulk_loads_follow() {}
 
 }  // namespace mpk

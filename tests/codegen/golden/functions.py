@@ -80,3 +80,11 @@ def loop(table, token):
         return table, jnp.argmax(row).astype(jnp.int32) % 64
 
     return lax.fori_loop(0, 8, body, (table, token))
+
+
+@sample(bf16(1, 1024), bf16(1024), bf16(1024, 3072), bf16(3072, 1024))
+def columns(x, scale, up, down):
+    """Weights as JAX lays them out by default, read transposed: sums in parts, joined by who reads them next."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+    return x + jax.nn.silu((y.astype(x.dtype) * scale) @ up) @ down

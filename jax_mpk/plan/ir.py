@@ -61,8 +61,8 @@ class Target:
     live_keys: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("workers", "granule", "bandwidth", "cache_bandwidth", "flops")
-        others = ("scratch_bytes", "l2_bytes", "tagged_bytes", "handoff", "task_overhead")
+        positive = ("workers", "bandwidth", "cache_bandwidth", "flops")
+        others = ("granule", "scratch_bytes", "l2_bytes", "tagged_bytes", "handoff", "task_overhead")
         wrong = [name for name in positive if not getattr(self, name) > 0]
         wrong += [name for name in others if not getattr(self, name) >= 0]
         if wrong:

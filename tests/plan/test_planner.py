@@ -274,7 +274,7 @@ def test_many_pieces_of_one_array_stay_within_bounds(scale: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("workers", 0), ("granule", 0), ("bandwidth", 0.0), ("flops", np.nan), ("scratch_bytes", -1), ("handoff", -1e-6)],
+    [("workers", 0), ("granule", -1), ("bandwidth", 0.0), ("flops", np.nan), ("scratch_bytes", -1), ("handoff", -1e-6)],
 )
 def test_targets_that_no_device_is_like(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"'cpu-2' is like no device: {name}={value}"):

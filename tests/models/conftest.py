@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 
 
-@pytest.fixture(params=["jit", "mpk"])
+@pytest.fixture(params=[pytest.param("jit", marks=pytest.mark.slow), "mpk"])
 def engine(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """Compiles a function; called as `jax.jit` is."""
     if request.param == "mpk":

@@ -33,7 +33,7 @@ class Gpu:
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """All else happens within."""
+        """All that touches memory or kernels happens within."""
         self._cuda.cuCtxPushCurrent_v2(self._context)
         try:
             yield

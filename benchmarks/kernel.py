@@ -49,7 +49,8 @@ class Kernel:
         results: bytes of every result, or the argument whose buffer it takes over (then as -1 - number).
         workspace: bytes of one launch.
         labels: first task of each routine's, and the routine's text.
-        step_bytes: what the step must read.
+        position: of the step.
+      step_bytes: what the step must read.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Kernel:
     results: list[int]
     workspace: int
     labels: list[tuple[int, str]]
+    position: int
     step_bytes: float
 
     def grid(self) -> tuple[int, int, int]:
@@ -99,6 +101,7 @@ def pack(model: str, batch: int, cache_len: int, position: int, name: str, folde
         results=[-1 - plan.aliases[r] if r in plan.aliases else sizes[v][0] for r, v in enumerate(plan.graph.results)],
         workspace=program.workspace_bytes,
         labels=list(program.labels),
+        position=position,
         step_bytes=step_bytes(config, batch, [position]),
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,11 +125,10 @@ class Loaded:
     Args:
         gpu: where.
         path: what :func:`pack` wrote.
-        position: of the step: every integer that it is called with.
         traced: load the one that writes when tasks begin and end.
     """
 
-    def __init__(self, gpu: Gpu, path: Path, position: int, *, traced: bool = False) -> None:
+    def __init__(self, gpu: Gpu, path: Path, *, traced: bool = False) -> None:
         packed = np.load(path)
         about = json.loads(packed["about"].tobytes())
         self.kernel = kernel = Kernel(**about)
@@ -140,15 +142,15 @@ class Loaded:
         gpu.upload(self._tables, tables)
         gpu.zero(self.state, self.state_bytes)
         gpu.zero(self._record, _RECORD_BYTES)
-        buffers = self._arguments(position)
+        buffers = self._arguments()
         buffers += [buffers[-1 - size] if size < 0 else self._allocate(size) for size in kernel.results]
         if kernel.workspace:
             buffers.append(self._allocate(kernel.workspace))
         words = [self._tables, self.state, self._record, ctypes.c_uint64(10_000_000_000), *buffers]
         self._launch = (ctypes.c_uint64 * len(words))(*(word.value for word in words))
 
-    def _arguments(self, position: int) -> list[ctypes.c_uint64]:
-        """Numbers of the size that activations have, as bf16; every integer is the position."""
+    def _arguments(self) -> list[ctypes.c_uint64]:
+        """Numbers of the size that activations have, as bf16; every integer is the step's position."""
         rng = np.random.default_rng(0)
         numbers = rng.normal(0, 0.02, _BLOCK // 2).astype(jnp.bfloat16)
         block = self._gpu.allocate(_BLOCK)
@@ -157,7 +159,7 @@ class Loaded:
         for nbytes, dtype in self.kernel.arguments:
             buffer = self._allocate(nbytes)
             if dtype in ("s32", "u32"):
-                self._gpu.upload(buffer, np.full(nbytes // 4, position, np.int32).tobytes())
+                self._gpu.upload(buffer, np.full(nbytes // 4, self.kernel.position, np.int32).tobytes())
             else:
                 self._gpu.repeat(buffer, nbytes, block, _BLOCK)
             out.append(buffer)
@@ -191,25 +193,25 @@ class Loaded:
         self._gpu.free(*self._pointers)
 
 
-def compare(gpu: Gpu, paths: Sequence[Path], position: int, rounds: int, times: int) -> list[harness.Row]:
+def compare(gpu: Gpu, paths: Sequence[Path], rounds: int, times: int) -> list[harness.Row]:
     """Times kernels in turns; those of one model beside each other."""
     rows = []
     groups: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         groups[path.name.rsplit("-", 1)[0]].append(path)
     for group in groups.values():
-        loaded = [Loaded(gpu, path, position) for path in group]
-        samples: dict[str, list[float]] = defaultdict(list)
+        loaded = [Loaded(gpu, path) for path in group]
+        samples: dict[Loaded, list[float]] = defaultdict(list)
         for turn in range(rounds + 1):
             for one in loaded if turn % 2 else reversed(loaded):
                 seconds = one.run(times)
                 if turn:
-                    samples[one.kernel.name].append(seconds)
-        for one in loaded:
-            timing = harness.Timing(tuple(samples[one.kernel.name]))
+                    samples[one].append(seconds)
+        for path, one in zip(group, loaded, strict=True):
+            timing = harness.Timing(tuple(samples[one]))
             rows.append(
                 {
-                    "kernel": one.kernel.name,
+                    "kernel": str(path),
                     "us": timing.median * 1e6,
                     "best_us": min(timing.samples) * 1e6,
                     "spread": timing.spread,
@@ -220,9 +222,9 @@ def compare(gpu: Gpu, paths: Sequence[Path], position: int, rounds: int, times: 
     return rows
 
 
-def trace(gpu: Gpu, path: Path, position: int, launches: int) -> list[harness.Row]:
+def trace(gpu: Gpu, path: Path, launches: int) -> list[harness.Row]:
     """Where the time of a launch goes, by routine; the means over some launches, behind some that warm up."""
-    loaded = Loaded(gpu, path, position, traced=True)
+    loaded = Loaded(gpu, path, traced=True)
     loaded.run(3)
     taken = []
     for _ in range(launches):
@@ -267,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", choices=SHAPES, required=True)
     add("--batch", type=int, default=1)
     add("--cache-len", type=int, default=1024)
+    add("--position", type=int, default=512)
     add("--name", default="now", help="what is special about this checkout; no hyphens")
     add("--out", type=Path, default=Path("kernels"), help="a folder")
     parts["time"].add_argument("paths", type=Path, nargs="+")
@@ -274,19 +277,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts["time"].add_argument("--launches", type=int, default=20, help="of a sample")
     parts["trace"].add_argument("path", type=Path)
     parts["trace"].add_argument("--launches", type=int, default=10)
-    for part in parts.values():
-        part.add_argument("--position", type=int, default=512)
     options = parser.parse_args(argv)
     if options.command == "pack":
+        if "-" in options.name:
+            parser.error("a hyphen in --name")
         path = pack(options.model, options.batch, options.cache_len, options.position, options.name, options.out)
         print(path)
         return 0
     gpu = Gpu()
     with gpu.current():
         if options.command == "time":
-            rows = compare(gpu, options.paths, options.position, options.rounds, options.launches)
+            rows = compare(gpu, options.paths, options.rounds, options.launches)
         else:
-            rows = trace(gpu, options.path, options.position, options.launches)
+            rows = trace(gpu, options.path, options.launches)
     print(gpu.name)
     print(harness.table(rows, list(rows[0])))
     return 0

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("x64")
 Array = np.ndarray[Any, Any]
 GROUPS = {**dict(edges_elementwise.groups()), **dict(edges_arrays.groups())}
 #: Types whose groups run on every version of Python and JAX; the others differ from them in nothing that these decide.
-EVERYWHERE = ("b1", "u8", "s32", "bf16", "f32")
+#: So do those of keys, "keys".
+EVERYWHERE = ("b1", "u8", "s32", "bf16", "f32", "keys")
 
 
 def everywhere_or_slow(name: str) -> Any:

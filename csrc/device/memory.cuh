@@ -88,17 +88,6 @@ __device__ __forceinline__ void matrix_multiply(f32 (&d)[4], u32 a0, u32 a1, u32
   }
 }
 
-// Four 8×8 matrices of 16-bit elements in shared memory, transposed: lane l says where row l % 8 of matrix l / 8 begins;
-// word m of lane 4g + q has column g of matrix m, in rows 2q and 2q+1.
-__device__ __forceinline__ Quad load_transposed(const void* row) {
-  Quad v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-               : "r"(static_cast<u32>(__cvta_generic_to_shared(row)))
-               : "memory");
-  return v;
-}
-
 // The first `count` threads of a CTA.
 template <int count>
 __device__ __forceinline__ void sync_threads() {
@@ -115,6 +104,17 @@ __device__ __forceinline__ T* shared_at(int byte) {
 }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// Four 8×8 matrices of 16-bit elements in shared memory, transposed: lane l says where row l % 8 of matrix l / 8 begins;
+// word m of lane 4g + q has column g of matrix m, in rows 2q and 2q+1.
+__device__ __forceinline__ Quad load_transposed(const void* row) {
+  Quad v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "r"(shared_address(row))
+               : "memory");
+  return v;
+}
 
 __device__ __forceinline__ void barrier_init(u64* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
@@ -182,7 +182,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
   }
 }
 
-// The same, of 16 bytes that are read once.
+// The same, of 16 bytes under a policy of the L2 cache.
 __device__ __forceinline__ void copy_async(void* to, const void* from, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "l"(policy)

@@ -151,12 +151,11 @@ struct Producer {
           }
           if (paced) ask_slowly(job);
           else ask(job);
-        } else if (Shape::kTiles / kHasColumns != 0 && job.chunk_bytes >= kColumns) {
+        } else if ((Shape::kTiles & kHasColumns) != 0 && job.chunk_bytes >= kColumns) {
           if (job.chunk_bytes == kColumns + kNarrowBlock) stream_columns<kNarrowBlock>(job);
           else stream_columns<kWideBlock>(job);
         } else if (lane == 0) {
-          if (Shape::kTiles / kHasColumns != 0) bulk_loads_follow();
-          if (Shape::kTiles % kHasColumns != 0 && job.height != 0) stream_tiles(job);
+          if ((Shape::kTiles & kHasTiles) != 0 && job.height != 0) stream_tiles(job);
           else stream(job);
         }
       }
@@ -264,6 +263,7 @@ struct Producer {
 #pragma unroll 1
     for (u64 done = 0; done < job.bytes; done += job.chunk_bytes, ++next) {
       if (!room()) return;
+      if constexpr ((Shape::kTiles & kHasColumns) != 0) bulk_loads_follow();
       const u32 stage = next % Shape::kStages;
       const u32 size = static_cast<u32>(min(u64(job.chunk_bytes), job.bytes - done));
       barrier_expect(R::full(stage), size);
@@ -284,6 +284,7 @@ struct Producer {
 #pragma unroll 1
         for (u32 row = tile; row < end; row += job.height, ++next) {
           if (!room()) return;
+          if constexpr ((Shape::kTiles & kHasColumns) != 0) bulk_loads_follow();
           // Whole rows are one run.
           const u32 count = min(job.height, end - row), runs = size == length ? 1 : count, run = size * count / runs;
           u64* full = R::full(next % Shape::kStages);
@@ -314,6 +315,7 @@ struct Producer {
       for (u32 row = 0; row < job.rows; row += kHeight, ++next) {
         const bool go = lane != 0 || room();
         if (!__all_sync(~0u, go)) return;
+        __syncwarp();  // a vote orders no memory: the stage's readers are done for all lanes
         const u32 end = min(kHeight, job.rows - row);
 #pragma unroll 4
         for (u32 k = 0; k < end; k += 8) {

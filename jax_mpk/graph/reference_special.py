@@ -182,7 +182,7 @@ def _zeta(x: Array, q: Array) -> Array:
     out = out + power * (0.5 + x / a * (1 / _ZETA_TERMS[-1] + horner))
     out = np.where(np.abs(power) < np.abs(total) * np.finfo(np.float64).eps, total, out)
     whole = x == np.floor(x)
-    out = np.where((x < 1) | ((q <= 0) & ~whole), np.nan, out)
+    out = np.where((x < 1) | np.isinf(x) | ((q <= 0) & ~whole), np.nan, out)
     pole = (q <= 0) & (q == np.floor(q))
     out = np.where(pole, np.where(whole & (np.fmod(x, 2) == 0), np.inf, np.nan), out)
     return np.where(x == 1, np.inf, out)

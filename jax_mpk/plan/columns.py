@@ -28,7 +28,7 @@ _NARROW, _GENERIC = 1.06, 8.0
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnWeight:
     """A contraction as columns of a weight.
 
     Attributes:
@@ -58,7 +58,7 @@ def constants(graph: Graph) -> frozenset[int]:
     return frozenset(v for i, v in enumerate(graph.inputs) if i not in graph.donated)
 
 
-def find(values: Sequence[Value], constant: Collection[int], target: Target, op: Op) -> Columns | None:
+def find(values: Sequence[Value], constant: Collection[int], target: Target, op: Op) -> ColumnWeight | None:
     """How a contraction reads such a weight, or None where it has none, or no body streams it.
 
     Args:
@@ -93,7 +93,7 @@ def _columns(
     reduced: int,
     weight: tuple[int, list[_Index]],
     other: tuple[int, list[_Index]],
-) -> Columns | None:
+) -> ColumnWeight | None:
     """One factor as the weight. Both are values and, for each of their axes, its index: factors of the coordinates."""
     (w, mine), (x, theirs) = weight, other
     value = values[w]
@@ -123,7 +123,7 @@ def _columns(
     along = [index[reduced] for index in mine if reduced in index]
     if along != [1] or theirs[-1].get(reduced) != 1:
         return None
-    return Columns(w, x, free, step, tuple(d for d in moving if d in has_w and d in has_x), tuple(rows), readers)
+    return ColumnWeight(w, x, free, step, tuple(d for d in moving if d in has_w and d in has_x), tuple(rows), readers)
 
 
 def _load(body: Expr, root: int) -> int:
@@ -146,7 +146,7 @@ def _indices(body: Expr, load: int) -> list[_Index]:
     return out
 
 
-def slowdown(found: Columns, op: Nest, target: Target, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+def slowdown(found: ColumnWeight, op: Nest, target: Target, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
     """float64 [tasks]: how many times as long the weight takes as its bytes do, given the tasks' boxes."""
     extents = hi - lo
     behind = found.free[1:]
@@ -158,7 +158,7 @@ def slowdown(found: Columns, op: Nest, target: Target, lo: np.ndarray, hi: np.nd
     return np.where(streams, 1.0, _GENERIC) * np.where(granules == 1, _NARROW, 1.0) * granules * target.granule / width
 
 
-def parts(values: Sequence[Value], target: Target, group: Sequence[tuple[Nest, Columns]]) -> int:
+def parts(values: Sequence[Value], target: Target, group: Sequence[tuple[Nest, ColumnWeight]]) -> int:
     """Into how many parts the reduced axis of contractions is cut that have the other factor in common."""
     depth = math.prod(group[0][0].rspace)
     readers = max(found.readers for _, found in group)
@@ -167,7 +167,7 @@ def parts(values: Sequence[Value], target: Target, group: Sequence[tuple[Nest, C
     return min(choices, key=lambda p: (_seconds(values, target, group, p), p))
 
 
-def _seconds(values: Sequence[Value], target: Target, group: Sequence[tuple[Nest, Columns]], count: int) -> float:
+def _seconds(values: Sequence[Value], target: Target, group: Sequence[tuple[Nest, ColumnWeight]], count: int) -> float:
     """Predicted time of the busiest worker, and of joining the parts."""
     (any_op, any_found), readers = group[0], max(found.readers for _, found in group)
     pieces = [op.space[found.axis] // found.step for op, found in group]

@@ -51,7 +51,7 @@ def _column_parts(graph: Graph, target: Target, block: Block) -> dict[int, int]:
     Those of one value get equal parts: they are siblings, whose tasks share what comes before.
     """
     constant = columns.constants(graph)
-    groups: dict[object, list[tuple[Nest, columns.Columns]]] = {}
+    groups: dict[object, list[tuple[Nest, columns.ColumnWeight]]] = {}
     for op in block.ops:
         found = columns.find(graph.values, constant, target, op)
         if found is not None and not found.shared:

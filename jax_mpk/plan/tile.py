@@ -77,7 +77,7 @@ class Tiler:
         self.share = share
         self.arguments = {share[v] for v in graph.inputs}
         self._constant = columns.constants(graph)
-        self._by_columns: dict[int, tuple[columns.Columns | None, Op]] = {}  # by identity, like the structures
+        self._by_columns: dict[int, tuple[columns.ColumnWeight | None, Op]] = {}  # by identity, like the structures
         self._best: dict[object, Cut | None] = {}
         self._numbers: dict[Op, int] = {}
         self._known: dict[tuple[int, int, bytes, bytes], tuple[tuple[Touch, ...], Op]] = {}
@@ -189,7 +189,7 @@ class Tiler:
             return iter([tuple(parts)])
         return _part_counts(space, axes, total)
 
-    def _columns(self, op: Op) -> columns.Columns | None:
+    def _columns(self, op: Op) -> columns.ColumnWeight | None:
         known = self._by_columns.get(id(op))
         if known is None:
             found = columns.find(self.graph.values, self._constant, self.target, op)

@@ -4,9 +4,9 @@ The equations of a captured jaxpr are cut into *islands* of supported equations.
 that of whatever it reads, and one more where a supported equation reads from an unsupported one. Supported equations
 that read nothing computed are of level 0; unsupported ones are of level −1, as they can come before all islands. The
 supported equations of one level are an island. No value can leave an island and come back to it, since whatever reads
-it from outside pushes its readers to the next level. Fewer islands are not possible: an equation of level n is the end
-of a chain in which n + 1 supported parts alternate with unsupported ones. Loops and branches that cannot be compiled
-whole are split inside.
+it from outside pushes its readers to the next level. But for side effects, which keep their order, fewer islands are
+not possible: an equation of level n is the end of a chain in which n + 1 supported parts alternate with unsupported
+ones. Loops and branches that cannot be compiled whole are split inside.
 """
 
 from __future__ import annotations

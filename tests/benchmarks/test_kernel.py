@@ -64,7 +64,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("traced", [False, True])
 def test_launches_as_the_program_says(packed: Any, traced: bool) -> None:
     gpu = Memory()
-    loaded = kernel.Loaded(gpu, packed, 32, traced=traced)
+    loaded = kernel.Loaded(gpu, packed, traced=traced)
     about = loaded.kernel
     assert packed.name == "tiny-1-now.npz" and about.name == "tiny-1-now"
     loaded.run(2)
@@ -86,7 +86,7 @@ def test_launches_as_the_program_says(packed: Any, traced: bool) -> None:
 
 def test_a_launch_that_gave_up_is_an_error(packed: Any) -> None:
     gpu = Memory()
-    loaded = kernel.Loaded(gpu, packed, 32)
+    loaded = kernel.Loaded(gpu, packed)
     record = list(loaded._launch)[2]
     gpu.blocks[record][0] = 1
     with pytest.raises(RuntimeError, match="tiny-1-now gave up"):
@@ -95,7 +95,7 @@ def test_a_launch_that_gave_up_is_an_error(packed: Any) -> None:
 
 def test_trace_by_routine() -> None:
     labels = [(0, "first"), (2, "second"), (4, "first")]
-    about = kernel.Kernel("n", "e", 2, 32, 1, 0, 0, [], [], 0, labels, 1.0)
+    about = kernel.Kernel("n", "e", 2, 32, 1, 0, 0, [], [], 0, labels, 0, 1.0)
     # Of two workers, three tasks each; the last ones wait for nothing.
     one = [[0, 1, 4], [0, 2, 3], [4, 6, 7], [3, 5, 9], [7, 0, 9], [9, 0, 10]]
     first, second = kernel.summarize(about, np.array([one, one], float))

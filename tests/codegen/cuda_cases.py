@@ -362,6 +362,7 @@ CASES: list[Case] = [
         _both,
         ["7x512 bfloat16", "512x1024 bfloat16", "1024x512 bfloat16"],
         ["stream_columns<", "stream_tiles<", "kTiles = 3"],
+        sass=(*RING, *TRANSPOSED, "FENCE.VIEW.ASYNC"),
     ),
     *(
         Case(

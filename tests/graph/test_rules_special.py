@@ -74,6 +74,11 @@ def test_outside_the_domain(name: str) -> None:
     check(getattr(lax, name), a[keep], b[keep], ulps=4096, atol=1e-9)
 
 
+@pytest.mark.parametrize("q", [1.0, 0.5, -2.0, np.nan])
+def test_zeta_of_infinite_orders(q: float) -> None:
+    check(lax.zeta, _INFINITE, np.full(2, q), ulps=0)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_betainc(rng: np.random.Generator, dtype: str) -> None:
     edges = np.array([0.0, -1.0, 1.0, 2.0, 0.5, np.inf, np.nan, 1e-3, 30.0])

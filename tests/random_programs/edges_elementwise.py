@@ -154,7 +154,7 @@ def _betainc(dtype: str) -> Group:
 
 def groups() -> Iterator[tuple[str, Group]]:
     """Every group, by name."""
-    yield "bool", _bool("b1")
+    yield "elementwise b1", _bool("b1")
     for dtype in FLOATS:
         yield f"unary {dtype}", _float_unary(dtype)
         yield f"binary {dtype}", _float_binary(dtype)

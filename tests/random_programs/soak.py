@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for first in range(0, total, CHUNK)
     ]
     found = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    known = {(c["family"], c["first"], c["count"]): c for c in found if c["commit"] == commit}
+    known = {(c["family"], c["first"], c["count"]): c for c in found if c.get("commit") == commit}
     done = [known[chunk] for chunk in wanted if chunk in known]
     missing = [chunk for chunk in wanted if chunk not in known]
     log.parent.mkdir(parents=True, exist_ok=True)

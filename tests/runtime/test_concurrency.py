@@ -90,7 +90,7 @@ def test_thread_count_stays_put() -> None:
 
 
 SCARCE = """
-    import resource
+    import os, resource
     from pathlib import Path
     import jax, jax.numpy as jnp, numpy as np
     from jax_mpk import config, megakernelize
@@ -104,10 +104,13 @@ SCARCE = """
         # No room for the stack of another thread.
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + (4 << 20), resource.RLIM_INFINITY))
+        threads = len(os.listdir("/proc/self/task"))
         for launch in range(3):
             run_program(words, [x], [result])
+        assert len(os.listdir("/proc/self/task")) == threads
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         run_program(words, [x], [result])
+        assert len(os.listdir("/proc/self/task")) == threads + 1
     np.testing.assert_array_equal(result, np.clip(x.T @ x, -3, 3).T @ x)
     print("ran")
 """

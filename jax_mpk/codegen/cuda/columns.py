@@ -14,7 +14,7 @@ import numpy as np
 from jax_mpk.codegen.cuda.code import COLUMNS, Stream
 from jax_mpk.codegen.cuda.routine import WARPS, Frame
 from jax_mpk.codegen.cuda.scalars import Term, product
-from jax_mpk.codegen.cuda.stream import Rows, factors, match, sums_bytes
+from jax_mpk.codegen.cuda.stream import Streamed, consecutive, decoded, factors, match, other_factor, sums_bytes
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest
@@ -32,29 +32,17 @@ _LEAST_BYTES = 2048
 
 
 @dataclass(frozen=True)
-class Columns:
-    """A contraction as columns of a constant weight times a few columns of another factor.
+class Columns(Streamed):
+    """Columns of a weight that lies contiguous along its free axes.
 
     Attributes:
-      weight, other: slots of the operands.
-      swapped: the weight is the right factor.
-      free, columns: parallel axes that only the weight has, and that it has not.
-      count: columns of the other factor, in every task.
       width: columns of a block.
       stride: elements from row to row of the weight.
-      first: int64 [tasks]: the first element of the weight.
       widths: int64 [tasks]: columns of the weight.
     """
 
-    weight: int
-    other: int
-    swapped: bool
-    free: tuple[int, ...]
-    columns: tuple[int, ...]
-    count: int
     width: int
     stride: int
-    first: np.ndarray
     widths: np.ndarray
 
 
@@ -91,7 +79,7 @@ def match_columns(plan: Plan, op: Nest, boxes: np.ndarray) -> Columns | None:
         # A task has one part of what both factors are cut into, and consecutive columns.
         if not free or np.any(sizes[:, both] != 1) or np.any(sizes[:, columns].prod(axis=1) != count):
             continue
-        if not _consecutive(op, weight.strides, free, sizes):
+        if not consecutive(op, weight.strides, free, sizes, 1):
             continue
         first = weight.constant + boxes[:, 0, :rank] @ np.array(weight.strides[:rank], np.int64)
         widths = sizes[:, free].prod(axis=1)
@@ -101,29 +89,14 @@ def match_columns(plan: Plan, op: Nest, boxes: np.ndarray) -> Columns | None:
         width = next((w for w, most in _BLOCKS.items() if each % w == 0 and count <= most), 0)
         if not width or count == 0 or np.any(first % 8) or stride % 8 or stride < widths.max():
             continue
-        found.append(Columns(weight.slot, other.slot, swapped, free, columns, count, width, stride, first, widths))
+        found.append(Columns(weight.slot, other.slot, swapped, free, columns, count, first, width, stride, widths))
     # Where both factors are constant, the larger one is the weight.
     return max(found, key=lambda c: math.prod(values[op.operands[c.weight]].shape), default=None)
 
 
-def _consecutive(op: Nest, strides: tuple[int, ...], free: tuple[int, ...], sizes: np.ndarray) -> bool:
-    """Whether what a task has of the free axes is consecutive: axes behind the first one that it cuts are whole."""
-    behind = 1
-    split = np.zeros(len(sizes), bool)
-    for d in reversed(free):
-        if strides[d] != behind:
-            return False
-        behind *= op.space[d]
-    for d in free:
-        if np.any(split & (sizes[:, d] != op.space[d])):
-            return False
-        split |= sizes[:, d] > 1
-    return True
-
-
 def streamed(plan: Plan, op: Nest, boxes: np.ndarray) -> int | None:
     """The value that a contraction streams, by rows or by columns, or None."""
-    found: Rows | Columns | None = match(plan, op, boxes) or match_columns(plan, op, boxes)
+    found: Streamed | None = match(plan, op, boxes) or match_columns(plan, op, boxes)
     return None if found is None else op.operands[found.weight]
 
 
@@ -146,40 +119,20 @@ def stream_columns(frame: Frame, member: int, op: Nest) -> bool:
     found = match_columns(frame.plan, op, frame.boxes[member])
     if found is None or not frame.streams:
         return False
-    rank, depth = len(op.space), math.prod(op.rspace)
-    other = op.operands[found.other]
-    x = frame.array(other)
-    if x.wide or x.kind not in ("local", "global"):
+    x = frame.array(op.operands[found.other])
+    if x.kind not in ("local", "global"):
         return False
-    low, extents, _ = frame.box(member, rank)
-    code = factors(frame.plan.graph, op, {found.other: x.strides})
-    assert code is not None
-    factor = code.lhs if found.swapped else code.rhs
-    # The other factor lies contiguous along the reduced axis, aligned, with one step a column.
-    stepping = [d for d in found.columns if factor.strides[d] and extents[d].value != 1]
-    step = factor.strides[stepping[0]] if stepping else 0
-    first = factor.constant + frame.boxes[member][:, 0, :rank] @ np.array(factor.strides[:rank], np.int64)
-    if x.kind == "local":
-        first = first - frame.low_corner(other) @ np.array(x.strides, np.int64)
-    contiguous = all(factor.strides[rank + d] == 1 for d, e in enumerate(op.rspace) if e > 1)
-    if len(stepping) > 1 or not contiguous or step % 8 or np.any(first % 8):
+    factor = other_factor(frame, member, op, found, x)
+    if factor is None:
         return False
+    start, step = factor
+    depth = math.prod(op.rspace)
+    low, extents, _ = frame.box(member, len(op.space))
     weight = op.operands[found.weight]
     arrays = [frame.array(v) if v != weight else None for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
-    at = [f"{t} * {factor.strides[d]}" for d, t in enumerate(low) if factor.strides[d] and t.value != 0]
-    start = " + ".join([x.name, *([str(factor.constant)] if factor.constant else []), *at])
-    if x.origin:
-        start += f" - {x.origin}"
     coords: list[Term] = list(low)
-    decode: list[str] = []
-    for position, axes in (("column", found.free), ("m", found.columns)):
-        terms, lines = frame.coordinates(
-            position, [low[d] for d in axes], [extents[d] for d in axes], [f"i{d}" for d in axes]
-        )
-        decode += lines
-        for d, term in zip(axes, terms, strict=True):
-            coords[d] = term
+    decode = decoded(frame, low, extents, {"column": found.free, "m": found.columns}, coords)
     assert op.epilogue is not None
     finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "sum")
     dtype = frame.values[weight].dtype

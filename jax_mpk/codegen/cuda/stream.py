@@ -7,12 +7,13 @@ holds a piece of each of some rows, and all warps multiply tiles of 16 rows on t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jax_mpk.codegen import bodies
-from jax_mpk.codegen.cuda.arrays import row_major
+from jax_mpk.codegen.cuda.arrays import Array, row_major
 from jax_mpk.codegen.cuda.code import Stream
 from jax_mpk.codegen.cuda.routine import WARPS, Frame
 from jax_mpk.codegen.cuda.scalars import Term, fixed, product
@@ -37,18 +38,15 @@ _TYPES = ("bf16", "f16", "f32")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A contraction as rows of a constant weight times a few columns.
+class Streamed:
+    """A contraction as a constant weight times a few columns.
 
     Attributes:
       weight, other: slots of the operands.
       swapped: the weight is the right factor.
       free, columns: parallel axes that the weight has, and has not.
       count: columns of every task.
-      chunk_rows, parts: how rows are cut into chunks.
-      height: rows of a chunk that holds a piece of each; 0: chunks hold whole rows or parts of one.
       first: int64 [tasks]: the first element of the weight.
-      rows: int64 [tasks].
     """
 
     weight: int
@@ -57,10 +55,22 @@ class Rows:
     free: tuple[int, ...]
     columns: tuple[int, ...]
     count: int
+    first: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rows(Streamed):
+    """Whole rows of a weight that lies contiguous along the reduced axes.
+
+    Attributes:
+      chunk_rows, parts: how rows are cut into chunks.
+      height: rows of a chunk that holds a piece of each; 0: chunks hold whole rows or parts of one.
+      rows: int64 [tasks].
+    """
+
     chunk_rows: int
     parts: int
     height: int
-    first: np.ndarray
     rows: np.ndarray
 
 
@@ -124,21 +134,34 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     cut = (0, 0) if height else cut_rows(depth, item)
     if cut is None or (not height and (count > _MOST_COLUMNS or (cut[1] == 1 and cut[0] * count > 32))):
         return None
-    # A task's rows are consecutive: axes behind the first one it cuts are whole.
-    split = np.zeros(len(boxes), bool)
-    behind = depth
-    for d in reversed(free):
-        if op.space[d] > 1 and weight.strides[d] != behind:
-            return None
-        behind *= op.space[d]
-    for d in free:
-        if np.any(split & (sizes[:, d] != op.space[d])):
-            return None
-        split |= sizes[:, d] > 1
+    if not consecutive(op, weight.strides, free, sizes, depth):
+        return None
     first = weight.constant + boxes[:, 0, free] @ np.array([weight.strides[d] for d in free], np.int64)
     if np.any(first * item % 16):
         return None
-    return Rows(weight.slot, other.slot, swapped, free, columns, count, *cut, height, first, rows)
+    return Rows(weight.slot, other.slot, swapped, free, columns, count, first, *cut, height, rows)
+
+
+def consecutive(op: Nest, strides: tuple[int, ...], free: tuple[int, ...], sizes: np.ndarray, behind: int) -> bool:
+    """Whether what each task has of a weight's free axes is consecutive: axes behind the first one it cuts are whole.
+
+    Args:
+      op: the contraction.
+      strides: of the weight, by axis.
+      free: the axes, in the weight's order.
+      sizes: int64 [tasks, rank]: extents of the tasks' boxes.
+      behind: elements that belong to one coordinate of all free axes.
+    """
+    for d in reversed(free):
+        if op.space[d] > 1 and strides[d] != behind:
+            return False
+        behind *= op.space[d]
+    split = np.zeros(len(sizes), bool)
+    for d in free:
+        if np.any(split & (sizes[:, d] != op.space[d])):
+            return False
+        split |= sizes[:, d] > 1
+    return True
 
 
 def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
@@ -167,42 +190,21 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     found = match(frame.plan, op, frame.boxes[member])
     if found is None or not frame.streams:
         return False
-    rank, depth = len(op.space), math.prod(op.rspace)
     x = frame.array(op.operands[found.other])
-    if x.wide or x.kind not in (("local", "global") if found.height else ("local",)):
+    if x.kind not in (("local", "global") if found.height else ("local",)):
         return False
+    factor = other_factor(frame, member, op, found, x)
+    if factor is None:
+        return False
+    start, step = factor
+    rank, depth = len(op.space), math.prod(op.rspace)
     low, extents, _ = frame.box(member, rank)
-    # The other factor where it lies in scratch: it must be contiguous along the reduced axes, with one step a column.
-    code = factors(frame.plan.graph, op, {found.other: x.strides})
-    assert code is not None
-    factor = code.lhs if found.swapped else code.rhs
-    inner = row_major(op.rspace)
-    stepping = [d for d in found.columns if factor.strides[d] and extents[d].value != 1]
-    step = factor.strides[stepping[0]] if stepping else 0
-    contiguous = all(factor.strides[rank + d] == inner[d] for d, e in enumerate(op.rspace) if e > 1)
-    if len(stepping) > 1 or not contiguous or step % 8 or factor.constant % 8:
-        return False
     weight = op.operands[found.weight]
     arrays = [frame.array(v) if v != weight else None for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
     others = [a for v, a in zip(op.operands, arrays, strict=True) if a is not None and v != op.operands[found.other]]
-    at = [
-        f"{t} * {factor.strides[d]}"
-        for d, t in enumerate(low)
-        if d in found.columns and factor.strides[d] and t.value != 0
-    ]
-    start = " + ".join([x.name, *([str(factor.constant)] if factor.constant else []), *at])
-    if x.origin:
-        start += f" - {x.origin}"
     coords: list[Term] = [fixed(0)] * rank
-    decode: list[str] = []
-    for position, axes in (("row", found.free), ("m", found.columns)):
-        terms, lines = frame.coordinates(
-            position, [low[d] for d in axes], [extents[d] for d in axes], [f"i{d}" for d in axes]
-        )
-        decode += lines
-        for d, term in zip(axes, terms, strict=True):
-            coords[d] = term
+    decode = decoded(frame, low, extents, {"row": found.free, "m": found.columns}, coords)
     assert op.epilogue is not None
     finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "sum")
     dtype, x_dtype = frame.values[weight].dtype, frame.values[op.operands[found.other]].dtype
@@ -233,6 +235,61 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     elif found.parts > 1:
         frame.code.partials = max(frame.code.partials, int(found.rows.max()) * found.parts * found.count * 4)
     return True
+
+
+def other_factor(frame: Frame, member: int, op: Nest, found: Streamed, x: Array) -> tuple[str, int] | None:
+    """Where the factor that does not stream begins, and its step from column to column.
+
+    None where it does not lie contiguous along the reduced axes, aligned to eight elements, with one step.
+
+    Args:
+      frame: the routine.
+      member: number of the contraction in it.
+      op: the contraction.
+      found: how it streams.
+      x: the factor's array.
+    """
+    if x.wide:
+        return None
+    rank = len(op.space)
+    low, extents, _ = frame.box(member, rank)
+    code = factors(frame.plan.graph, op, {found.other: x.strides})
+    assert code is not None
+    factor = code.lhs if found.swapped else code.rhs
+    inner = row_major(op.rspace)
+    stepping = [d for d in found.columns if factor.strides[d] and extents[d].value != 1]
+    step = factor.strides[stepping[0]] if stepping else 0
+    first = factor.constant + frame.boxes[member][:, 0, :rank] @ np.array(factor.strides[:rank], np.int64)
+    if x.kind == "local":
+        first = first - frame.low_corner(op.operands[found.other]) @ np.array(x.strides, np.int64)
+    contiguous = all(factor.strides[rank + d] == inner[d] for d, e in enumerate(op.rspace) if e > 1)
+    if len(stepping) > 1 or not contiguous or step % 8 or np.any(first % 8):
+        return None
+    at = [f"{t} * {factor.strides[d]}" for d, t in enumerate(low) if factor.strides[d] and t.value != 0]
+    start = " + ".join([x.name, *([str(factor.constant)] if factor.constant else []), *at])
+    return start + (f" - {x.origin}" if x.origin else ""), step
+
+
+def decoded(
+    frame: Frame, low: Sequence[Term], extents: Sequence[Term], axes: dict[str, tuple[int, ...]], coords: list[Term]
+) -> list[str]:
+    """Lines that make coordinates of positions; fills in ``coords``.
+
+    Args:
+      frame: the routine.
+      low, extents: of the task's box.
+      axes: by the name of a position, the axes that it counts through.
+      coords: by axis.
+    """
+    lines = []
+    for position, along in axes.items():
+        terms, more = frame.coordinates(
+            position, [low[d] for d in along], [extents[d] for d in along], [f"i{d}" for d in along]
+        )
+        lines += more
+        for d, term in zip(along, terms, strict=True):
+            coords[d] = term
+    return lines
 
 
 def _stream(plan: Plan, weight: int, depth: int, item: int, found: Rows) -> Stream:

@@ -7,6 +7,7 @@
 namespace machine {
 
 Fiber* self;
+std::vector<Landing> landings;
 
 namespace {
 
@@ -104,6 +105,7 @@ extern "C" int emulate(void (*kernel)(const void*), const void* parameter, int w
   machine::kernel = kernel;
   machine::parameter = parameter;
   finished = 0;
+  landings.clear();
   random_state = seed * 2 + 1;
   std::vector<Cta> ctas(static_cast<size_t>(workers));
   std::vector<Fiber> fibers(static_cast<size_t>(workers * threads));

@@ -55,7 +55,14 @@ struct Fiber {
   std::vector<Copy> copies;
 };
 
+// Copies that an mbarrier waits for.
+struct Landing {
+  std::vector<Copy> copies;
+  void* barrier;
+};
+
 extern Fiber* self;
+extern std::vector<Landing> landings;  // oldest first
 
 void yield();                         // lets others run
 void sync(int count);                 // of the CTA's first `count` threads

@@ -59,7 +59,18 @@ inline void barrier_expect(u64* b, int bytes) {
   barrier->check();
 }
 inline void barrier_arrive(u64* b) { barrier_expect(b, 0); }
+// What a barrier waits for arrives late: one lot each time that a thread looks at some barrier.
+inline void land() {
+  if (machine::landings.empty()) return;
+  const machine::Landing first = machine::landings.front();
+  machine::landings.erase(machine::landings.begin());
+  for (const machine::Copy& c : first.copies) std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+  auto* barrier = static_cast<Barrier*>(first.barrier);
+  --barrier->pending;
+  barrier->check();
+}
 inline bool barrier_done(u64* b, u32 parity) {
+  land();
   machine::yield();
   return reinterpret_cast<Barrier*>(b)->phase != parity;
 }
@@ -91,7 +102,8 @@ inline Quad load_transposed(const void* row) {
   const int g = machine::lane() / 4, q = machine::lane() % 4;
   Quad v;
   for (int k = 0; k < 4; ++k) {
-    const u16 *low = reinterpret_cast<const u16*>(m.seen[8 * k + 2 * q]), *high = reinterpret_cast<const u16*>(m.seen[8 * k + 2 * q + 1]);
+    const auto* low = reinterpret_cast<const u16*>(m.seen[8 * k + 2 * q]);
+    const auto* high = reinterpret_cast<const u16*>(m.seen[8 * k + 2 * q + 1]);
     v.w[k] = low[g] | u32(high[g]) << 16;
   }
   return v;
@@ -132,7 +144,11 @@ inline void copies_wait() {
   for (const machine::Copy& c : machine::self->copies) std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
   machine::self->copies.clear();
 }
-inline void copies_arrive(u64*) { copies_wait(); }
+inline void copies_arrive(u64* b) {
+  ++reinterpret_cast<Barrier*>(b)->pending;
+  machine::landings.push_back({std::move(machine::self->copies), b});
+  machine::self->copies.clear();
+}
 inline void bulk_loads_follow() {}
 
 }  // namespace mpk

@@ -240,7 +240,16 @@ CASES: list[Case] = [
             (*RING, *CORES[t]),
         )
         for t in ("bfloat16", "float16", "float32")
-        for m in (1, 3, 4)
+        for m in (1, 3)
+    ),
+    # As many sums as registers hold: whole rows that are no power of two, of four columns.
+    Case(
+        "streamed_sums",
+        lambda x, w: jnp.einsum("bk,nk->bn", x, w),
+        ["4x576 bfloat16", "2048x576 bfloat16"],
+        ["stream_rows<bf16, bf16, 4, 576>"],
+        True,
+        (*RING, *CORES["bfloat16"]),
     ),
     Case(
         "streamed_parts",
@@ -362,7 +371,8 @@ CASES: list[Case] = [
         _both,
         ["7x512 bfloat16", "512x1024 bfloat16", "1024x512 bfloat16"],
         ["stream_columns<", "stream_tiles<", "kTiles = 3"],
-        sass=(*RING, *TRANSPOSED, "FENCE.VIEW.ASYNC"),
+        # Fences between the kinds of copies, in two places, and one where the barriers of the ring are made.
+        sass=(*RING, *TRANSPOSED, *["FENCE.VIEW.ASYNC"] * 3),
     ),
     *(
         Case(

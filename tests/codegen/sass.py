@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.util
 import re
@@ -15,23 +16,24 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)
 
 
 def missing(cubin: bytes, claimed: Sequence[str], folder: Path) -> list[str]:
-    """Which of the instructions that a kernel is said to use it does not have.
+    """Which of the instructions that a kernel is said to use it does not have, or not so often.
 
     Args:
       cubin: the kernel.
-      claimed: beginnings of names, such as "HMMA.16816".
+      claimed: beginnings of names, such as "HMMA.16816", each as often as there must be such an instruction.
       folder: an empty one.
     """
     found = instructions(cubin, folder)
-    return [name for name in claimed if not any(has.startswith(name) for has in found)]
+    wanted = collections.Counter(claimed).items()
+    return [name for name, often in wanted if sum(n for has, n in found.items() if has.startswith(name)) < often]
 
 
-def instructions(cubin: bytes, folder: Path) -> frozenset[str]:
-    """The names of all instructions of a kernel and the functions it calls."""
+def instructions(cubin: bytes, folder: Path) -> collections.Counter[str]:
+    """The names of all instructions of a kernel and the functions it calls, and how many there are of each."""
     file = folder / "kernel.cubin"
     file.write_bytes(cubin)
     done = subprocess.run([_disassembler(), "-c", file], capture_output=True, text=True, check=True)
-    found = frozenset(_INSTRUCTION.findall(done.stdout))
+    found = collections.Counter(_INSTRUCTION.findall(done.stdout))
     assert "EXIT" in found  # every kernel has one
     return found
 

@@ -13,6 +13,7 @@ from jax import lax
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.fuse import fuse
+from jax_mpk.graph.fuse_maps import MAX_NODES, programs
 from jax_mpk.graph.ir import Block, Graph, Nest, Op, Update
 from jax_mpk.graph.reference import evaluate
 from jax_mpk.plan import targets
@@ -47,6 +48,20 @@ def test_same_results(name: str, fused: bool) -> None:
     for inputs, expected in case.samples:
         for got, want in zip(evaluate(graph, inputs), expected, strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+def test_programs_stay_small() -> None:
+    """Every level of a scan reads the one before several times: written out, each would be a multiple of it."""
+
+    def join(a, b):
+        return a[0] * b[0] % 101, (a[1] * b[0] + b[1]) % 101
+
+    x = jax.ShapeDtypeStruct((300,), jnp.int32)
+    made = planned(lambda x: lax.associative_scan(join, (x % 7, x)), x)
+    for routine in range(len(made.routines)):
+        for op in members(made, routine):
+            # Beyond the limit every map may still add a tenth.
+            assert op is None or all(len(expr.nodes) <= 2 * MAX_NODES for expr in programs(op))
 
 
 @pytest.mark.parametrize("name", ["attention", "streamed"])

@@ -127,7 +127,7 @@ class _Scope:
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             if name in _MARKS:
-                env.update(zip(eqn.outvars, eqn.invars, strict=False))
+                env.update(zip(eqn.outvars, eqn.invars, strict=False))  # a sink has no results
                 continue
             outvars = [v if isinstance(v, jaxprs.DropVar) else Var(v.aval) for v in eqn.outvars]
             env.update(zip(eqn.outvars, outvars, strict=True))

@@ -71,8 +71,8 @@ class Kernel:
         return self.workers, self.threads, self.shared
 
 
-def pack(model: str, batch: int, cache_len: int, position: int, name: str, folder: Path) -> Path:
-    """Compiles the decode step of a model for an H100 and writes it to a file."""
+def pack(model: str, batch: int, cache_len: int, position: int, target: str, name: str, folder: Path) -> Path:
+    """Compiles the decode step of a model for a GPU and writes it to a file."""
     # Here, so that kernels can be run without the native library.
     import jax_mpk
     from jax_mpk.codegen.cuda import generate
@@ -83,7 +83,7 @@ def pack(model: str, batch: int, cache_len: int, position: int, name: str, folde
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     cache = jax.eval_shape(lambda: init_cache(config, batch, cache_len))
     _, following = sampling_steps(graphdef, Sampling())
-    step = jax_mpk.megakernelize(following, donate_argnums=1, target="h100-sxm")
+    step = jax_mpk.megakernelize(following, donate_argnums=1, target=target)
     scalars = jnp.zeros(batch, jnp.int32), jnp.int32(0), jnp.uint32(0)
     plan = step.lower(*jax_mpk.place(step, params, cache, *scalars)).plan
     program, traced = generate(plan), generate(plan, trace=True)
@@ -222,8 +222,15 @@ def compare(gpu: Gpu, paths: Sequence[Path], rounds: int, times: int) -> list[ha
     return rows
 
 
-def trace(gpu: Gpu, path: Path, launches: int) -> list[harness.Row]:
-    """Where the time of a launch goes, by routine; the means over some launches, behind some that warm up."""
+def trace(gpu: Gpu, path: Path, launches: int, save: Path | None = None) -> list[harness.Row]:
+    """Where the time of a launch goes, by routine; the means over some launches, behind some that warm up.
+
+    Args:
+        gpu: where.
+        path: what :func:`pack` wrote.
+        launches: how many.
+        save: a file for the stamps themselves, float32 [launches, tasks, 3], as ``.npy``.
+    """
     loaded = Loaded(gpu, path, traced=True)
     loaded.run(3)
     taken = []
@@ -231,6 +238,8 @@ def trace(gpu: Gpu, path: Path, launches: int) -> list[harness.Row]:
         loaded.run()
         taken.append(loaded.stamps())
     loaded.free()
+    if save is not None:
+        np.save(save, np.stack(taken).astype(np.float32))
     return summarize(loaded.kernel, np.stack(taken))
 
 
@@ -270,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch", type=int, default=1)
     add("--cache-len", type=int, default=1024)
     add("--position", type=int, default=512)
+    add("--target", default="h200-sxm", help="the GPU, as `megakernelize` takes it")
     add("--name", default="now", help="what is special about this checkout; no hyphens")
     add("--out", type=Path, default=Path("kernels"), help="a folder")
     parts["time"].add_argument("paths", type=Path, nargs="+")
@@ -277,19 +287,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts["time"].add_argument("--launches", type=int, default=20, help="of a sample")
     parts["trace"].add_argument("path", type=Path)
     parts["trace"].add_argument("--launches", type=int, default=10)
+    parts["trace"].add_argument("--save", type=Path, help="a file for the stamps themselves, as .npy")
     options = parser.parse_args(argv)
     if options.command == "pack":
         if "-" in options.name:
             parser.error("a hyphen in --name")
-        path = pack(options.model, options.batch, options.cache_len, options.position, options.name, options.out)
-        print(path)
+        names = "model", "batch", "cache_len", "position", "target", "name"
+        print(pack(*(getattr(options, name) for name in names), options.out))
         return 0
     gpu = Gpu()
     with gpu.current():
         if options.command == "time":
             rows = compare(gpu, options.paths, options.rounds, options.launches)
         else:
-            rows = trace(gpu, options.path, options.launches)
+            rows = trace(gpu, options.path, options.launches, options.save)
     print(gpu.name)
     print(harness.table(rows, list(rows[0])))
     return 0

@@ -15,7 +15,11 @@ from tests.codegen.test_cuda_emulation import check_case
 from tests.random_programs.check import disagreement, reference
 from tests.random_programs.generate import generate
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # Of jax.jit, where a program has a second derivative of a maximum over windows.
+    pytest.mark.filterwarnings("ignore:Using reduced precision for gradient of reduce-window"),
+]
 
 #: On a GPU, XLA applies updates of one element in no fixed order, and reduces as if the combination commuted. These are
 #: compared with its results on the CPU.

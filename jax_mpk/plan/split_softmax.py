@@ -16,6 +16,7 @@ are then computed chunk by chunk as well. That holds for a single chunk, too, wh
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Block, Combine, Graph, Nest, Note, Op, Value
+from jax_mpk.graph.moves import made_in_place, moved
 from jax_mpk.graph.rewrite import Slots, map_blocks, noted, prune, use_counts
 from jax_mpk.graph.scalar import Builder, Expr, inline
 from jax_mpk.plan import costs
@@ -42,6 +44,7 @@ def split_softmax(graph: Graph, target: Target) -> Graph:
         makers = {v: op for op in block.ops for v in op.outputs}
         uses = use_counts(block)
         ops: list[Op] = []
+        merged: set[int] = set()
         for op in block.ops:
             found = find_attention(op, makers, uses)
             if isinstance(found, str):
@@ -55,10 +58,30 @@ def split_softmax(graph: Graph, target: Target) -> Graph:
                 what = "positions up to a scalar" if found.live is None else "all that its scores read"
                 notes.append(Note("attention", f"attention reads all keys: {op.source.short}: no mask of {what}"))
             ops += _Split(values, found, chunks, scored).ops() if chunks > 1 or scored else [op]
-        return prune(Block(tuple(ops), block.results), set())
+            merged.update(ops[-1].outputs if chunks > 1 else ())
+        return prune(Block(tuple(_in_place(ops, values, merged, uses)), block.results), set())
 
     out = map_blocks(graph, visit)
     return noted(replace(out, values=tuple(values)), "attention", notes)
+
+
+def _in_place(ops: list[Op], values: list[Value], merged: set[int], uses: Counter[int]) -> list[Op]:
+    """``ops``, in which attentions that were merged put their results where their only reader moves them.
+
+    A task merges some elements for all: it may as well store them where they belong, and tasks that read them all need
+    not move them.
+    """
+    makers = {v: op for op in ops for v in op.outputs}
+    out: list[Op] = []
+    for op in ops:
+        if isinstance(op, Nest) and len(op.operands) == 1 and merged.intersection(op.operands):
+            (v,) = op.operands
+            maker = makers[v]
+            if uses[v] == 1 and isinstance(maker, Nest) and moved(op, values[v].shape) is not None:
+                out[out.index(maker)] = made_in_place(maker, op)
+                continue
+        out.append(op)
+    return out
 
 
 def _chunks(values: list[Value], found: Attention, target: Target) -> int:

@@ -17,6 +17,8 @@ from flax import nnx
 from jax_mpk.capture import capture
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
+from jax_mpk.graph.ir import Combine, Nest
+from jax_mpk.graph.moves import moved
 from jax_mpk.plan import targets
 from jax_mpk.plan.ir import Plan, Target
 from jax_mpk.plan.planner import make_plan
@@ -73,6 +75,16 @@ def decoder_plan(shape: Shape = SHAPE, steps: int = 1, target: Target = targets.
     first = len(captured.consts) + len(jax.tree.leaves(params))
     donated = frozenset(range(first, first + len(jax.tree.leaves(cache))))
     return make_plan(fuse(placed(build_graph(captured.jaxpr, donated=donated))), target)
+
+
+def test_merged_attention_is_moved_by_nobody() -> None:
+    """The query heads of a group lie together there, and beside the elements of a head where they are read."""
+    made = decoder_plan(dataclasses.replace(SHAPE, layers=1))
+    shapes = [value.shape for value in made.graph.values]
+    assert any(isinstance(op, Nest) and op.combine == Combine("sum") and op.space == (1, 1, 4096) for op in made.ops)
+    for op in made.ops:
+        if isinstance(op, Nest) and op.kind == "map" and len(op.operands) == 1:
+            assert moved(op, shapes[op.operands[0]]) is None
 
 
 @functools.cache

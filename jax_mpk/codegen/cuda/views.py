@@ -11,7 +11,7 @@ import numpy as np
 from jax_mpk.codegen.cuda.arrays import row_major
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest, Op
-from jax_mpk.graph.reference import eval_expr
+from jax_mpk.graph.moves import moved
 from jax_mpk.plan.ir import Plan, Routine
 
 
@@ -72,16 +72,9 @@ def _full(plan: Plan, box: np.ndarray, v: int) -> bool:
 
 def _strides(op: Nest, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """Strides with which the source's elements lie in the order of the map's; None if there are none."""
-    if math.prod(shape) != math.prod(op.space):
+    place = moved(op, shape)
+    if place is None:
         return None
-    body = op.body.only(*op.body.result().args)
-    if body.loads():
-        return None
-    box = ((0,) * len(op.space), op.space)
-    index = [np.broadcast_to(a, op.space).ravel() for a in eval_expr(body, box, lambda slot: np.empty(0))]
-    # Position in the map's order of every element of the source.
-    place = np.full(math.prod(shape), -1)
-    place[np.ravel_multi_index(index, shape) if shape else 0] = np.arange(len(place))
     strides = tuple(int(place[step]) if extent > 1 else 0 for step, extent in zip(row_major(shape), shape, strict=True))
     found = sum(np.indices(shape)[d].ravel() * s for d, s in enumerate(strides))
     return strides if np.array_equal(found, place) else None

@@ -62,6 +62,12 @@ __device__ __forceinline__ Acc across_lanes(Acc acc, Combine&& combine) {
   return acc;
 }
 
+__device__ constexpr int power_of_two_below(int count) {
+  int n = 1;
+  while (2 * n <= count) n *= 2;
+  return n;
+}
+
 // How the reduced positions are spread over the lanes of a group: every group-th one, or one run each. Only the
 // latter keeps their order, for combinations that do not commute.
 enum class Spread { kStrided, kRuns };
@@ -87,7 +93,45 @@ __device__ __forceinline__ void reduce(const C& c, int outputs, int depth, Body&
   }
 }
 
-// The same over `depth` positions that are known to be live when the task starts, maybe none; `nothing` changes no sum.
+// One output, which every thread gets. Few positions are combined by each warp for itself, without a barrier; more by
+// all warps, whose parts every thread combines behind one.
+template <class Acc, Spread spread, int depth, class C, class Body, class Combine, class Finish>
+__device__ __forceinline__ auto reduce_for_all(const C& c, Body&& body, Combine&& combine, Finish&& finish) {
+  constexpr bool kAlone = depth <= 2 * kWarp;
+  constexpr int kGroup = depth >= kWarp ? kWarp : power_of_two_below(depth);
+  constexpr int kParts = kAlone ? kGroup : depth < C::kThreads ? depth / kWarp * kWarp : C::kThreads;
+  constexpr bool kRuns = spread == Spread::kRuns;
+  Acc acc{};
+  if (const int part = kAlone ? c.lane() % kGroup : c.thread(); part < kParts) {
+    const int first = kRuns ? static_cast<int>(s64(depth) * part / kParts) : part;
+    const int last = kRuns ? static_cast<int>(s64(depth) * (part + 1) / kParts) : depth;
+    acc = body(first);
+#pragma unroll 4
+    for (int r = first + (kRuns ? 1 : kParts); r < last; r += kRuns ? 1 : kParts) acc = combine(acc, body(r));
+  }
+  if constexpr (kRuns) {
+    acc = across_lanes<kGroup>(acc, combine);
+    if constexpr (kAlone) acc = shuffled(acc, [](u32 word) { return __shfl_sync(~0u, word, 0); });
+  } else {
+#pragma unroll
+    for (int by = 1; by < kGroup; by *= 2) {
+      acc = combine(acc, shuffled(acc, [by](u32 word) { return __shfl_xor_sync(~0u, word, by); }));
+    }
+  }
+  if constexpr (!kAlone) {
+    constexpr int kWarps = kParts / kWarp;
+    Acc* partials = c.template partials<Acc>();
+    if (c.lane() == 0 && c.warp() < kWarps) partials[c.warp()] = acc;
+    c.sync();
+    acc = partials[0];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) acc = combine(acc, partials[w]);
+  }
+  return finish(acc);
+}
+
+// Like `reduce`, over `depth` positions that are known to be live when the task starts, maybe none; `nothing` changes no
+// sum.
 template <class Acc, int group, class C, class Body, class Combine, class Finish>
 __device__ __forceinline__ void reduce_live(const C& c, int outputs, int depth, Acc nothing, Body&& body,
                                             Combine&& combine, Finish&& finish) {

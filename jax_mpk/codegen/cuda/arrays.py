@@ -18,15 +18,15 @@ class Array:
     """A value, as one member of a routine reads or writes it.
 
     Attributes:
-      kind: "local" (shared memory), "global" (a buffer), "tagged" (tagged words, waited for), or "own" (tagged words
-        that this task stores).
+      kind: "local" (shared memory), "global" (a buffer), "tagged" (tagged words, waited for), "own" (tagged words that
+        this task stores), or "register" (one element, which every thread has).
       name: of the C++ variable.
       dtype: element type.
       strides: in elements.
       origin: what to subtract from an offset: text, or "".
       wide: offsets need 64 bits.
       bytes: (first, end) in scratch of a local array, else None.
-      storage: of anything but local arrays, else -1.
+      storage: of anything but local arrays and registers, else -1.
       shape: extents of what lies in memory.
       copy: of what this task stores, in scratch, for those of its members that read it.
     """
@@ -47,6 +47,8 @@ class Array:
         return f"{where} - {self.origin}" if self.origin else where
 
     def load(self, indices: Sequence[Term]) -> str:
+        if self.kind == "register":
+            return self.name
         where = self.at(indices)
         if self.kind == "tagged":
             return f"{self.name}.get(c, {where})"
@@ -55,6 +57,8 @@ class Array:
         return f"{self.name}[{where}]"
 
     def store(self, indices: Sequence[Term], value: str) -> str:
+        if self.kind == "register":
+            return f"return {value};"
         where = self.at(indices)
         if self.copy is not None:
             return f"{self.name}.put({where}, {self.copy.name}[{self.copy.at(indices)}] = {value});"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.columns import stream_columns
 from jax_mpk.codegen.cuda.direct import direct
+from jax_mpk.codegen.cuda.registers import reduce_for_all
 from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Load, Scalars, Term, constant, product
 from jax_mpk.codegen.cuda.stream import stream_rows
@@ -60,15 +61,22 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     if (factors := _factors(op)) is not None and tile(frame, member, factors):
         return
     operands = [frame.array(v) for v in op.operands]
+    coords, decode = frame.coordinates("n", low, extents, [f"i{d}" for d in range(rank)])
+    inner, decode_inner = frame.whole("r", op.rspace)
+    acc = accumulators(op.acc)
+    spread = "Spread::kRuns" if op.combine.kind == "generic" else "Spread::kStrided"
+    at = [*coords, *inner]
+    body = accumulated(op.body, op.combine, op.acc, at, loader(operands), at[rank].text)
+    join = combined(op.combine, op.acc)
+    if count is None and reduce_for_all(
+        frame, member, op, operands, coords, depth, [*decode_inner, *body], join, spread
+    ):
+        return
     outputs = [frame.array(v, store=True) for v in op.outputs]
     frame.meet(operands, outputs, joins=together)
     frame.line(title(frame, op))
     if most == 0:
         return
-    coords, decode = frame.coordinates("n", low, extents, [f"i{d}" for d in range(rank)])
-    inner, decode_inner = frame.whole("r", op.rspace)
-    acc = accumulators(op.acc)
-    spread = "Spread::kRuns" if op.combine.kind == "generic" else "Spread::kStrided"
     if count is not None:
         frame.line(f"reduce_live<{acc}, {group(most, depth)}>(")
         frame.line(f"    c, {product(extents).text}, {count.text}, {nothing(op.combine, acc)},")
@@ -79,10 +87,8 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
         frame.line(f"reduce<{acc}, {group(most, depth)}, {spread}>(")
     if count is None:
         frame.line(f"    c, {product(extents).text}, {depth},")
-    at = [*coords, *inner]
-    body = accumulated(op.body, op.combine, op.acc, at, loader(operands), at[rank].text)
     frame.lines_of(f"[&](int n, int r) -> {acc} {{", [*decode, *decode_inner, *body], "},")
-    frame.lines_of(f"[&]({acc} a, {acc} b) -> {acc} {{", combined(op.combine, op.acc), "},")
+    frame.lines_of(f"[&]({acc} a, {acc} b) -> {acc} {{", join, "},")
     finish = stores(op.epilogue, coords, loader(operands), outputs, lambda node: accumulator(op.acc, "a", node))
     frame.lines_of(f"[&](int n, {acc} a) {{", [*decode, *finish], "});")
     if together:

@@ -106,6 +106,7 @@ class Frame:
         self._names: dict[tuple[str, int], str] = {}
         self._since: list[tuple[_Place, bool]] = []  # what, and whether it was written: since the last sync
         self._copies: dict[int, Array | None] = {}
+        self._registers: dict[int, Array] = {}
         self._brought: dict[int, Staged | Copied] = {}
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
         self._scalars = self._live_scalars()
@@ -236,6 +237,8 @@ class Frame:
     def array(self, v: int, *, store: bool = False) -> Array:
         """Value ``v`` as the next member reads or writes it."""
         value = self.values[v]
+        if v in self._registers:
+            return self._registers[v]
         if v in self.views:
             return replace(self.array(self.views[v].target), strides=self.views[v].strides, shape=value.shape)
         if v in self._local:
@@ -258,6 +261,20 @@ class Frame:
         return Array(
             kind, name, value.dtype, row_major(value.shape), "", is_wide(value.shape), None, storage, value.shape, copy
         )
+
+    def in_register(self, member: int, v: int) -> Array | None:
+        """Where every thread keeps the only element that a task has of a local value; None where there may be others.
+
+        It takes the place of scratch from here on.
+        """
+        boxes = self.boxes[member][:, :, : len(self.values[v].shape)]
+        if v not in self._local or v in self.views or not np.all(boxes[:, 1] - boxes[:, 0] == 1):
+            return None
+        shape = self.values[v].shape
+        register = Array(
+            "register", f"l{self._local[v]}", self.values[v].dtype, (0,) * len(shape), "", False, None, -1, shape
+        )
+        return self._registers.setdefault(v, register)
 
     def _copy_of(self, v: int) -> Array | None:
         """Scratch for what a task stores of tagged value ``v``, if its other members read that."""
@@ -528,12 +545,14 @@ class Frame:
     def _meets(self, new: Sequence[tuple[_Place, bool]]) -> bool:
         return any((w or wrote) and _overlap(a, b) for a, wrote in self._since for b, w in new)
 
-    def met(self) -> None:
-        """What was written last ended with a barrier."""
-        self._since.clear()
+    def met(self, *, reads_partials: bool = False) -> None:
+        """What was written last ended with a barrier, behind which it may have read the partials."""
+        self._since = [(_PARTIALS, False)] if reads_partials else []
 
 
 def _places(a: Array) -> list[_Place]:
+    if a.kind == "register":
+        return []
     return [a.storage if a.bytes is None else a.bytes, *(_places(a.copy) if a.copy is not None else [])]
 
 

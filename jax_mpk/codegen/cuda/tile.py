@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.arrays import Array
+from jax_mpk.codegen.cuda.registers import reduce_for_all
 from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset, product
 from jax_mpk.codegen.cuda.stream import factors
@@ -62,7 +63,6 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         return False
     sides = (code.lhs, code.rhs)
     chains = [_conversions(op, root) for root in op.body.results]
-    outputs = [frame.array(v, store=True) for v in op.outputs]
     last = rank + len(op.rspace) - 1
     along = [d for d in range(rank) if extents[d].value != 1]
     depth = math.prod(op.rspace)
@@ -82,8 +82,6 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         frame.meet(arrays, patched)
         for f in windowed:
             _patch(frame, op, f, arrays, low, extents, dry=False)
-    frame.meet(arrays, outputs)
-    frame.line(title(frame, op))
     names = [f"i{d}" for d in range(rank)]
     if dot:
         steps = [*op.rspace[:-1], op.rspace[-1] // WIDTH]
@@ -91,15 +89,23 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         inner, decode_inner = frame.whole("r", steps)
         inner[-1] = Term(f"{inner[-1]} * {WIDTH}", False) if inner[-1].value is None else inner[-1]
         texts = [_at(s, arrays[s.slot], [*coords, *inner]) for s in sides]
+        body, join = f"return dot<{WIDTH}>({texts[0]}, {texts[1]});", ["return a + b;"]
+        if reduce_for_all(frame, member, op, arrays, coords, depth // WIDTH, [*decode_inner, body], join):
+            return True
+        outputs = [frame.array(v, store=True) for v in op.outputs]
+        frame.meet(arrays, outputs)
+        frame.line(title(frame, op))
         lanes = group(most // _LIVE if any(e.value is None for e in extents) else most, depth // WIDTH)
         frame.line(f"reduce<f32, {lanes}, Spread::kStrided>(")
         frame.line(f"    c, {product(extents).text}, {depth // WIDTH},")
-        body = f"return dot<{WIDTH}>({texts[0]}, {texts[1]});"
         frame.lines_of("[&](int n, int r) -> f32 {", [*decode, *decode_inner, body], "},")
-        frame.line("    [&](f32 a, f32 b) { return a + b; },")
+        frame.lines_of("[&](f32 a, f32 b) -> f32 {", join, "},")
         finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "a")
         frame.lines_of("[&](int n, f32 a) {", [*decode, *finish], "});")
         return True
+    outputs = [frame.array(v, store=True) for v in op.outputs]
+    frame.meet(arrays, outputs)
+    frame.line(title(frame, op))
     wide = [fixed(e.known // WIDTH) if k == d else e for k, e in enumerate(extents)]
     zero = [fixed(0) if k == d else t for k, t in enumerate(low)]
     coords, decode = frame.coordinates("n", zero, wide, names)

@@ -12,13 +12,16 @@ from jax_mpk.codegen.cuda.arrays import Array
 from jax_mpk.codegen.cuda.routine import WARPS, Frame
 from jax_mpk.codegen.cuda.scalars import Load, Scalars, Term, fixed, product
 from jax_mpk.codegen.cuda.texts import group, loader, rounded, stores, title
+from jax_mpk.graph.fuse_maps import work
 from jax_mpk.graph.ir import Nest
 from jax_mpk.graph.scalar import Builder, Expr, inline
 
 #: Elements at a time.
 WIDTH = 8
-#: Fewer elements than this for each thread are better spread over all of them.
-_LEAST = WIDTH * WARPS * 32
+#: Fewer elements are better spread over all threads; of those that are little work, fewer than one for each thread.
+_LEAST, _LEAST_LIGHT = WIDTH * WARPS * 32, WARPS * 32 + 1
+#: Most additions an element that are little work: as many as normalizing it takes.
+_LIGHT = 8.0
 #: Combinations of one accumulator that commute.
 _KINDS = ("sum", "prod", "max", "min")
 
@@ -38,7 +41,8 @@ def wide_map(frame: Frame, member: int, op: Nest) -> bool:
         return False
     low, extents, most = frame.box(member, rank)
     along = [d for d in range(rank) if extents[d].value != 1]
-    if most < _LEAST or not along or extents[along[-1]].value is None:
+    least = _LEAST_LIGHT if work(op.body) <= _LIGHT else _LEAST
+    if most < least or not along or extents[along[-1]].value is None:
         return False
     axis = along[-1]
     boxes = frame.boxes[member]

@@ -98,8 +98,6 @@ __device__ __forceinline__ void routine_0(C& c) {
   c.sync();
   c.stamp(1);
   const int at3 = c.box(20);
-  f32* const l2 = c.template local<f32>(256);
-  const int o3 = at0 * 128 + at1 * 128 + at3 * 64;
   // new rows, in the place of those the update will overwrite  functions.py:65
   map(c, 64, [&](int n) {
     const int i4 = n;
@@ -111,6 +109,8 @@ __device__ __forceinline__ void routine_0(C& c) {
     if (i3 < 0 || i3 >= 0 + live1) return;
     s4[i3 * 72 + at1 * 72 + i4 - o2] = s1[at1 * 64 + i4 - o0];
   });
+  f32* const l2 = c.template local<f32>(256);
+  const int o3 = at0 * 128 + at1 * 128 + at3 * 64;
   c.sync();
   // contract f32[16,4,4,64] over 64  functions.py:65
   reduce<f32, 8, Spread::kStrided>(
@@ -121,7 +121,9 @@ __device__ __forceinline__ void routine_0(C& c) {
         const int r0 = r;
         return dot<8>(s3 + at1 * 288 + i2 * 72 + r0 * 8 - o1, s4 + at1 * 72 + i3 * 72 + r0 * 8 - o2);
       },
-      [&](f32 a, f32 b) { return a + b; },
+      [&](f32 a, f32 b) -> f32 {
+        return a + b;
+      },
       [&](int n, f32 a) {
         const int i2 = at3 + n / live1;
         const int i3 = n % live1;
@@ -179,7 +181,6 @@ __device__ __forceinline__ void routine_0(C& c) {
         const int i2 = at3 + n;
         g7.put(at0 * 16 + at1 * 4 + i2, a);
       });
-  const auto g8 = c.template tagged<f32>(23);
   // new rows, in the place of those the update will overwrite  functions.py:68
   map(c, 64, [&](int n) {
     const int i3 = n;
@@ -191,6 +192,7 @@ __device__ __forceinline__ void routine_0(C& c) {
     if (i4 < 0 || i4 >= 0 + 64) return;
     s5[i4 * 72 + at1 * 72 + i3 - o2] = s2[at1 * 64 + i3 - o0];
   });
+  const auto g8 = c.template tagged<f32>(23);
   c.sync();
   // contract f32[16,4,4,64] over 64  functions.py:68
   reduce_packs<8, 16>(
@@ -245,45 +247,40 @@ __device__ __forceinline__ void routine_1(C& c) {
   });
   c.sync();
   c.stamp(1);
-  f32* const l0 = c.template local<f32>(0);
   // reduce f32[4,4] over 16  functions.py:67
-  reduce<f32, 16, Spread::kStrided>(
-      c, 1, 16,
-      [&](int n, int r) -> f32 {
+  const f32 l0 = reduce_for_all<f32, Spread::kStrided, 16>(
+      c,
+      [&](int r) -> f32 {
         const int r0 = r;
         return s0[r0 + at0 + at1 - o0];
       },
       [&](f32 a, f32 b) -> f32 {
         return op_max(a, b);
       },
-      [&](int n, f32 a) {
-        l0[at0 + at1 - o0] = a;
+      [&](f32 a) -> f32 {
+        return a;
       });
-  f32* const l2 = c.template local<f32>(128);
-  c.sync();
   // reduce f32[4,4] over 16  functions.py:67
-  reduce<f32, 16, Spread::kStrided>(
-      c, 1, 16,
-      [&](int n, int r) -> f32 {
+  const f32 l2 = reduce_for_all<f32, Spread::kStrided, 16>(
+      c,
+      [&](int r) -> f32 {
         const int r0 = r;
-        const f32 t0 = s1[r0 + at0 + at1 - o0] * op_exp(s0[r0 + at0 + at1 - o0] - l0[at0 + at1 - o0]);
-        return t0;
+        return s1[r0 + at0 + at1 - o0] * op_exp(s0[r0 + at0 + at1 - o0] - l0);
       },
       [&](f32 a, f32 b) -> f32 {
         return a + b;
       },
-      [&](int n, f32 a) {
-        l2[at0 + at1 - o0] = a;
+      [&](f32 a) -> f32 {
+        return a;
       });
   f32* const l3 = c.template local<f32>(192);
-  c.sync();
   // reduce f32[4,4,64] over 16  functions.py:68
   reduce<f32, 16, Spread::kStrided>(
       c, 8, 16,
       [&](int n, int r) -> f32 {
         const int i2 = at2 + n;
         const int r0 = r;
-        const f32 t0 = s2[r0 * 8 + at0 * 8 + at1 * 8 + i2 - o1] * op_exp(s0[r0 + at0 + at1 - o0] - l0[at0 + at1 - o0]);
+        const f32 t0 = s2[r0 * 8 + at0 * 8 + at1 * 8 + i2 - o1] * op_exp(s0[r0 + at0 + at1 - o0] - l0);
         return t0;
       },
       [&](f32 a, f32 b) -> f32 {
@@ -291,7 +288,7 @@ __device__ __forceinline__ void routine_1(C& c) {
       },
       [&](int n, f32 a) {
         const int i2 = at2 + n;
-        l3[at0 * 8 + at1 * 8 + i2 - o1] = a / l2[at0 + at1 - o0];
+        l3[at0 * 8 + at1 * 8 + i2 - o1] = a / l2;
       });
   const int at3 = c.box(11);
   bf16* const g3 = c.template global<bf16>(12);

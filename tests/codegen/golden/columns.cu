@@ -59,24 +59,24 @@ __device__ __forceinline__ void routine_0(C& c) {
   copies_wait();
   c.sync();
   c.stamp(1);
-  f32* const l0 = c.template local<f32>(0);
   // contract f32[1,1] over 1024  functions.py:89
-  reduce<f32, 32, Spread::kStrided>(
-      c, 1, 128,
-      [&](int n, int r) -> f32 {
+  const f32 l0 = reduce_for_all<f32, Spread::kStrided, 128>(
+      c,
+      [&](int r) -> f32 {
         const int r0 = r;
         return dot<8>(s1 + r0 * 8, s1 + r0 * 8);
       },
-      [&](f32 a, f32 b) { return a + b; },
-      [&](int n, f32 a) {
-        l0[0] = op_rsqrt((a / 1024.0f) + 1e-06f);
+      [&](f32 a, f32 b) -> f32 {
+        return a + b;
+      },
+      [&](f32 a) -> f32 {
+        return op_rsqrt((a / 1024.0f) + 1e-06f);
       });
   bf16* const l1 = c.template local<bf16>(64);
-  c.sync();
   // map bf16[1,1024]  functions.py:90
   map(c, 128, [&](int n) {
     const int i1 = at0 + n;
-    const f32 t0 = convert<f32>(convert<bf16>(convert<f32>(s1[i1]) * l0[0])) * convert<f32>(s0[i1 - o0]);
+    const f32 t0 = convert<f32>(convert<bf16>(convert<f32>(s1[i1]) * l0)) * convert<f32>(s0[i1 - o0]);
     l1[i1 - o0] = convert<bf16>(t0);
   });
   const int at1 = c.box(10);

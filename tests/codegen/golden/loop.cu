@@ -31,8 +31,8 @@ struct Shape {
     kControl = 512,
     kSlots = 640,
     kPartials = 768,
-    kScratch = 768,
-    kRing = 34688,
+    kScratch = 1024,
+    kRing = 34944,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
@@ -188,11 +188,10 @@ __device__ __forceinline__ void routine_8(C& c) {
   copies_wait();
   c.sync();
   c.stamp(1);
-  s32* const l0 = c.template local<s32>(0);
   // reduce s32[] over 256  functions.py:80
-  reduce<Accumulators<f32, s64>, 32, Spread::kStrided>(
-      c, 1, 256,
-      [&](int n, int r) -> Accumulators<f32, s64> {
+  const s32 l0 = reduce_for_all<Accumulators<f32, s64>, Spread::kStrided, 256>(
+      c,
+      [&](int r) -> Accumulators<f32, s64> {
         const int r0 = r;
         return Accumulators<f32, s64>(convert<f32>(s0[r0]), r0);
       },
@@ -203,15 +202,14 @@ __device__ __forceinline__ void routine_8(C& c) {
         const b1 t3 = ((b.template get<0>() > a.template get<0>()) | (t1 & !t0)) | t2;
         return Accumulators<f32, s64>(t3 ? b.template get<0>() : a.template get<0>(), t3 ? b.template get<1>() : a.template get<1>());
       },
-      [&](int n, Accumulators<f32, s64> a) {
+      [&](Accumulators<f32, s64> a) -> s32 {
         const s32 t0 = op_rem(convert<s32>(a.template get<1>()), 64);
-        l0[0] = (((t0 < 0) != false) & (t0 != 0)) ? op_add(t0, 64) : t0;
+        return (((t0 < 0) != false) & (t0 != 0)) ? op_add(t0, 64) : t0;
       });
   s32* const g1 = c.template global<s32>(7);
-  c.sync();
   // map s32[]
   map(c, 1, [&](int n) {
-    g1[0] = l0[0];
+    g1[0] = l0;
   });
 }
 

@@ -31,8 +31,8 @@ struct Shape {
     kControl = 512,
     kSlots = 640,
     kPartials = 768,
-    kScratch = 768,
-    kRing = 7040,
+    kScratch = 896,
+    kRing = 7168,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
@@ -57,25 +57,32 @@ __device__ __forceinline__ void routine_0(C& c) {
   copies_wait();
   c.sync();
   c.stamp(1);
-  f32* const l0 = c.template local<f32>(0);
   // contract f32[1,1] over 1024  functions.py:45
-  reduce<f32, 32, Spread::kStrided>(
-      c, 1, 128,
-      [&](int n, int r) -> f32 {
+  const f32 l0 = reduce_for_all<f32, Spread::kStrided, 128>(
+      c,
+      [&](int r) -> f32 {
         const int r0 = r;
         return dot<8>(s0 + r0 * 8, s0 + r0 * 8);
       },
-      [&](f32 a, f32 b) { return a + b; },
-      [&](int n, f32 a) {
-        l0[0] = op_rsqrt((a / 1024.0f) + 1e-06f);
+      [&](f32 a, f32 b) -> f32 {
+        return a + b;
+      },
+      [&](f32 a) -> f32 {
+        return op_rsqrt((a / 1024.0f) + 1e-06f);
       });
   bf16* const l1 = c.template local<bf16>(64);
-  c.sync();
-  // map bf16[1,1024]  functions.py:46
-  map(c, 1024, [&](int n) {
+  // map bf16[1,1024]  functions.py:46, 8 at a time
+  map(c, 128, [&](int n) {
     const int i1 = n;
-    const f32 t0 = convert<f32>(convert<bf16>(convert<f32>(s0[i1]) * l0[0])) * convert<f32>(s1[i1]);
-    l1[i1] = convert<bf16>(t0);
+    const auto x0 = packed<8>(s0 + i1 * 8);
+    const auto x2 = packed<8>(s1 + i1 * 8);
+    Packed<bf16, 8> y0;
+    #pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const f32 t0 = convert<f32>(convert<bf16>(convert<f32>(x0.e[e]) * l0)) * convert<f32>(x2.e[e]);
+      y0.e[e] = convert<bf16>(t0);
+    }
+    *reinterpret_cast<Packed<bf16, 8>*>(l1 + i1 * 8) = y0;
   });
   const int at0 = c.box(9);
   const auto g2 = c.template tagged<bf16>(10);

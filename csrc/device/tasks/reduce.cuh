@@ -148,6 +148,33 @@ __device__ __forceinline__ void reduce_live(const C& c, int outputs, int depth, 
   }
 }
 
+// body(n) for every row n, by a warp each.
+template <class C, class Body>
+__device__ __forceinline__ void for_rows(const C& c, int rows, Body&& body) {
+#pragma unroll 1
+  for (int n = c.warp(); n < rows; n += C::kWarps) body(n);
+}
+
+// body(r, k) for every element r of a warp's row, which are at most 32 * each; it is the lane's element k.
+template <int each, class C, class Body>
+__device__ __forceinline__ void over_row(const C& c, int depth, Body&& body) {
+#pragma unroll
+  for (int k = 0; k < each; ++k) {
+    if (const int r = c.lane() + k * kWarp; r < depth) body(r, k);
+  }
+}
+
+// What finish makes of all that body(r, k) gives, in all lanes; `nothing` changes no sum.
+template <int each, class C, class Body, class Combine, class Finish>
+__device__ __forceinline__ auto across_row(const C& c, int depth, f32 nothing, Body&& body, Combine&& combine,
+                                           Finish&& finish) {
+  f32 acc = nothing;
+  over_row<each>(c, depth, [&](int r, int k) { acc = combine(acc, body(r, k)); });
+#pragma unroll
+  for (int by = 1; by < kWarp; by *= 2) acc = combine(acc, __shfl_xor_sync(~0u, acc, by));
+  return finish(acc);
+}
+
 // Each output by all threads; depth is at least their number. A barrier is behind.
 template <class Acc, Spread spread, class C, class Body, class Combine, class Finish>
 __device__ __forceinline__ void reduce_together(const C& c, int outputs, int depth, Body&& body, Combine&& combine,

@@ -19,6 +19,7 @@ from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots,
 from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.routine import WARPS, Frame, too_large
+from jax_mpk.codegen.cuda.rows import row_chain
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.stream import STAGE_BYTES, TILE_STAGES
 from jax_mpk.codegen.cuda.tables import State, Tables, build_tables, segments, state_layout
@@ -131,8 +132,12 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
             if not left:
                 break
             barred |= left
+        behind = 0
         for m, op in enumerate(live.ops):
-            if op is None:
+            if op is None or m < behind:
+                continue
+            behind = m + row_chain(frame, m, live.ops)
+            if behind > m:
                 continue
             if isinstance(op, Update):
                 emit_update(frame, m, op)

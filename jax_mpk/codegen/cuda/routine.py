@@ -200,24 +200,26 @@ class Frame:
     def coordinates(
         self, position: str, low: Sequence[Term], extents: Sequence[Term], names: Sequence[str]
     ) -> tuple[list[Term], list[str]]:
-        """Coordinates of element ``position`` of a box, and the statements that compute them."""
-        coords: list[Term] = []
+        """Coordinates of element ``position`` of a box, and the statements that compute them.
+
+        The last axis counts fastest, but axes whose extents only the task knows come behind all others: nothing is then
+        divided by what the compiler does not know.
+        """
+        coords = list(low)
         lines: list[str] = []
         inner: list[Term] = []
-        real = [d for d, e in enumerate(extents) if e.value != 1]
-        for d in range(len(extents) - 1, -1, -1):
-            if d not in real:
-                coords.append(low[d])
-                continue
+        axes = [d for d, e in enumerate(extents) if e.value != 1]
+        axes.sort(key=lambda d: extents[d].value is not None)
+        for d in reversed(axes):
             at = f"{position} / {product(inner)}" if inner else position
-            if d != real[0]:
+            if d != axes[0]:
                 at = f"{at} % {extents[d]}"
             if low[d].value != 0:
                 at = f"{low[d]} + {at}"
             lines.append(f"const int {names[d]} = {at};")
-            coords.append(Term(names[d]))
+            coords[d] = Term(names[d])
             inner.insert(0, extents[d])
-        return coords[::-1], lines[::-1]
+        return coords, lines[::-1]
 
     def whole(self, position: str, sizes: Sequence[int]) -> tuple[list[Term], list[str]]:
         """Coordinates along axes that are gone through whole."""
@@ -234,8 +236,11 @@ class Frame:
 
     # -- arrays ------------------------------------------------------------------------------------------------
 
-    def array(self, v: int, *, store: bool = False) -> Array:
-        """Value ``v`` as the next member reads or writes it."""
+    def is_local(self, v: int) -> bool:
+        return v in self._local
+
+    def array(self, v: int, *, store: bool = False, again: bool = True) -> Array:
+        """Value ``v`` as the next member reads or writes it; ``again``: others may read what it stores."""
         value = self.values[v]
         if v in self._registers:
             return self._registers[v]
@@ -253,7 +258,7 @@ class Frame:
             return self._in_scratch(f"s{list(self._brought).index(v)}", value.dtype, at, extents, low)
         storage = int(self.plan.value_storage[v])
         tagged = self.plan.storages[storage].tagged
-        copy = self._copy_of(v) if tagged and v in self._maker else None
+        copy = self._copy_of(v) if tagged and again and v in self._maker else None
         if copy is not None and not store:
             return copy
         kind = "global" if not tagged else "own" if store or v in self._maker else "tagged"

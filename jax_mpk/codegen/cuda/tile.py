@@ -26,7 +26,7 @@ from jax_mpk.graph.windows import factor as find_factor
 #: Elements a thread loads at a time.
 WIDTH = 8
 #: Of what a task has room for, one in so many are expected to be live.
-_LIVE = 4
+_LIVE = 2
 #: Most positions of the reduced axis where factors lie in device memory.
 _FEW = 16
 _TYPES = ("bf16", "f16", "f32")
@@ -78,8 +78,9 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     if not dot and outer < 0:
         return False
     if windowed:
+        others = {op.body.nodes[f.load].attr for f in found if f is not None and f.new < 0}
         patched = [arrays[op.body.nodes[f.load].attr] for f in windowed]
-        frame.meet(arrays, patched)
+        frame.meet([a for slot, a in enumerate(arrays) if slot not in others], patched)
         for f in windowed:
             _patch(frame, op, f, arrays, low, extents, dry=False)
     names = [f"i{d}" for d in range(rank)]

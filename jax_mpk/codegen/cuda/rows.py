@@ -111,7 +111,7 @@ def _reads(op: Nest, made: set[int], rows: _Rows) -> bool:
 
 def _emit(frame: Frame, rows: _Rows, chain: dict[int, Nest]) -> None:
     rank, first = len(rows.space), next(iter(chain))
-    made = {op.outputs[0] for op in chain.values()}
+    made = [op.outputs[0] for op in chain.values()]
     outside = [op for op in frame.ops if not any(op is member for member in chain.values())]
     arrays = {v: frame.array(v) for op in chain.values() for v in op.operands if v not in made}
     stored: dict[int, Array] = {}

@@ -135,26 +135,7 @@ struct Tagged {
 
   // What this very task has stored.
   __device__ T own(u64 i) const { return payload(load_relaxed(words + i)); }
-};
-
-// The same as a task of a program sees it, which may store to it, too: it reads its worker's copy, and stores to all.
-template <class T, class Shape>
-struct Handed : Tagged<T> {
-  using typename Tagged<T>::Word;
-
-  __device__ Handed(void* state, u32 place, u32 tag) : Tagged<T>{nullptr, tag} {
-    char* first = static_cast<char*>(state) + u64(place) * 16;
-    this->words = reinterpret_cast<Word*>(first + blockIdx.x % Shape::kCopies * u64(Shape::kCopyBytes));
-  }
-
-  __device__ void put(u64 i, T v) const {
-    const Word word = Word(bitcast<UnsignedOf<T>>(v)) << Tagged<T>::kShift | this->tag;
-    char* first = reinterpret_cast<char*>(this->words + i) - blockIdx.x % Shape::kCopies * u64(Shape::kCopyBytes);
-#pragma unroll
-    for (int copy = 0; copy < Shape::kCopies; ++copy) {
-      store_relaxed(reinterpret_cast<Word*>(first + copy * u64(Shape::kCopyBytes)), word);
-    }
-  }
+  __device__ void put(u64 i, T v) const { store_relaxed(words + i, Word(bitcast<UnsignedOf<T>>(v)) << kShift | tag); }
 };
 
 // The payloads of 16 bytes of words, to consecutive elements.

@@ -52,8 +52,9 @@ struct Context {
     return reinterpret_cast<T*>(static_cast<char*>(launch.buffers[task(word)]) + u64(task(word + 1)) * 16);
   }
   template <class T>
-  __device__ Handed<T, Shape> tagged(int word) const {
-    return {launch.state, task(word), tag};
+  __device__ Tagged<T> tagged(int word) const {
+    auto* words = static_cast<char*>(launch.state) + u64(task(word)) * 16;
+    return {reinterpret_cast<typename Tagged<T>::Word*>(words), tag};
   }
   template <class T>
   __device__ static T* local(int byte) {

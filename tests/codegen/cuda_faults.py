@@ -73,7 +73,7 @@ class Faulty:
 
 
 _SIGNAL = "add_release(events() + "
-_STORE = "store_relaxed(reinterpret_cast<Word*>(first + copy"
+_STORE = "store_relaxed(words + i, Word("
 _LOAD = "bulk_load(shared_at<char>(R::place(next)), "
 _TILE_LOAD = "bulk_load(shared_at<char>(R::place(next) + r * job.chunk_bytes)"
 _COPIES = "if (lane == 0) barrier_arrive(full);"

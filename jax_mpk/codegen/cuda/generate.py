@@ -193,8 +193,6 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kSegments": segment_count,
         "kResultCount": len(plan.graph.results),
         "kEvents": state.events,
-        "kCopies": state.copies,
-        "kCopyBytes": state.copy_bytes,
         "kMemory": state.memory,
         "kMemoryBytes": state.memory_bytes,
         "kQueues": tables.queues,
@@ -223,10 +221,9 @@ def _task_labels(plan: Plan) -> tuple[tuple[int, str], ...]:
 
 
 def _value_names(plan: Plan, state: State) -> tuple[tuple[int, str], ...]:
-    """Names of tagged values, as plans print them: (where the words of a copy begin, name)."""
-    homes = [(state.tagged[s], f"%{v}") for v, s in enumerate(plan.value_storage.tolist()) if s >= 0]
-    copies = [k * state.copy_bytes for k in range(state.copies)]
-    return tuple(sorted(((at + copy) // UNIT, name) for at, name in homes if at >= 0 for copy in copies))
+    """Names of tagged values, as plans print them: (where the words begin, name)."""
+    tagged = [(state.tagged[s] // UNIT, f"%{v}") for v, s in enumerate(plan.value_storage.tolist()) if s >= 0]
+    return tuple(sorted(entry for entry in tagged if entry[0] >= 0))
 
 
 def _ring(room: int) -> tuple[int, int]:

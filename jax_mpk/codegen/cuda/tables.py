@@ -17,9 +17,6 @@ HEADER_BYTES = 256
 SEQUENCE_BYTES = 8
 EVENT_BYTES = 32
 _STATE_ALIGN = 256
-#: Copies of tagged words: a line that all workers ask for at a time answers some of them late, the more so while
-#: weights stream through the same caches.
-COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -28,9 +25,7 @@ class State:
 
     Attributes:
       events: byte of the first counter.
-      tagged: per storage the byte of its tagged words in the first copy, or -1.
-      copies: of all tagged words; every worker reads one of them, and writes all.
-      copy_bytes: from a word to its next copy.
+      tagged: per storage the byte of its tagged words, or -1.
       memory: byte of the first memory that a worker has for what does not fit in its scratch.
       memory_bytes: of each of them.
       size: bytes in all.
@@ -38,8 +33,6 @@ class State:
 
     events: int
     tagged: tuple[int, ...]
-    copies: int
-    copy_bytes: int
     memory: int
     memory_bytes: int
     size: int
@@ -92,7 +85,6 @@ def state_layout(plan: Plan, segment_count: int, memory_bytes: int = 0, memories
         if s >= 0:
             itemsize[s] = dtypes.itemsize(plan.graph.values[v].dtype)
     tagged = []
-    first = at
     for s, storage in enumerate(plan.storages):
         if not storage.tagged:
             tagged.append(-1)
@@ -100,10 +92,8 @@ def state_layout(plan: Plan, segment_count: int, memory_bytes: int = 0, memories
         tagged.append(at)
         # Payload and tag: twice the bytes, and four at least.
         at = _aligned(at + storage.nbytes // itemsize[s] * max(4, 2 * itemsize[s]))
-    copy_bytes = at - first
-    at = first + COPIES * copy_bytes
     memory_bytes = _aligned(memory_bytes)
-    return State(events, tuple(tagged), COPIES, copy_bytes, at, memory_bytes, at + memory_bytes * memories)
+    return State(events, tuple(tagged), at, memory_bytes, at + memory_bytes * memories)
 
 
 def _aligned(n: int) -> int:

@@ -166,10 +166,6 @@ def test_state(name: str) -> None:
             taken.append((at, at + planned.storages[storage].nbytes // item * word))
     assert all(a % 256 == 0 for a, _ in taken)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
-    if len(taken) > 2:
-        first = min(at for at in state.tagged if at >= 0)
-        assert taken[-1][1] <= first + state.copy_bytes and state.memory == first + state.copies * state.copy_bytes
-    assert state.copies > 1 and state.copy_bytes % 256 == 0
     assert taken[-1][1] <= state.memory and state.memory % 256 == state.memory_bytes % 256 == 0
     assert MEMORY_BYTES <= state.memory_bytes
     assert state.size == state.memory + MEMORIES * state.memory_bytes

@@ -12,8 +12,6 @@ struct Shape {
     kSegments = 5,
     kResultCount = 2,
     kEvents = 512,
-    kCopies = 4,
-    kCopyBytes = 0,
     kMemory = 768,
     kMemoryBytes = 0,
     kQueues = 0,

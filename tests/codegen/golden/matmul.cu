@@ -12,8 +12,6 @@ struct Shape {
     kSegments = 1,
     kResultCount = 1,
     kEvents = 512,
-    kCopies = 4,
-    kCopyBytes = 0,
     kMemory = 768,
     kMemoryBytes = 0,
     kQueues = 0,

@@ -98,7 +98,17 @@ def test_every_sum_once(library: ctypes.CDLL, number: int) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "depth", "m"),
-    [(1, 3072, 1), (1, 4096, 4), (2, 2048, 1), (2, 2048, 4), (4, 1024, 1), (4, 1024, 4), (3, 1280, 2), (16, 256, 2), (16, 128, 1)],
+    [
+        (1, 3072, 1),
+        (1, 4096, 4),
+        (2, 2048, 1),
+        (2, 2048, 4),
+        (4, 1024, 1),
+        (4, 1024, 4),
+        (3, 1280, 2),
+        (16, 256, 2),
+        (16, 128, 1),
+    ],
 )
 def test_matrices_are_loaded_as_they_lie(rows: int, depth: int, m: int, tmp_path: Path) -> None:
     """Into the registers where tensor cores want them, of which there are enough."""

@@ -364,12 +364,12 @@ __device__ __forceinline__ void stream_rows(C& c, const X* x, int x_stride, int 
   const int own = S::row(c.lane()) < R ? S::row(c.lane()) : 1 << 30, m = S::column(c.lane());
 #pragma unroll 1
   for (int j = c.ring.mine(c.warp()); j < chunks; j += Ring<typename C::Shape>::kStep) {
-    const int chunk = c.ring.wait(c, c.ring.next + j);
-    if (chunk < 0) break;
+    const u32 number = c.ring.next + j;
+    if (!c.ring.wait_together(c, number)) break;
     const u32 part = G::kParts == 1 ? 0 : j % G::kParts * G::kDepth * static_cast<int>(sizeof(X));
-    const f32 sum = chunk_sums<W, X, M, R, G::kDepth>(w_at + chunk, x_at + part, x_stride);
+    const f32 sum = chunk_sums<W, X, M, R, G::kDepth>(w_at + c.ring.place(number), x_at + part, x_stride);
     __syncwarp();
-    if (c.lane() == 0) c.ring.release(c.ring.next + j);
+    if (c.lane() == 0) c.ring.release(number);
     if (G::kParts == 1) {
       const int row = j * R + own;
       if (row < rows) finish(row, m, sum);

@@ -365,9 +365,11 @@ __device__ __forceinline__ void stream_rows(C& c, const X* x, int x_stride, int 
 #pragma unroll 1
   for (int j = c.ring.mine(c.warp()); j < chunks; j += Ring<typename C::Shape>::kStep) {
     const u32 number = c.ring.next + j;
-    if (!c.ring.wait_together(c, number)) break;
     const u32 part = G::kParts == 1 ? 0 : j % G::kParts * G::kDepth * static_cast<int>(sizeof(X));
-    const f32 sum = chunk_sums<W, X, M, R, G::kDepth>(w_at + c.ring.place(number), x_at + part, x_stride);
+    // Whatever can be is done before the chunk has landed.
+    const u32 from = afresh(w_at + c.ring.place(number)), with = afresh(x_at + part);
+    if (!c.ring.wait_together(c, number)) break;
+    const f32 sum = chunk_sums<W, X, M, R, G::kDepth>(from, with, x_stride);
     __syncwarp();
     if (c.lane() == 0) c.ring.release(number);
     if (G::kParts == 1) {

@@ -30,9 +30,9 @@ template <class To> MPK_DEVICE To narrow(f32 x);
 template <>
 MPK_DEVICE bf16 narrow<bf16>(f32 x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  u16 bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-  return bf16{bits};
+  u32 bits;  // of two: the conversion of one is made by a slower unit
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(0.0f), "f"(x));
+  return bf16{static_cast<u16>(bits)};
 #else
   const u32 bits = bitcast<u32>(x);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;

@@ -26,29 +26,39 @@ struct Watch {
   // which knows more.
   enum Patience { kForItself = 4, kForAnother, kForAll };
 
-  // Repeats `done` until it holds; false: the launch gave up.
-  template <class Done, class Report>
-  __device__ __forceinline__ bool until(Done&& done, Report&& report, Patience patience = kForAnother) const {
+  // What came of a wait; not ok: the launch gave up.
+  template <class Wait>
+  struct Outcome {
+    Wait wait;
+    bool ok;
+  };
+
+  // Repeats wait.done() until it holds; the first thread of a launch that gives up calls wait.report(watch). Out of line,
+  // with nothing by reference: what has come already costs those who wait one look of their own, before they call this.
+  template <class Wait>
+  __device__ __noinline__ static Outcome<Wait> outlast(Watch watch, Wait wait, Patience patience = kForAnother) {
     u64 start = 0;
 #pragma unroll 1
-    for (u32 spins = 1; !done(); ++spins) {
+    for (u32 spins = 1; !wait.done(); ++spins) {
       if (spins % 256 != 0) continue;
-      const Late late = look(start, patience);
-      if (late == kFirst) report();
-      if (late != kInTime) return false;
+      if (start == 0) start = nanoseconds();
+      const Late late = look(watch, start, patience);
+      if (late == kFirst) wait.report(watch);
+      if (late != kInTime) return {wait, false};
     }
-    return true;
+    return {wait, true};
   }
 
-  // The same for a warp: `done`, which must be the same in all lanes, keeps them together.
+  // Repeats `done` for a warp; it must be the same in all lanes, and keeps them together. False: the launch gave up.
   template <class Done, class Report>
   __device__ __forceinline__ bool until_together(Done&& done, Report&& report) const {
     u64 start = 0;
 #pragma unroll 1
     for (u32 spins = 1; !done(); ++spins) {
       if (spins % 256 != 0) continue;
+      if (start == 0) start = nanoseconds();
       u32 late = kInTime;
-      if (threadIdx.x % 32 == 0) late = look(start, kForAnother);
+      if (threadIdx.x % 32 == 0) late = look(*this, start, kForAnother);
       late = __shfl_sync(~0u, late, 0);
       if (late == kFirst) report();
       if (late != kInTime) return false;
@@ -56,8 +66,9 @@ struct Watch {
     return true;
   }
 
-  __device__ __noinline__ void note(u32 task, WaitKind kind, u32 what, u32 expected, u32 seen, u64 element = 0) const {
-    volatile Record* r = launch->record;
+  __device__ __noinline__ static void note(Watch watch, u32 task, WaitKind kind, u32 what, u32 expected, u32 seen,
+                                           u64 element = 0) {
+    volatile Record* r = watch.launch->record;
     r->worker = blockIdx.x;
     r->task = task;
     r->kind = static_cast<u32>(kind);
@@ -71,25 +82,33 @@ struct Watch {
 
   // Whether it is time to give up, and whether this thread is the first to find that.
   enum Late { kInTime, kAborted, kFirst };
-  __device__ __noinline__ Late look(u64& start, Patience patience) const {
-    if (aborted()) return kAborted;
-    const u64 now = nanoseconds();
-    if (start == 0) start = now;
-    if (launch->deadline_ns == 0 || now - start <= launch->deadline_ns / 4 * patience) return kInTime;
-    return atomicCAS(&header()->abort, 0u, 1u) == 0 ? kFirst : kAborted;
+  __device__ __noinline__ static Late look(Watch watch, u64 start, Patience patience) {
+    if (watch.aborted()) return kAborted;
+    const u64 deadline = watch.launch->deadline_ns;
+    if (deadline == 0 || nanoseconds() - start <= deadline / 4 * patience) return kInTime;
+    return atomicCAS(&watch.header()->abort, 0u, 1u) == 0 ? kFirst : kAborted;
   }
 
-  // Counters only grow, modulo 2^32.
   __device__ bool event(const u32* counter, u32 threshold, u32 task, u32 number) const {
-    u32 seen;
-    return until([&] { return static_cast<s32>((seen = load_acquire(counter)) - threshold) >= 0; },
-                 [&] { note(task, kWaitEvent, number, threshold, seen); });
+    return counted({counter, threshold, task, kWaitEvent, number}, kForAnother);
+  }
+  __device__ bool barrier(u32 number, u32 threshold) const {
+    return counted({&header()->arrivals, threshold, kNoTask, kWaitBarrier, number}, kForAll);
   }
 
-  __device__ bool barrier(u32 number, u32 threshold) const {
-    u32 seen;
-    return until([&] { return static_cast<s32>((seen = load_acquire(&header()->arrivals)) - threshold) >= 0; },
-                 [&] { note(kNoTask, kWaitBarrier, number, threshold, seen); }, kForAll);
+ private:
+  // Counters only grow, modulo 2^32.
+  struct Counter {
+    const u32* at;
+    u32 threshold, task;
+    WaitKind kind;
+    u32 number, seen = 0;
+
+    __device__ bool done() { return static_cast<s32>((seen = load_acquire(at)) - threshold) >= 0; }
+    __device__ void report(Watch watch) const { note(watch, task, kind, number, threshold, seen); }
+  };
+  __device__ bool counted(Counter counter, Patience patience) const {
+    return counter.done() || outlast(*this, counter, patience).ok;
   }
 };
 
@@ -117,14 +136,13 @@ struct Tagged {
   __device__ static T payload(Word w) { return bitcast<T>(static_cast<UnsignedOf<T>>(w >> kShift)); }
 
   __device__ T get(const Watch& watch, u32 task, u64 i) const {
-    Word w;
-    watch.until([&] { return tagged(w = load_relaxed(words + i)); },
-                [&] { watch.note(task, kWaitTag, place(watch), tag, w & 65535, i); });
-    return payload(w);
+    const Word w = load_relaxed(words + i);
+    return payload(tagged(w) ? w : late(watch, task, i));
   }
   template <class C>
   __device__ T get(const C& c, u64 i) const {
-    return get(c.watch(), c.task(TaskWords::kTask), i);
+    const Word w = load_relaxed(words + i);
+    return payload(tagged(w) ? w : late(c.watch(), c.task(TaskWords::kTask), i));
   }
 
   // Where the words begin in the state, in units of 16 bytes: what reports call the value.
@@ -136,6 +154,25 @@ struct Tagged {
   // What this very task has stored.
   __device__ T own(u64 i) const { return payload(load_relaxed(words + i)); }
   __device__ void put(u64 i, T v) const { store_relaxed(words + i, Word(bitcast<UnsignedOf<T>>(v)) << kShift | tag); }
+
+ private:
+  struct Arrival;
+  __device__ Word late(const Watch& watch, u32 task, u64 i) const {
+    return Watch::outlast(watch, Arrival{*this, i, task}).wait.seen;
+  }
+};
+
+template <class T>
+struct Tagged<T>::Arrival {
+  Tagged from;
+  u64 i;
+  u32 task;
+  Word seen = 0;
+
+  __device__ bool done() { return from.tagged(seen = load_relaxed(from.words + i)); }
+  __device__ void report(Watch watch) const {
+    Watch::note(watch, task, kWaitTag, from.place(watch), from.tag, seen & 65535, i);
+  }
 };
 
 // The payloads of 16 bytes of words, to consecutive elements.
@@ -204,7 +241,7 @@ __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> fro
           int e = 0;
           while (e + 1 < kVector && from.tagged(load_relaxed(words + at + e))) ++e;
           const u32 seen = static_cast<u32>(load_relaxed(words + at + e)) & 65535;
-          watch.note(task, kWaitTag, from.place(watch), from.tag, seen, first + head + at + e);
+          Watch::note(watch, task, kWaitTag, from.place(watch), from.tag, seen, first + head + at + e);
         });
   }
   const int rest = count - vectors * kVector;

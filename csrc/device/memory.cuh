@@ -104,6 +104,10 @@ __device__ __forceinline__ T* shared_at(int byte) {
 }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+template <class T>
+__device__ __forceinline__ const T* shared_from(u32 address) {
+  return shared_at<T>(static_cast<int>(address - shared_address(shared_at<char>(0))));
+}
 
 // Four 8×8 matrices of 16-bit elements in shared memory, transposed: lane l says where row l % 8 of matrix l / 8 begins;
 // word m of lane 4g + q has column g of matrix m, in rows 2q and 2q+1.
@@ -112,6 +116,16 @@ __device__ __forceinline__ Quad load_transposed(const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
                : "r"(shared_address(row))
+               : "memory");
+  return v;
+}
+
+// The same as they are, by addresses: word m of lane 4g + q has row g of matrix m, in columns 2q and 2q+1.
+__device__ __forceinline__ Quad load_matrices(u32 row) {
+  Quad v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "r"(row)
                : "memory");
   return v;
 }

@@ -70,18 +70,21 @@ struct Ring {
     return warp >= kStep ? 1 << 30 : warp >= at ? warp - at : warp + kStep - at;
   }
 
-  // Where the bytes of chunk `number` are, when they have landed; -1: the launch gave up.
+  // Waits until the bytes of chunk `number` have landed; false: the launch gave up.
   template <class C>
-  __device__ int wait(const C& c, u32 number) const {
-    const u32 stage = number % Shape::kStages, parity = number / Shape::kStages & 1;
-    const auto report = [&] {
-      const u32 task = c.task(TaskWords::kTask), before = number / Shape::kStages;
-      if (!took(c.decisions)) return note(c, task, c.decisions);
-      c.watch().note(task, kWaitBulkLoad, number, before + 1, before);
-    };
-    const bool ok = c.watch().until([&] { return barrier_done(full(stage), parity); }, report, Watch::kForItself);
-    return ok ? place(number) : -1;
+  __device__ bool wait(const C& c, u32 number) const {
+    return landed(number) || outlast(c, number);
   }
+  // The same for a warp, all of whose lanes go on or none.
+  template <class C>
+  __device__ bool wait_together(const C& c, u32 number) const {
+#pragma unroll 1
+    while (!__all_sync(~0u, landed(number))) {
+      if (!__all_sync(~0u, outlast(c, number))) return false;
+    }
+    return true;
+  }
+  // Where they are.
   __device__ static int place(u32 number) {
     return Shape::kRing + static_cast<int>(number % Shape::kStages) * Shape::kStageBytes;
   }
@@ -104,15 +107,36 @@ struct Ring {
   template <class C>
   __device__ void settle(const C& c, u32 decisions) const {
     if (c.thread() != 0) return;
-    c.watch().until([&] { return took(decisions); }, [&] { note(c, kNoTask, decisions); }, Watch::kForItself);
+    if (!took(decisions)) Watch::outlast(c.watch(), Decision{decisions}, Watch::kForItself);
   }
 
  private:
+  __device__ static bool landed(u32 number) {
+    return barrier_done(full(number % Shape::kStages), number / Shape::kStages & 1);
+  }
   __device__ static bool took(u32 decisions) { return decisions == 0 || barrier_done(taken(), (decisions - 1) & 1); }
 
+  struct Decision {
+    u32 decisions, task = kNoTask;
+
+    __device__ bool done() const { return took(decisions); }
+    __device__ void report(Watch watch) const {
+      Watch::note(watch, task, kWaitPredicate, decisions - 1, decisions, decisions - 1);
+    }
+  };
+  struct Landing {
+    u32 number, task, decisions;
+
+    __device__ bool done() const { return landed(number); }
+    __device__ void report(Watch watch) const {
+      const u32 before = number / Shape::kStages;
+      if (!took(decisions)) return Decision{decisions, task}.report(watch);
+      Watch::note(watch, task, kWaitBulkLoad, number, before + 1, before);
+    }
+  };
   template <class C>
-  __device__ static void note(const C& c, u32 task, u32 decisions) {
-    c.watch().note(task, kWaitPredicate, decisions - 1, decisions, decisions - 1);
+  __device__ static bool outlast(const C& c, u32 number) {
+    return Watch::outlast(c.watch(), Landing{number, c.task(TaskWords::kTask), c.decisions}, Watch::kForItself).ok;
   }
 };
 

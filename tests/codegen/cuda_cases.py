@@ -200,6 +200,8 @@ def _scatter(mode: str) -> Callable[..., Any]:
 RING = ("UBLKCP.", "SYNCS.ARRIVE.TRANS64", "SYNCS.PHASECHK.TRANS64")
 #: Tensor cores, by the type of the factors.
 CORES = {"bfloat16": ("HMMA.16816.F32.BF16",), "float16": ("HMMA.16816.F32",), "float32": ("FFMA",)}
+#: The same of whole rows, of a multiple of 128 elements.
+MATRICES = ("LDSM.16.M88.4",)
 #: Copies in the background.
 COPIES = ("LDGSTS.",)
 #: Blocks of columns through the ring, which are read transposed.
@@ -237,7 +239,7 @@ CASES: list[Case] = [
             [f"{m}x512 {t}", f"1024x512 {t}", f"512x1024 {t}"],
             [f"stream_rows<{t[0]}"],
             True,
-            (*RING, *CORES[t]),
+            (*RING, *CORES[t], *(MATRICES if t != "float32" else ())),
         )
         for t in ("bfloat16", "float16", "float32")
         for m in (1, 3)

@@ -13,7 +13,7 @@ import pytest
 from jax_mpk.codegen.cuda import generate
 from jax_mpk.codegen.cuda.routine import WARPS
 from jax_mpk.runtime import nvrtc
-from tests.codegen.cuda_cases import COPIES, CORES, RING, TRANSPOSED
+from tests.codegen.cuda_cases import COPIES, CORES, MATRICES, RING, TRANSPOSED
 from tests.codegen.golden import functions
 from tests.codegen.golden.text import path, plan, program, text
 from tests.codegen.sass import missing
@@ -29,7 +29,7 @@ SHOWS = {
 }
 #: The instructions that each sample is compiled to.
 CLAIMS = {
-    "streamed": (*RING, *CORES["bfloat16"], *COPIES),
+    "streamed": (*RING, *CORES["bfloat16"], *MATRICES, *COPIES),
     "matmul": (*RING, *CORES["bfloat16"]),
     "attention": COPIES,
     "loop": COPIES,

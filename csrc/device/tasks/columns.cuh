@@ -51,8 +51,8 @@ __device__ __forceinline__ void stream_columns(C& c, const T* x, int x_stride, i
       };
 #pragma unroll
       for (int s = 0; s < kAhead; ++s) load(s);
-      const int chunk = c.ring.wait(c, c.ring.next + j);
-      if (!__all_sync(~0u, chunk >= 0)) break;
+      if (!c.ring.wait_together(c, c.ring.next + j)) break;
+      const int chunk = R::place(c.ring.next + j);
 #pragma unroll kAhead
       for (int s = 0; s < kSteps; ++s) {
         if (K % kHeight != 0 && j * kHeight + s * kTileStep >= K) continue;

@@ -75,7 +75,7 @@ __device__ __forceinline__ void stream_tiles(C& c, const T* x, int x_stride, int
         for (int u = 0; u < kAhead; ++u) load(s + u * C::kWarps, b[u]);
       };
       load_ahead(c.warp());
-      if (running) running = __all_sync(~0u, lane >= stages || c.ring.wait(c, c.ring.next + lane) >= 0);
+      if (running) running = __all_sync(~0u, lane >= stages || c.ring.wait(c, c.ring.next + lane));
       const int low_byte = row_byte(low), high_byte = row_byte(high);
 #pragma unroll 1
       for (int first = c.warp(); first < steps; first += kAhead * C::kWarps) {

@@ -36,6 +36,10 @@ T* shared_at(int byte) {
 inline u32 shared_address(const void* p) {
   return static_cast<u32>(static_cast<const char*>(p) - machine::self->cta->shared);
 }
+template <class T>
+const T* shared_from(u32 address) {
+  return shared_at<T>(static_cast<int>(address));
+}
 
 // An mbarrier: its phase ends when all have arrived and all bytes have landed.
 struct Barrier {
@@ -106,6 +110,15 @@ inline Quad load_transposed(const void* row) {
     const auto* high = reinterpret_cast<const u16*>(m.seen[8 * k + 2 * q + 1]);
     v.w[k] = low[g] | u32(high[g]) << 16;
   }
+  return v;
+}
+
+inline Quad load_matrices(u32 row) {
+  if (row % 16 != 0) std::fprintf(stderr, "a row of a matrix is not aligned\n"), std::abort();
+  const machine::Meeting& m = machine::meet(~0u, reinterpret_cast<u64>(shared_from<char>(row)));
+  const int g = machine::lane() / 4, q = machine::lane() % 4;
+  Quad v;
+  for (int k = 0; k < 4; ++k) v.w[k] = reinterpret_cast<const u32*>(m.seen[8 * k + g])[q];
   return v;
 }
 

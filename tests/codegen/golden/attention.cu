@@ -32,7 +32,7 @@ struct Shape {
     kSlots = 640,
     kPartials = 896,
     kScratch = 896,
-    kRing = 21504,
+    kRing = 21376,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
@@ -113,11 +113,11 @@ __device__ __forceinline__ void routine_0(C& c) {
   const int o3 = at0 * 128 + at1 * 128 + at3 * 64;
   c.sync();
   // contract f32[16,4,4,64] over 64  functions.py:65
-  reduce<f32, 8, Spread::kStrided>(
+  reduce<f32, 4, Spread::kStrided>(
       c, live1 * 2, 8,
       [&](int n, int r) -> f32 {
-        const int i2 = at3 + n / live1;
-        const int i3 = n % live1;
+        const int i3 = n / 2;
+        const int i2 = at3 + n % 2;
         const int r0 = r;
         return dot<8>(s3 + at1 * 288 + i2 * 72 + r0 * 8 - o1, s4 + at1 * 72 + i3 * 72 + r0 * 8 - o2);
       },
@@ -125,62 +125,58 @@ __device__ __forceinline__ void routine_0(C& c) {
         return a + b;
       },
       [&](int n, f32 a) {
-        const int i2 = at3 + n / live1;
-        const int i3 = n % live1;
+        const int i3 = n / 2;
+        const int i2 = at3 + n % 2;
         l2[at0 * 128 + at1 * 128 + i2 * 64 + i3 - o3] = a * 0.125f;
       });
-  f32* const c1 = c.template local<f32>(20480);
-  const int o4 = at0 * 2 + at1 * 2 + at3;
   const auto g6 = c.template tagged<f32>(21);
-  c.sync();
-  // reduce f32[16,4,4] over 64  functions.py:67
-  reduce_live<f32, 32>(
-      c, 2, live1, bitcast<f32>(u32(0xff800000u)),
-      [&](int n, int r) -> f32 {
-        const int i2 = at3 + n;
-        const int r0 = r;
-        const s32 t0 = s0[0];
-        const s64 t1 = s64(int(t0)) + s64(1);
-        const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(1024))) : 1024) + 15) / 16;
-        const f32 t3 = (convert<s32>(r0 + (at0 * t2)) <= t0) ? l2[at0 * 128 + at1 * 128 + i2 * 64 + r0 - o3] : bitcast<f32>(u32(0xff800000u));
-        return t3;
-      },
-      [&](f32 a, f32 b) -> f32 {
-        return op_max(a, b);
-      },
-      [&](int n, f32 a) {
-        const int i2 = at3 + n;
-        g6.put(at0 * 16 + at1 * 4 + i2, c1[at0 * 2 + at1 * 2 + i2 - o4] = op_max(a, -3.4028235e+38f));
-      });
   f32* const l3 = c.template local<f32>(768);
-  c.sync();
-  // map f32[16,4,4,64]  functions.py:67
-  map(c, live1 * 2, [&](int n) {
-    const int i2 = at3 + n / live1;
-    const int i3 = n % live1;
-    const s32 t0 = s0[0];
-    const s64 t1 = s64(int(t0)) + s64(1);
-    const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(1024))) : 1024) + 15) / 16;
-    const f32 t3 = (convert<s32>(i3 + (at0 * t2)) <= t0) ? l2[at0 * 128 + at1 * 128 + i2 * 64 + i3 - o3] : bitcast<f32>(u32(0xff800000u));
-    l3[at0 * 128 + at1 * 128 + i2 * 64 + i3 - o3] = op_exp(t3 - c1[at0 * 2 + at1 * 2 + i2 - o4]);
-  });
   const auto g7 = c.template tagged<f32>(22);
   c.sync();
-  // reduce f32[16,4,4] over 64  functions.py:67
-  reduce_live<f32, 32>(
-      c, 2, live1, 0.0f,
-      [&](int n, int r) -> f32 {
-        const int i2 = at3 + n;
-        const int r0 = r;
-        return l3[at0 * 128 + at1 * 128 + i2 * 64 + r0 - o3];
-      },
-      [&](f32 a, f32 b) -> f32 {
-        return a + b;
-      },
-      [&](int n, f32 a) {
-        const int i2 = at3 + n;
-        g7.put(at0 * 16 + at1 * 4 + i2, a);
-      });
+  // one warp a row of 64
+  for_rows(c, 2, [&](int n) {
+    const int i2 = at3 + n;
+    // reduce f32[16,4,4] over 64  functions.py:67
+    const f32 y0 = across_row<2>(
+        c, live1, bitcast<f32>(u32(0xff800000u)),
+        [&](int r, int k) -> f32 {
+          const s32 t0 = s0[0];
+          const s64 t1 = s64(int(t0)) + s64(1);
+          const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(1024))) : 1024) + 15) / 16;
+          const f32 t3 = (convert<s32>(r + (at0 * t2)) <= t0) ? l2[at0 * 128 + at1 * 128 + i2 * 64 + r - o3] : bitcast<f32>(u32(0xff800000u));
+          return t3;
+        },
+        [&](f32 a, f32 b) -> f32 {
+          return op_max(a, b);
+        },
+        [&](f32 a) -> f32 {
+          return op_max(a, -3.4028235e+38f);
+        });
+    if (c.lane() == 0) g6.put(at0 * 16 + at1 * 4 + i2, y0);
+    // map f32[16,4,4,64]  functions.py:67
+    f32 v1[2] = {};
+    over_row<2>(c, live1, [&](int r, int k) {
+      const s32 t0 = s0[0];
+      const s64 t1 = s64(int(t0)) + s64(1);
+      const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(1024))) : 1024) + 15) / 16;
+      const f32 t3 = (convert<s32>(r + (at0 * t2)) <= t0) ? l2[at0 * 128 + at1 * 128 + i2 * 64 + r - o3] : bitcast<f32>(u32(0xff800000u));
+      v1[k] = op_exp(t3 - y0);
+      l3[at0 * 128 + at1 * 128 + i2 * 64 + r - o3] = v1[k];
+    });
+    // reduce f32[16,4,4] over 64  functions.py:67
+    const f32 y2 = across_row<2>(
+        c, live1, 0.0f,
+        [&](int r, int k) -> f32 {
+          return v1[k];
+        },
+        [&](f32 a, f32 b) -> f32 {
+          return a + b;
+        },
+        [&](f32 a) -> f32 {
+          return a;
+        });
+    if (c.lane() == 0) g7.put(at0 * 16 + at1 * 4 + i2, y2);
+  });
   // new rows, in the place of those the update will overwrite  functions.py:68
   map(c, 64, [&](int n) {
     const int i3 = n;

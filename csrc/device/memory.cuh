@@ -229,4 +229,8 @@ __device__ __forceinline__ void pause(u32 cycles) {
 
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// The same for those before a mark, whatever this thread copies behind it.
+__device__ __forceinline__ void copies_mark() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copies_wait_marked() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
 }  // namespace mpk

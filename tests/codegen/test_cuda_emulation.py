@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -83,6 +84,40 @@ def test_a_mask_handed_over_is_read_where_live_keys_begin() -> None:
     for seed in range(2):  # scratch begins with ones or with zeros
         (got,) = cuda_emulation.run(plan, inputs, seed=seed)
         np.testing.assert_allclose(got, jax.jit(_many_layers)(*args), rtol=1e-5, atol=1e-5)
+
+
+def _normed(
+    x: jax.Array, w: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.lax.dynamic_update_slice_in_dim(keys, k[None], at, 0)
+    values = jax.lax.dynamic_update_slice_in_dim(values, v[None], at, 0)
+    q = jnp.einsum("bk,nk->bn", x, w).reshape(4, 2, 64)
+    q = q * jax.lax.rsqrt(jnp.mean(q * q, -1, keepdims=True) + 1)
+    scores = jnp.einsum("hgd,thd->hgt", q, keys)
+    scores = jnp.where(jnp.arange(keys.shape[0]) <= at, scores, -jnp.inf)
+    return jnp.einsum("hgt,thd->hgd", jax.nn.softmax(scores), values), keys, values
+
+
+@pytest.mark.parametrize("at", [0, 37, 255])
+def test_keys_are_copied_while_queries_are_waited_for(at: int) -> None:
+    rng = np.random.default_rng(at)
+    shapes = (1, 512), (512, 512), (4, 64), (4, 64), (256, 4, 64), (256, 4, 64)
+    args = [*((rng.standard_normal(s) / 8).astype(np.float32) for s in shapes), np.int32(at)]
+    plan, inputs = plan_of(_normed, args, workers=16, handoff=1e-9)
+    program = generate(plan)
+    # Queries are normed in front of the keys' first reader, which waits for these.
+    start = program.source.index("copy_aside<3, 16, 272, 1024>(")
+    marked = program.source.index("copies_wait_marked();", start)
+    wait = program.source.index("copies_wait();", marked)
+    expected = jax.jit(_normed)(*args)
+    for seed in range(2):
+        for a, b in zip(cuda_emulation.run(plan, inputs, launches=2, seed=seed), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    if at == 255:  # a kernel that does not wait is wrong
+        source = program.source[:wait] + program.source[wait:].replace("copies_wait();", "", 1)
+        hasty = cuda_emulation.Kernel(plan, dataclasses.replace(program, source=source))
+        results, _ = hasty.launch(inputs)
+        assert not np.allclose(results[0], expected[0], rtol=1e-4, atol=1e-5)
 
 
 def test_live_keys_in_a_loop() -> None:

@@ -24,14 +24,17 @@ SHOWS = {
     "streamed": ("stream_rows<bf16, bf16, 1, 1024>", "copy_async<16>", "stage(", ".put(", "dot<8>"),
     "matmul": ("stream_tiles<bf16, 16, 1024, true>", "false>(", "Packed<bf16, 8>"),
     "columns": ("stream_columns<bf16, 64, 1, 128, true>", "kTiles = 2,", ".put(", "stage("),
-    "attention": ("// new rows", "dot<8>", "reduce_packs<8", "copy_rows(c, live1", "update_each(", "op_exp("),
+    "attention": (
+        *("// new rows", "dot<8>", "reduce_packs<8", "update_each(", "op_exp("),
+        *("copy_aside<3, 8, 144, 512>(", "copies_wait();"),
+    ),
     "loop": ("role.running()", "role.template decide<s32>", "role.barrier();", "update_each(", "Accumulators<"),
 }
 #: The instructions that each sample is compiled to.
 CLAIMS = {
     "streamed": (*RING, *CORES["bfloat16"], *MATRICES, *COPIES),
     "matmul": (*RING, *CORES["bfloat16"]),
-    "attention": COPIES,
+    "attention": (*RING, *COPIES, "LDGDEPBAR"),
     "loop": COPIES,
     "columns": (*TRANSPOSED, *CORES["bfloat16"]),
 }

@@ -13,7 +13,7 @@ from jax_mpk.codegen.cuda.arrays import UNIT, Array, buffer_of, is_wide, row_maj
 from jax_mpk.codegen.cuda.code import PREFETCH, Code, Operand, Stream
 from jax_mpk.codegen.cuda.live import Live
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset, product
-from jax_mpk.codegen.cuda.staging import Copied, Staged
+from jax_mpk.codegen.cuda.staging import Copied, Staged, shares
 from jax_mpk.codegen.cuda.views import View
 from jax_mpk.errors import TaskTooLargeError, task_too_large
 from jax_mpk.graph import dtypes
@@ -27,6 +27,8 @@ _SHORT = 32
 
 #: Largest copy in scratch of a tagged value that its task reads again: a load from device memory takes a microsecond.
 _COPY_BYTES = 4 << 10
+#: Warps that copy rows of untagged values, so many bytes at least, while all others wait for tagged ones.
+_COPIERS, _ASIDE_BYTES = 3, 4 << 10
 
 Brought = TypeVar("Brought", Staged, Copied)
 #: Bytes of scratch, a storage, or `_PARTIALS`.
@@ -109,21 +111,36 @@ class Frame:
         self._registers: dict[int, Array] = {}
         self._brought: dict[int, Staged | Copied] = {}
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
-        self._scalars = self._live_scalars()
+        self._landing: list[_Place] = []  # bytes of scratch whose copies nobody has waited for
+        self._scalars = [Term(f"live{k}") for k in range(len(live.scalars.results))]
+        scalars = self._live_scalars(range(len(self._scalars)))
+        counts = self._live_scalars(sorted({k for limits in live.limits for k in limits.values()}))
         room -= self.code.scratch
         waited = self._fitting([s for s in staged if any(s.value in op.operands for op in self.ops)], room)
         copied = self._fitting(copied, room - sum(map(self._brought_bytes, waited)))
         # By size, so that routines that differ in the order of their operands have the same code.
-        for copy in sorted(copied, key=self._brought_bytes):
-            self._copy(copy)
+        copied.sort(key=self._brought_bytes)
         waited.sort(key=self._brought_bytes)
-        for value, warps in zip(waited, self._shares(waited), strict=True):
+        aside = [copy for copy in copied if waited and self._is_aside(copy)]
+        copied = [copy for copy in copied if copy not in aside]
+        # Nobody who waits for tagged values should wait for what bounds live positions before.
+        late = bool(aside) and all(copy.shift is None for copy in copied)
+        self.code.lines += [] if late else scalars
+        for copy in copied:
+            self._copy(copy)
+        if aside:
+            if copied:
+                self.line("copies_mark();")
+            self._copy_aside(aside, scalars if late else [])
+        sizes = [self._brought_bytes(value) - _ALIGN for value in waited]
+        for value, warps in zip(waited, shares(sizes, WARPS - _COPIERS if aside else WARPS), strict=True):
             self._stage(value, *warps)
+        self.code.lines += counts if late else []
+        self._first = len(self.code.lines)  # where everybody waits for what is brought
         if copied:
-            self.line("copies_wait();")
+            self.line("copies_wait_marked();" if aside else "copies_wait();")
         if copied or waited:
             self.line("c.sync();")
-            self._since.clear()
         self.line("c.stamp(1);")
 
     @staticmethod
@@ -160,9 +177,9 @@ class Frame:
             found = self._numbers[key] = Term(name)
         return found
 
-    def _live_scalars(self) -> list[Term]:
-        """Computes what bounds the live positions."""
-        expr = self.live.scalars
+    def _live_scalars(self, wanted: Sequence[int]) -> list[str]:
+        """Statements that compute some of what bounds the live positions."""
+        expr = self.live.scalars.only(*(self.live.scalars.results[k] for k in wanted))
         used = {op: {node.attr for node in expr.nodes if node.op.startswith(op)} for op in ("coord", "load")}
         columns = [self.number(c) if k in used["coord"] else fixed(0) for k, c in enumerate(self.live.columns)]
         arrays = [self.array(v) if k in used["load"] else None for k, v in enumerate(self.live.operands)]
@@ -174,13 +191,8 @@ class Frame:
 
         scalars = Scalars(expr, columns, load, prefix="u")
         results = scalars.results()
-        for text in scalars.lines:
-            self.line(text)
-        out = []
-        for k, term in enumerate(results):
-            self.line(f"const int live{k} = {term.text};")
-            out.append(Term(f"live{k}"))
-        return out
+        texts = [f"const int {self._scalars[k]} = {term.text};" for k, term in zip(wanted, results, strict=True)]
+        return [*scalars.lines, *texts]
 
     def live_count(self, member: int, coord: int) -> Term | None:
         """How many positions along a coordinate a member runs over; None: all."""
@@ -350,11 +362,14 @@ class Frame:
         """Most scratch that a value takes."""
         if isinstance(what, Copied) and what.place >= 0:
             return 0
-        value = self.values[what.value]
-        extents = [int(e) for e in (what.hi - what.lo).max(axis=0)] if value.shape else []
+        return math.prod(self._extents(what)) * dtypes.itemsize(self.values[what.value].dtype) + _ALIGN
+
+    def _extents(self, what: Staged | Copied) -> tuple[int, ...]:
+        """Of a value in scratch, with what lies between its rows."""
+        extents = [int(e) for e in (what.hi - what.lo).max(axis=0)] if self.values[what.value].shape else []
         if extents and isinstance(what, Copied):
             extents[-1] += what.pad
-        return math.prod(extents) * dtypes.itemsize(value.dtype) + _ALIGN
+        return tuple(extents)
 
     def _fitting(self, values: Sequence[Brought], room: int) -> list[Brought]:
         """Those of the values that fit into so many bytes, small ones first."""
@@ -365,21 +380,17 @@ class Frame:
                 chosen.add(k)
         return [value for k, value in enumerate(values) if k in chosen]
 
-    def _bring(self, what: Staged | Copied, pad: int = 0) -> tuple[Array, list[Term]]:
+    def _bring(self, what: Staged | Copied) -> tuple[Array, list[Term]]:
         """Scratch for a value's box: the array and the box's extents."""
         value = self.values[what.value]
         sizes = what.hi - what.lo
-        extents = tuple(int(e) for e in sizes.max(axis=0)) if value.shape else ()
-        if pad:
-            extents = (*extents[:-1], extents[-1] + pad)
+        extents = self._extents(what)
         self._brought[what.value] = what
         place = what.place if isinstance(what, Copied) else -1
         size = math.prod(extents) * dtypes.itemsize(value.dtype)
         at = self.routine.local_offsets[place] if place >= 0 else self.scratch(size)
         self._brought_at[what.value] = at, extents
         array = self.array(what.value)
-        assert array.bytes is not None
-        self._since.append((array.bytes, True))
         numbers = [self.number(sizes[:, d]) for d in range(len(extents))]
         if isinstance(what, Copied) and what.shift is not None:
             numbers[what.shift.axis] = self._scalars[what.shift.count]
@@ -388,7 +399,7 @@ class Frame:
     def _rows(self, what: Staged | Copied, size: list[Term], target: Array) -> _Rows:
         """A box as rows of consecutive elements; ``size``: its extents."""
         strides = row_major(self.values[what.value].shape)
-        run = self._run_axes(what, self._brought_at[what.value][1])
+        run, _ = self._row_axes(what)
         low = [(self.number(what.lo[:, d]), stride) for d, stride in enumerate(strides)]
         if isinstance(what, Copied) and what.shift is not None:
             low.append((self._scalars[what.shift.first], strides[what.shift.axis]))
@@ -399,28 +410,15 @@ class Frame:
         into = " + ".join(f"{c} * {target.strides[d]}" for d, c in moving)
         return _Rows(start or "0", product(size[:run]), product(size[run:]), source or "0", into or "0", lines)
 
-    def _run_axes(self, what: Staged | Copied, extents: tuple[int, ...]) -> int:
-        """First axis of a run: it and those behind it are consecutive, in memory and in scratch."""
-        shape = self.values[what.value].shape
+    def _row_axes(self, what: Staged | Copied) -> tuple[int, list[int]]:
+        """First axis of a row: it and those behind it are consecutive, in memory and in scratch; axes of many rows."""
+        shape, extents = self.values[what.value].shape, self._extents(what)
         sizes = what.hi - what.lo
         first = len(shape) - 1
         while first > 0 and (sizes[:, first] == shape[first]).all() and extents[first] == shape[first]:
             first -= 1
-        return max(first, 0)
-
-    def _shares(self, staged: Sequence[Staged]) -> list[tuple[int, int]]:
-        """First warp and number of warps that bring each of the staged values, all at the same time."""
-        if len(staged) > WARPS:
-            return [(k % WARPS, 1) for k in range(len(staged))]
-        sizes = [
-            int((s.hi - s.lo).max(axis=0, initial=1).prod()) * dtypes.itemsize(self.values[s.value].dtype)
-            for s in staged
-        ]
-        shares = [1] * len(staged)
-        for _ in range(WARPS - len(staged) if staged else 0):
-            most = max(range(len(staged)), key=lambda k: sizes[k] / shares[k])
-            shares[most] += 1
-        return [(sum(shares[:k]), share) for k, share in enumerate(shares)]
+        first = max(first, 0)
+        return first, [d for d in range(first) if (sizes[:, d] != 1).any()]
 
     def _stage(self, what: Staged, warp: int, warps: int) -> None:
         value = self.values[what.value]
@@ -457,12 +455,16 @@ class Frame:
     def _copy(self, what: Copied) -> None:
         value = self.values[what.value]
         source = self._pointer(int(self.plan.value_storage[what.value]), value.dtype, False)
-        target, size = self._bring(what, what.pad)
+        target, size = self._bring(what)
         rows = self._rows(what, size, target)
         self.line(f"// copies {value.dtype}[{','.join(map(str, value.shape))}] meanwhile")
         self._prefetch(what)
         unit = what.unit // dtypes.itemsize(value.dtype)
-        self.line(f"copy_rows(c, {rows.count.text}, {rows.length} / {unit}, [&](int n, int k) {{")
+        units = f"{rows.length} / {unit}" if rows.length.value is None else str(rows.length.value // unit)
+        if rows.count.value == 1:
+            self.line(f"map(c, {units}, [&](int k) {{")
+        else:
+            self.line(f"copy_rows(c, {rows.count.text}, {units}, [&](int n, int k) {{")
         for text in rows.lines:
             self.line(f"  {text}")
         to_text = " + ".join(t for t in (target.name, rows.target) if t != "0")
@@ -470,15 +472,47 @@ class Frame:
         self.line(f"  copy_async<{what.unit}>({to_text} + k * {unit}, {from_text} + k * {unit});")
         self.line("});")
 
+    def _is_aside(self, what: Copied) -> bool:
+        """Whether few warps can copy a value: rows of one power of two of units, and one distance between them."""
+        run, moving = self._row_axes(what)
+        sizes = what.hi - what.lo
+        length = sizes[:, run:].prod(axis=1) * dtypes.itemsize(self.values[what.value].dtype)
+        if what.unit != 16 or len(moving) != 1 or length[0] == 0 or (length != length[0]).any():
+            return False
+        return 32 * 16 * _COPIERS % length[0] == 0 and sizes[:, moving[0]].max() * length[0] >= _ASIDE_BYTES
+
+    def _copy_aside(self, copied: Sequence[Copied], scalars: Sequence[str]) -> None:
+        """Has the last warps compute the scalars and copy the values. Who reads these waits, see ``meet``."""
+        lines = list(scalars)
+        for what in copied:
+            value = self.values[what.value]
+            item = dtypes.itemsize(value.dtype)
+            source = self._pointer(int(self.plan.value_storage[what.value]), value.dtype, False)
+            target, size = self._bring(what)
+            rows = self._rows(what, size, target)
+            assert target.bytes is not None
+            self._landing.append(target.bytes)
+            self._prefetch(what)
+            _, (axis,) = self._row_axes(what)
+            steps = [strides[axis] * item for strides in (target.strides, row_major(value.shape))]
+            units = rows.length.known * item // 16
+            start = f" + {rows.start}" if rows.start != "0" else ""
+            lines.append(f"// copies {value.dtype}[{','.join(map(str, value.shape))}] meanwhile")
+            lines.append(f"copy_aside<{_COPIERS}, {units}, {steps[0]}, {steps[1]}>(")
+            lines.append(f"    c, {rows.count.text}, {target.name}, {source}{start});")
+        self.line(f"if (c.warp() >= {WARPS - _COPIERS}) {{")
+        for text in lines:
+            self.line(f"  {text}")
+        self.line("}")
+
     def _prefetch(self, what: Copied) -> None:
         """Has the producer bring rows that lie in device memory to the L2 cache, long before the task copies them."""
-        run = self._run_axes(what, self._brought_at[what.value][1])
+        run, moving = self._row_axes(what)
         shape = self.values[what.value].shape
         item = dtypes.itemsize(self.values[what.value].dtype)
         strides = row_major(shape)
         sizes = what.hi - what.lo
         storage = int(self.plan.value_storage[what.value])
-        moving = [d for d in range(run) if (sizes[:, d] != 1).any()]
         size = sizes[:, run:].prod(axis=1) * item
         if self.plan.storages[storage].kind == "workspace" or what.unit != 16 or len(moving) > 1:
             return
@@ -538,7 +572,15 @@ class Frame:
         new = _touched(reads, writes)
         if joins:
             new.append((_PARTIALS, True))
-        if self._meets(new):
+        first, self._first = self._first, -1
+        landing = any(_overlap(a, b) for a in self._landing for b, _ in new)
+        if landing and first >= 0:  # there is a barrier already, and nothing behind it yet
+            self.code.lines[first : self.code.lines.index("c.sync();", first)] = ["copies_wait();"]
+            self._landing.clear()
+        elif self._meets(new):
+            if landing:
+                self.line("copies_wait();")
+                self._landing.clear()
             self.line("c.sync();")
             self._since.clear()
         self._since += new
@@ -548,7 +590,8 @@ class Frame:
         return self._meets(_touched(reads, writes))
 
     def _meets(self, new: Sequence[tuple[_Place, bool]]) -> bool:
-        return any((w or wrote) and _overlap(a, b) for a, wrote in self._since for b, w in new)
+        since = [*self._since, *((a, True) for a in self._landing)]
+        return any((w or wrote) and _overlap(a, b) for a, wrote in since for b, w in new)
 
     def met(self, *, reads_partials: bool = False) -> None:
         """What was written last ended with a barrier, behind which it may have read the partials."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,17 @@ class Copied:
     pad: int
     shift: Shift | None = None
     place: int = -1
+
+
+def shares(sizes: Sequence[int], warps: int) -> list[tuple[int, int]]:
+    """First warp and number of warps that bring each of some values of so many bytes, all at the same time."""
+    if len(sizes) > warps:
+        return [(k % warps, 1) for k in range(len(sizes))]
+    counts = [1] * len(sizes)
+    for _ in range(warps - len(sizes) if sizes else 0):
+        most = max(range(len(sizes)), key=lambda k: sizes[k] / counts[k])
+        counts[most] += 1
+    return [(sum(counts[:k]), count) for k, count in enumerate(counts)]
 
 
 class Staging:

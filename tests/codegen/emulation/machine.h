@@ -53,6 +53,7 @@ struct Fiber {
   bool started = false;
   char* stack;
   std::vector<Copy> copies;
+  size_t marked = 0;  // of these, the first ones
 };
 
 // Copies that an mbarrier waits for.

@@ -153,14 +153,23 @@ void copy_async(void* to, const void* from) {
 inline void copy_async(void* to, const void* from, u64) { copy_async<16>(to, from); }
 inline int afresh(int v) { return v; }
 inline void pause(u32) {}
+inline void copies_mark() { machine::self->marked = machine::self->copies.size(); }
+inline void copies_wait_marked() {
+  auto& copies = machine::self->copies;
+  const auto end = copies.begin() + static_cast<std::ptrdiff_t>(machine::self->marked);
+  for (auto c = copies.begin(); c != end; ++c) std::memcpy(c->to, c->from, static_cast<size_t>(c->bytes));
+  copies.erase(copies.begin(), end);
+  machine::self->marked = 0;
+}
 inline void copies_wait() {
-  for (const machine::Copy& c : machine::self->copies) std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
-  machine::self->copies.clear();
+  copies_mark();
+  copies_wait_marked();
 }
 inline void copies_arrive(u64* b) {
   ++reinterpret_cast<Barrier*>(b)->pending;
   machine::landings.push_back({std::move(machine::self->copies), b});
   machine::self->copies.clear();
+  machine::self->marked = 0;
 }
 inline void bulk_loads_follow() {}
 

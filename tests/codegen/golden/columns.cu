@@ -40,26 +40,26 @@ struct Shape {
 };
 using C = Context<Shape>;
 
-// functions.py:90 dot_general  (routines 0)
+// functions.py:96 dot_general  (routines 0)
 __device__ __forceinline__ void routine_0(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   const int at0 = c.box(7);
   bf16* const s0 = c.template local<bf16>(384);
   const int o0 = at0;
   // copies bf16[1024] meanwhile
-  copy_rows(c, 1, 128 / 8, [&](int n, int k) {
+  map(c, 16, [&](int k) {
     copy_async<16>(s0 + k * 8, g0 + at0 + k * 8);
   });
   bf16* const g1 = c.template global<bf16>(8);
   bf16* const s1 = c.template local<bf16>(640);
   // copies bf16[1,1024] meanwhile
-  copy_rows(c, 1, 1024 / 8, [&](int n, int k) {
+  map(c, 128, [&](int k) {
     copy_async<16>(s1 + k * 8, g1 + k * 8);
   });
   copies_wait();
   c.sync();
   c.stamp(1);
-  // contract f32[1,1] over 1024  functions.py:89
+  // contract f32[1,1] over 1024  functions.py:95
   const f32 l0 = reduce_for_all<f32, Spread::kStrided, 128>(
       c,
       [&](int r) -> f32 {
@@ -73,7 +73,7 @@ __device__ __forceinline__ void routine_0(C& c) {
         return op_rsqrt((a / 1024.0f) + 1e-06f);
       });
   bf16* const l1 = c.template local<bf16>(64);
-  // map bf16[1,1024]  functions.py:90
+  // map bf16[1,1024]  functions.py:96
   map(c, 128, [&](int n) {
     const int i1 = at0 + n;
     const f32 t0 = convert<f32>(convert<bf16>(convert<f32>(s1[i1]) * l0)) * convert<f32>(s0[i1 - o0]);
@@ -83,7 +83,7 @@ __device__ __forceinline__ void routine_0(C& c) {
   const int at2 = c.box(11);
   const auto g2 = c.template tagged<f32>(12);
   c.sync();
-  // contract f32[8,1,3072] over 128  functions.py:90: streams bf16 columns
+  // contract f32[8,1,3072] over 128  functions.py:96: streams bf16 columns
   stream_columns<bf16, 64, 1, 128, true>(
       c, l1 + at1 * 128 - o0, 0, 192,
       [&](int column, int m, f32 sum) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void routine_0(C& c) {
       });
 }
 
-// functions.py:90 dot_general  (routines 1)
+// functions.py:96 dot_general  (routines 1)
 __device__ __forceinline__ void routine_1(C& c) {
   const auto g0 = c.template tagged<f32>(5);
   const int at0 = c.box(6);
@@ -106,7 +106,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   c.sync();
   c.stamp(1);
   bf16* const l0 = c.template local<bf16>(0);
-  // reduce bf16[1,3072] over 8  functions.py:90
+  // reduce bf16[1,3072] over 8  functions.py:96
   reduce<f32, 2, Spread::kStrided>(
       c, 192, 8,
       [&](int n, int r) -> f32 {
@@ -125,7 +125,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   const int at2 = c.box(8);
   const auto g1 = c.template tagged<f32>(9);
   c.sync();
-  // contract f32[16,1,1024] over 192  functions.py:90: streams bf16 columns
+  // contract f32[16,1,1024] over 192  functions.py:96: streams bf16 columns
   stream_columns<bf16, 128, 1, 192, true>(
       c, l0 + at1 * 192 - o0, 0, 128,
       [&](int column, int m, f32 sum) {
@@ -134,14 +134,14 @@ __device__ __forceinline__ void routine_1(C& c) {
       });
 }
 
-// functions.py:90 dot_general  (routines 2)
+// functions.py:96 dot_general  (routines 2)
 __device__ __forceinline__ void routine_2(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   const int at0 = c.box(7);
   bf16* const s0 = c.template local<bf16>(0);
   const int o0 = at0;
   // copies bf16[1,1024] meanwhile
-  copy_rows(c, 1, 8 / 8, [&](int n, int k) {
+  map(c, 1, [&](int k) {
     copy_async<16>(s0 + k * 8, g0 + at0 + k * 8);
   });
   const auto g1 = c.template tagged<f32>(8);
@@ -157,7 +157,7 @@ __device__ __forceinline__ void routine_2(C& c) {
   c.sync();
   c.stamp(1);
   bf16* const g2 = c.template global<bf16>(9);
-  // reduce bf16[1,1024] over 16  functions.py:90
+  // reduce bf16[1,1024] over 16  functions.py:96
   reduce<f32, 16, Spread::kStrided>(
       c, 8, 16,
       [&](int n, int r) -> f32 {

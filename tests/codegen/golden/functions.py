@@ -56,9 +56,15 @@ def matmul(x, scale, up, down):
     return x + jnp.einsum("bk,nk->bn", h, down)
 
 
-@sample(bf16(16, 64), bf16(4, 64), bf16(4, 64), bf16(1024, 4, 64), bf16(1024, 4, 64), AT, donated=(3, 4))
-def attention(q, k, v, keys, values, at):
-    """One step over a cache: keys split over workers and merged, new rows before they are written, writes last."""
+@sample(
+    bf16(1, 1024), bf16(1024, 1024), bf16(4, 64), bf16(4, 64), bf16(1024, 4, 64), bf16(1024, 4, 64), AT, donated=(4, 5)
+)
+def attention(x, w, k, v, keys, values, at):
+    """One step over a cache: keys split over workers, copied by few warps while others wait for queries, and merged.
+
+    New rows come before they are written, writes last.
+    """
+    q = jnp.einsum("bk,nk->bn", x, w)
     keys = lax.dynamic_update_slice(keys, k[None], (at, 0, 0))
     values = lax.dynamic_update_slice(values, v[None], (at, 0, 0))
     grouped = q.reshape(4, 4, 64)
@@ -66,7 +72,7 @@ def attention(q, k, v, keys, values, at):
     scores = jnp.where(jnp.arange(1024) <= at, scores * 0.125, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     mixed = jnp.einsum("hgt,thd->hgd", weights, values, preferred_element_type=jnp.float32)
-    return mixed.reshape(16, 64).astype(q.dtype), keys, values
+    return mixed.reshape(16, 64).astype(x.dtype), keys, values
 
 
 @sample(bf16(64, 256), AT, donated=(0,))

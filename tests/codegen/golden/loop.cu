@@ -40,11 +40,11 @@ struct Shape {
 };
 using C = Context<Shape>;
 
-// functions.py:82 scan  (routines 0)
+// functions.py:88 scan  (routines 0)
 __device__ __forceinline__ void routine_0(C& c) {
   c.stamp(1);
   s32* const g0 = c.template global<s32>(5);
-  // map s32[]  functions.py:82
+  // map s32[]  functions.py:88
   map(c, 1, [&](int n) {
     g0[0] = 0;
   });
@@ -55,7 +55,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   s32* const g0 = c.template global<s32>(5);
   s32* const s0 = c.template local<s32>(0);
   // copies s32[] meanwhile
-  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
+  map(c, 1, [&](int k) {
     copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
   copies_wait();
@@ -68,18 +68,18 @@ __device__ __forceinline__ void routine_1(C& c) {
   });
 }
 
-// functions.py:78 squeeze  (routines 2)
+// functions.py:84 squeeze  (routines 2)
 __device__ __forceinline__ void routine_2(C& c) {
   s32* const g0 = c.template global<s32>(5);
   s32* const s0 = c.template local<s32>(0);
   // copies s32[] meanwhile
-  copy_rows(c, 1, 1 / 1, [&](int n, int k) {
+  map(c, 1, [&](int k) {
     copy_async<4>(s0 + k * 1, g0 + k * 1);
   });
   bf16* const g1 = c.template global<bf16>(7);
   bf16* const s1 = c.template local<bf16>(128);
   // copies bf16[64,256] meanwhile
-  copy_rows(c, 64, 256 / 8, [&](int n, int k) {
+  copy_rows(c, 64, 32, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s1 + n0 * 264 + k * 8, g1 + n0 * 256 + k * 8);
   });
@@ -87,7 +87,7 @@ __device__ __forceinline__ void routine_2(C& c) {
   c.sync();
   c.stamp(1);
   bf16* const g2 = c.template global<bf16>(9);
-  // map bf16[256]  functions.py:78
+  // map bf16[256]  functions.py:84
   map(c, 256, [&](int n) {
     const int i0 = n;
     const s32 t0 = s0[0];
@@ -96,11 +96,11 @@ __device__ __forceinline__ void routine_2(C& c) {
   });
 }
 
-// functions.py:78 convert_element_type  (routines 3)
+// functions.py:84 convert_element_type  (routines 3)
 __device__ __forceinline__ void routine_3(C& c) {
   c.stamp(1);
   s32* const g0 = c.template global<s32>(5);
-  // map s32[]  functions.py:78
+  // map s32[]  functions.py:84
   map(c, 1, [&](int n) {
     const s32 t0 = op_rem(g0[0], 2);
     const s32 t1 = convert<s32>(((((t0 < 0) != false) & (t0 != 0)) ? op_add(t0, 2) : t0) == 0);
@@ -108,51 +108,51 @@ __device__ __forceinline__ void routine_3(C& c) {
   });
 }
 
-// functions.py:78 add  (routines 4)
+// functions.py:84 add  (routines 4)
 __device__ __forceinline__ void routine_4(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(0);
   // copies bf16[256] meanwhile
-  copy_rows(c, 1, 256 / 8, [&](int n, int k) {
+  map(c, 32, [&](int k) {
     copy_async<16>(s0 + k * 8, g0 + k * 8);
   });
   copies_wait();
   c.sync();
   c.stamp(1);
   bf16* const g1 = c.template global<bf16>(7);
-  // map bf16[256]  functions.py:78
+  // map bf16[256]  functions.py:84
   map(c, 256, [&](int n) {
     const int i0 = n;
     g1[i0] = convert<bf16>(convert<f32>(s0[i0]) + 1.0f);
   });
 }
 
-// functions.py:78 mul  (routines 5)
+// functions.py:84 mul  (routines 5)
 __device__ __forceinline__ void routine_5(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(0);
   // copies bf16[256] meanwhile
-  copy_rows(c, 1, 256 / 8, [&](int n, int k) {
+  map(c, 32, [&](int k) {
     copy_async<16>(s0 + k * 8, g0 + k * 8);
   });
   copies_wait();
   c.sync();
   c.stamp(1);
   bf16* const g1 = c.template global<bf16>(7);
-  // map bf16[256]  functions.py:78
+  // map bf16[256]  functions.py:84
   map(c, 256, [&](int n) {
     const int i0 = n;
     g1[i0] = convert<bf16>(convert<f32>(s0[i0]) * 2.0f);
   });
 }
 
-// functions.py:79 dynamic_update_slice  (routines 6)
+// functions.py:85 dynamic_update_slice  (routines 6)
 __device__ __forceinline__ void routine_6(C& c) {
   c.stamp(1);
   s32* const g0 = c.template global<s32>(5);
   bf16* const g1 = c.template global<bf16>(7);
   bf16* const g2 = c.template global<bf16>(9);
-  // update bf16[64,256]  functions.py:79
+  // update bf16[64,256]  functions.py:85
   update_each(
       c, 256,
       [&](int n) -> s64 {
@@ -167,11 +167,11 @@ __device__ __forceinline__ void routine_6(C& c) {
       });
 }
 
-// functions.py:82 add  (routines 7)
+// functions.py:88 add  (routines 7)
 __device__ __forceinline__ void routine_7(C& c) {
   c.stamp(1);
   s32* const g0 = c.template global<s32>(5);
-  // map s32[]  functions.py:82
+  // map s32[]  functions.py:88
   map(c, 1, [&](int n) {
     g0[0] = op_add(g0[0], 1);
   });
@@ -182,13 +182,13 @@ __device__ __forceinline__ void routine_8(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(128);
   // copies bf16[256] meanwhile
-  copy_rows(c, 1, 256 / 8, [&](int n, int k) {
+  map(c, 32, [&](int k) {
     copy_async<16>(s0 + k * 8, g0 + k * 8);
   });
   copies_wait();
   c.sync();
   c.stamp(1);
-  // reduce s32[] over 256  functions.py:80
+  // reduce s32[] over 256  functions.py:86
   const s32 l0 = reduce_for_all<Accumulators<f32, s64>, Spread::kStrided, 256>(
       c,
       [&](int r) -> Accumulators<f32, s64> {

@@ -45,13 +45,13 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const g0 = c.template global<bf16>(5);
   bf16* const s0 = c.template local<bf16>(64);
   // copies bf16[16,1024] meanwhile
-  copy_rows(c, 1, 16384 / 8, [&](int n, int k) {
+  map(c, 2048, [&](int k) {
     copy_async<16>(s0 + k * 8, g0 + k * 8);
   });
   bf16* const g1 = c.template global<bf16>(7);
   bf16* const s1 = c.template local<bf16>(32896);
   // copies bf16[1024] meanwhile
-  copy_rows(c, 1, 1024 / 8, [&](int n, int k) {
+  map(c, 128, [&](int k) {
     copy_async<16>(s1 + k * 8, g1 + k * 8);
   });
   copies_wait();
@@ -122,7 +122,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   bf16* const s0 = c.template local<bf16>(0);
   const int o0 = at0 * 16 + at1;
   // copies bf16[16,1024] meanwhile
-  copy_rows(c, 8, 16 / 8, [&](int n, int k) {
+  copy_rows(c, 8, 2, [&](int n, int k) {
     const int n0 = n;
     copy_async<16>(s0 + n0 * 16 + k * 8, g0 + at0 * 1024 + at1 + n0 * 1024 + k * 8);
   });

@@ -190,53 +190,44 @@ __device__ __forceinline__ void put_vector(T* to, const Word (&w)[count]) {
 }
 
 // Brings `count` consecutive elements to shared memory, when they have arrived: thread `thread` of `threads`, with all
-// of its warp. Several loads are under way at a time, and what has arrived is not loaded again. While nothing more
-// arrives, one lane looks at one vector for all: the neighbours mostly come from the same task, and more would slow down
-// those who write. Not inlined: tasks have many such places.
+// of its warp. Every thread has several loads under way at a time, and asks again for what is missing only. Not inlined:
+// tasks have many such places.
 template <class T>
 __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> from, u64 first, int count, int to_byte,
                                             int thread, int threads) {
   using Word = typename Tagged<T>::Word;
-  constexpr int kVector = Tagged<T>::kVector, kBatch = 4, kMost = 32;
+  constexpr int kVector = Tagged<T>::kVector, kBatch = 4;
   T* to = shared_at<T>(to_byte);
   const int lane = thread % 32;
   const int head = min(count, static_cast<int>((kVector - first % kVector) % kVector));
   const int vectors = (count - head) / kVector;
   const Word* words = from.words + first + head;
 #pragma unroll 1
-  for (int base = thread; base - lane < vectors; base += kMost * threads) {
-    const int own = min(kMost, (vectors - base + threads - 1) / threads);
-    u32 missing = own > 0 ? ~0u >> (32 - own) : 0, wanted = missing;
-    bool leads = false;
+  for (int base = thread; base - lane < vectors; base += kBatch * threads) {
+    u32 missing = 0;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) missing |= (base + k * threads < vectors ? 1u : 0u) << k;
     watch.until_together(
         [&] {
-          u32 here = 0;
-#pragma unroll 1
-          for (int b = 0; b < own; b += kBatch) {
-            if ((wanted >> b) % (1u << kBatch) == 0) continue;
-            Word w[kBatch][kVector];
+          Word w[kBatch][kVector];
 #pragma unroll
-            for (int k = 0; k < kBatch; ++k) {
-              if (wanted >> (b + k) & 1) load_relaxed(words + (base + (b + k) * threads) * kVector, w[k]);
-            }
-#pragma unroll
-            for (int k = 0; k < kBatch; ++k) {
-              bool all = wanted >> (b + k) & 1;
-#pragma unroll
-              for (int e = 0; e < kVector; ++e) all &= from.tagged(w[k][e]);
-              if (!all) continue;
-              put_vector<T>(to + head + (base + (b + k) * threads) * kVector, w[k]);
-              here |= 1u << (b + k);
-            }
+          for (int k = 0; k < kBatch; ++k) {
+            if (missing >> k & 1) load_relaxed(words + (base + k * threads) * kVector, w[k]);
           }
-          missing &= ~here;
-          const u32 lacking = __ballot_sync(~0u, missing != 0);
-          leads = lane == __ffs(lacking) - 1;
-          wanted = __any_sync(~0u, here != 0) ? missing : leads ? missing & (0 - missing) : 0;
-          return lacking == 0;
+#pragma unroll
+          for (int k = 0; k < kBatch; ++k) {
+            bool all = missing >> k & 1;
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) all &= from.tagged(w[k][e]);
+            if (!all) continue;
+            put_vector<T>(to + head + (base + k * threads) * kVector, w[k]);
+            missing &= ~(1u << k);
+          }
+          return __all_sync(~0u, missing == 0) != 0;
         },
         [&] {
-          if (!leads) return;
+          // One lane reports, with the first word that it lacks.
+          if (lane != __ffs(__ballot_sync(~0u, missing != 0)) - 1) return;
           const int at = (base + (__ffs(missing) - 1) * threads) * kVector;
           int e = 0;
           while (e + 1 < kVector && from.tagged(load_relaxed(words + at + e))) ++e;

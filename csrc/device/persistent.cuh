@@ -248,7 +248,8 @@ template <int warps, int units, int to_stride, int from_stride, class C>
 __device__ __forceinline__ void copy_aside(const C& c, int rows, void* to, const void* from) {
   constexpr int kTogether = warps * kWarp / units, kBatch = 4;
   static_assert(warps * kWarp % units == 0);
-  const int t = c.thread() - (C::kThreads - warps * kWarp), first = t / units;
+  const u32 t = afresh(c.thread()) - (C::kThreads - warps * kWarp);
+  const int first = t / units;
   char* target = static_cast<char*>(to) + first * to_stride + t % units * 16;
   const char* source = static_cast<const char*>(from) + s64(first) * from_stride + t % units * 16;
 #pragma unroll 1

@@ -244,23 +244,24 @@ __device__ __forceinline__ void copy_rows(const C& c, int rows, int units, Copy&
 
 // `rows` rows of `units` times 16 bytes, so many bytes apart, by the last `warps` warps. Nothing is computed for a row but
 // whether it is there: other warps wait for tagged words meanwhile, and these should not be the last to be done.
-template <int warps, int units, int to_stride, int from_stride, class C>
+template <int warps, int units, int to_stride, s64 from_stride, class C>
 __device__ __forceinline__ void copy_aside(const C& c, int rows, void* to, const void* from) {
   constexpr int kTogether = warps * kWarp / units, kBatch = 4;
   static_assert(warps * kWarp % units == 0);
-  const int t = c.thread() - (C::kThreads - warps * kWarp), first = t / units;
+  const u32 t = afresh(c.thread()) - (C::kThreads - warps * kWarp);
+  const int first = t / units;
   char* target = static_cast<char*>(to) + first * to_stride + t % units * 16;
-  const char* source = static_cast<const char*>(from) + s64(first) * from_stride + t % units * 16;
+  const char* source = static_cast<const char*>(from) + first * from_stride + t % units * 16;
 #pragma unroll 1
   for (int n = first; n < rows; n += kBatch * kTogether) {
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       if (n + k * kTogether < rows) {
-        copy_async<16>(target + k * kTogether * to_stride, source + k * kTogether * s64(from_stride));
+        copy_async<16>(target + k * kTogether * to_stride, source + k * kTogether * from_stride);
       }
     }
     target += kBatch * kTogether * to_stride;
-    source += kBatch * kTogether * s64(from_stride);
+    source += kBatch * kTogether * from_stride;
   }
 }
 

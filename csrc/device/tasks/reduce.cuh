@@ -148,11 +148,11 @@ __device__ __forceinline__ void reduce_live(const C& c, int outputs, int depth, 
   }
 }
 
-// body(n) for every row n, by a warp each.
+// body(n) for every row n, by a warp each, not the first ones: others may have something else to do meanwhile.
 template <class C, class Body>
 __device__ __forceinline__ void for_rows(const C& c, int rows, Body&& body) {
 #pragma unroll 1
-  for (int n = c.warp(); n < rows; n += C::kWarps) body(n);
+  for (int n = (c.warp() + C::kWarps - C::kWarps / 2) % C::kWarps; n < rows; n += C::kWarps) body(n);
 }
 
 // body(r, k) for every element r of a warp's row, which are at most 32 * each; it is the lane's element k.

@@ -67,6 +67,11 @@ class Array:
         return f"{self.name}[{where}] = {value};"
 
 
+def register(name: str, dtype: str, shape: tuple[int, ...]) -> Array:
+    """An element that every thread has in a variable, as an array of some shape."""
+    return Array("register", name, dtype, (0,) * len(shape), "", False, None, -1, shape)
+
+
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     strides = [1] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):

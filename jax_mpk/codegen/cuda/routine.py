@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from jax_mpk.codegen.cuda.arrays import UNIT, Array, buffer_of, is_wide, row_major
+from jax_mpk.codegen.cuda.arrays import UNIT, Array, buffer_of, is_wide, register, row_major
 from jax_mpk.codegen.cuda.code import PREFETCH, Code, Operand, Stream
 from jax_mpk.codegen.cuda.live import Live
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset, product
@@ -112,11 +112,14 @@ class Frame:
         self._brought: dict[int, Staged | Copied] = {}
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
         self._landing: list[_Place] = []  # bytes of scratch whose copies nobody has waited for
+        self._written = {int(plan.value_storage[v]) for op in self.ops for v in op.outputs}
+        self._early: dict[str, str] = {}  # loads of single elements, and where their results are
         self._scalars = [Term(f"live{k}") for k in range(len(live.scalars.results))]
         scalars = self._live_scalars(range(len(self._scalars)))
         counts = self._live_scalars(sorted({k for limits in live.limits for k in limits.values()}))
         room -= self.code.scratch
         waited = self._fitting([s for s in staged if any(s.value in op.operands for op in self.ops)], room)
+        copied = [copy for copy in copied if copy.value not in self._registers]
         copied = self._fitting(copied, room - sum(map(self._brought_bytes, waited)))
         # By size, so that routines that differ in the order of their operands have the same code.
         copied.sort(key=self._brought_bytes)
@@ -187,7 +190,16 @@ class Frame:
         def load(slot: int, indices: list[Term], dtype: str, pred: str | None) -> str:
             array = arrays[slot]
             assert array is not None
-            return array.load(indices)
+            text = array.load(indices)
+            if array.kind == "register" or pred is not None or any(index.value is None for index in indices):
+                return text
+            # It is under way while threads wait for something else.
+            if text not in self._early:
+                name = self._early[text] = f"p{len(self._early)}"
+                self.line(f"const {dtype} {name} = {text};")
+                if array.kind == "global" and math.prod(array.shape) == 1 and array.storage not in self._written:
+                    self._registers[self.live.operands[slot]] = register(name, array.dtype, array.shape)
+            return self._early[text]
 
         scalars = Scalars(expr, columns, load, prefix="u")
         results = scalars.results()
@@ -287,11 +299,8 @@ class Frame:
         boxes = self.boxes[member][:, :, : len(self.values[v].shape)]
         if v not in self._local or v in self.views or not np.all(boxes[:, 1] - boxes[:, 0] == 1):
             return None
-        shape = self.values[v].shape
-        register = Array(
-            "register", f"l{self._local[v]}", self.values[v].dtype, (0,) * len(shape), "", False, None, -1, shape
-        )
-        return self._registers.setdefault(v, register)
+        value = self.values[v]
+        return self._registers.setdefault(v, register(f"l{self._local[v]}", value.dtype, value.shape))
 
     def _copy_of(self, v: int) -> Array | None:
         """Scratch for what a task stores of tagged value ``v``, if its other members read that."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_mpk.codegen.cuda.arrays import Array
+from jax_mpk.codegen.cuda.arrays import Array, register
 from jax_mpk.codegen.cuda.members import accumulated, combined, nothing
 from jax_mpk.codegen.cuda.routine import WARPS, Frame
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, product
@@ -133,10 +133,10 @@ def _emit(frame: Frame, rows: _Rows, chain: dict[int, Nest]) -> None:
         (v,) = op.outputs
         load = loader([arrays[u] for u in op.operands])
         frame.line(f"  {title(frame, op)}")
-        kept = Array("register", "", frame.values[v].dtype, (), "", False, None, -1, frame.values[v].shape)
+        dtype, shape = frame.values[v].dtype, frame.values[v].shape
         if op.kind == "map":
             name = f"v{number}"
-            kept = arrays[v] = _named(kept, f"{name}[k]")
+            kept = arrays[v] = register(f"{name}[k]", dtype, shape)
             frame.line(f"  {kept.dtype} {name}[{each}] = {{}};")
             frame.line(f"  over_row<{each}>(c, {count.text}, [&](int r, int k) {{")
             s = Scalars(op.body, at, load)
@@ -149,7 +149,7 @@ def _emit(frame: Frame, rows: _Rows, chain: dict[int, Nest]) -> None:
             frame.line("  });")
             continue
         assert op.combine is not None and op.epilogue is not None
-        kept = arrays[v] = _named(kept, f"y{number}")
+        kept = arrays[v] = register(f"y{number}", dtype, shape)
         frame.line(f"  const {kept.dtype} {kept.name} = across_row<{each}>(")
         frame.line(f"      c, {count.text}, {nothing(op.combine, 'f32')},")
         body = accumulated(op.body, op.combine, op.acc, at, load, "r")
@@ -165,7 +165,3 @@ def _emit(frame: Frame, rows: _Rows, chain: dict[int, Nest]) -> None:
         if v in stored:
             frame.line(f"  if (c.lane() == 0) {stored[v].store(coords, kept.name)}")
     frame.line("});")
-
-
-def _named(kept: Array, name: str) -> Array:
-    return Array(kept.kind, name, kept.dtype, kept.strides, "", False, None, -1, kept.shape)

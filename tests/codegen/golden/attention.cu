@@ -32,7 +32,7 @@ struct Shape {
     kSlots = 640,
     kPartials = 896,
     kScratch = 896,
-    kRing = 21248,
+    kRing = 21120,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
@@ -67,33 +67,29 @@ __device__ __forceinline__ void routine_0(C& c) {
 __device__ __forceinline__ void routine_1(C& c) {
   const int at0 = c.box(5);
   s32* const g0 = c.template global<s32>(6);
-  s32* const s0 = c.template local<s32>(1280);
-  // copies s32[] meanwhile
-  map(c, 1, [&](int k) {
-    copy_async<4>(s0 + k * 1, g0 + k * 1);
-  });
+  const s32 p0 = g0[0];
   bf16* const g1 = c.template global<bf16>(8);
   const int at1 = c.box(10);
-  bf16* const s1 = c.template local<bf16>(1408);
+  bf16* const s0 = c.template local<bf16>(1280);
   const int o0 = at1 * 64;
   // copies bf16[4,64] meanwhile
   map(c, 8, [&](int k) {
-    copy_async<16>(s1 + k * 8, g1 + at1 * 64 + k * 8);
+    copy_async<16>(s0 + k * 8, g1 + at1 * 64 + k * 8);
   });
   bf16* const g2 = c.template global<bf16>(11);
-  bf16* const s2 = c.template local<bf16>(1536);
+  bf16* const s1 = c.template local<bf16>(1408);
   // copies bf16[4,64] meanwhile
   map(c, 8, [&](int k) {
-    copy_async<16>(s2 + k * 8, g2 + at1 * 64 + k * 8);
+    copy_async<16>(s1 + k * 8, g2 + at1 * 64 + k * 8);
   });
   copies_mark();
   bf16* const g3 = c.template global<bf16>(13);
-  bf16* const s3 = c.template local<bf16>(1664);
+  bf16* const s2 = c.template local<bf16>(1536);
   const int o1 = at1 * 72;
   bf16* const g4 = c.template global<bf16>(15);
-  bf16* const s4 = c.template local<bf16>(10880);
+  bf16* const s3 = c.template local<bf16>(10752);
   if (c.warp() >= 8) {
-    const s64 u0 = s64(int(g0[0])) + s64(1);
+    const s64 u0 = s64(int(p0)) + s64(1);
     const int u1 = (u0 > s64(0)) ? int(op_min(op_max(u0, s64(1)), s64(1024))) : 1024;
     const int u2 = (u1 + 15) / 16;
     const int u3 = at0 * u2;
@@ -101,18 +97,18 @@ __device__ __forceinline__ void routine_1(C& c) {
     const int live1 = op_min(op_max(u1 + (u3 * (-1)), 0), u2);
     // copies bf16[1024,4,64] meanwhile
     copy_aside<3, 8, 144, 512>(
-        c, live1, s3, g3 + at1 * 64 + live0 * 256);
+        c, live1, s2, g3 + at1 * 64 + live0 * 256);
     // copies bf16[1024,4,64] meanwhile
     copy_aside<3, 8, 144, 512>(
-        c, live1, s4, g4 + at1 * 64 + live0 * 256);
+        c, live1, s3, g4 + at1 * 64 + live0 * 256);
   }
   const auto g5 = c.template tagged<bf16>(17);
   const int at2 = c.box(18);
-  bf16* const s5 = c.template local<bf16>(20096);
+  bf16* const s4 = c.template local<bf16>(19968);
   const int o2 = at2;
   // waits for bf16[1,1024]
-  stage(c, g5, at2, 128, s5, 0, 8);
-  const s64 u0 = s64(int(g0[0])) + s64(1);
+  stage(c, g5, at2, 128, s4, 0, 8);
+  const s64 u0 = s64(int(p0)) + s64(1);
   const int u1 = (u0 > s64(0)) ? int(op_min(op_max(u0, s64(1)), s64(1024))) : 1024;
   const int u2 = (u1 + 15) / 16;
   const int live1 = op_min(op_max(u1 + ((at0 * u2) * (-1)), 0), u2);
@@ -123,13 +119,13 @@ __device__ __forceinline__ void routine_1(C& c) {
   // new rows, in the place of those the update will overwrite  functions.py:71
   map(c, 64, [&](int n) {
     const int i4 = n;
-    const s32 w0 = s0[0];
+    const s32 w0 = p0;
     const s64 w1 = s64(int(w0)) + s64(1);
     const int w2 = (((w1 > s64(0)) ? int(op_min(op_max(w1, s64(1)), s64(1024))) : 1024) + 15) / 16;
     const int w3 = ((at0 * w2) * (-1)) + op_min(op_max(int((w0 < 0) ? op_add(w0, 1024) : w0), 0), 1023);
     const int i3 = w3 + 0 - (0);
     if (i3 < 0 || i3 >= 0 + live1) return;
-    s3[i3 * 72 + at1 * 72 + i4 - o1] = s1[at1 * 64 + i4 - o0];
+    s2[i3 * 72 + at1 * 72 + i4 - o1] = s0[at1 * 64 + i4 - o0];
   });
   f32* const l2 = c.template local<f32>(256);
   const int o3 = at0 * 128 + at1 * 128 + at3 * 64;
@@ -141,7 +137,7 @@ __device__ __forceinline__ void routine_1(C& c) {
         const int i3 = n / 2;
         const int i2 = at3 + n % 2;
         const int r0 = r;
-        return dot<8>(s5 + at1 * 256 + i2 * 64 + r0 * 8 - o2, s3 + at1 * 72 + i3 * 72 + r0 * 8 - o1);
+        return dot<8>(s4 + at1 * 256 + i2 * 64 + r0 * 8 - o2, s2 + at1 * 72 + i3 * 72 + r0 * 8 - o1);
       },
       [&](f32 a, f32 b) -> f32 {
         return a + b;
@@ -162,7 +158,7 @@ __device__ __forceinline__ void routine_1(C& c) {
     const f32 y0 = across_row<2>(
         c, live1, bitcast<f32>(u32(0xff800000u)),
         [&](int r, int k) -> f32 {
-          const s32 t0 = s0[0];
+          const s32 t0 = p0;
           const s64 t1 = s64(int(t0)) + s64(1);
           const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(1024))) : 1024) + 15) / 16;
           const f32 t3 = (convert<s32>(r + (at0 * t2)) <= t0) ? l2[at0 * 128 + at1 * 128 + i2 * 64 + r - o3] : bitcast<f32>(u32(0xff800000u));
@@ -178,7 +174,7 @@ __device__ __forceinline__ void routine_1(C& c) {
     // map f32[16,4,4,64]  functions.py:73
     f32 v1[2] = {};
     over_row<2>(c, live1, [&](int r, int k) {
-      const s32 t0 = s0[0];
+      const s32 t0 = p0;
       const s64 t1 = s64(int(t0)) + s64(1);
       const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(1024))) : 1024) + 15) / 16;
       const f32 t3 = (convert<s32>(r + (at0 * t2)) <= t0) ? l2[at0 * 128 + at1 * 128 + i2 * 64 + r - o3] : bitcast<f32>(u32(0xff800000u));
@@ -202,13 +198,13 @@ __device__ __forceinline__ void routine_1(C& c) {
   // new rows, in the place of those the update will overwrite  functions.py:74
   map(c, 64, [&](int n) {
     const int i3 = n;
-    const s32 w0 = s0[0];
+    const s32 w0 = p0;
     const s64 w1 = s64(int(w0)) + s64(1);
     const int w2 = (((w1 > s64(0)) ? int(op_min(op_max(w1, s64(1)), s64(1024))) : 1024) + 15) / 16;
     const int w3 = ((at0 * w2) * (-1)) + op_min(op_max(int((w0 < 0) ? op_add(w0, 1024) : w0), 0), 1023);
     const int i4 = w3 + 0 - (0);
     if (i4 < 0 || i4 >= 0 + 64) return;
-    s4[i4 * 72 + at1 * 72 + i3 - o1] = s2[at1 * 64 + i3 - o0];
+    s3[i4 * 72 + at1 * 72 + i3 - o1] = s1[at1 * 64 + i3 - o0];
   });
   const auto g8 = c.template tagged<f32>(22);
   c.sync();
@@ -219,7 +215,7 @@ __device__ __forceinline__ void routine_1(C& c) {
         const int i2 = at3 + n / 8;
         const int i3 = n % 8;
         const int r0 = r;
-        return scaled<8>(s4 + at1 * 72 + i3 * 8 + r0 * 72 - o1, *(l3 + at0 * 128 + at1 * 128 + i2 * 64 + r0 - o3));
+        return scaled<8>(s3 + at1 * 72 + i3 * 8 + r0 * 72 - o1, *(l3 + at0 * 128 + at1 * 128 + i2 * 64 + r0 - o3));
       },
       [&](int n, int e, f32 sum) {
         const int i2 = at3 + n / 8;

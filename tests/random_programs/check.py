@@ -68,7 +68,7 @@ def run_jit(fn: Callable[..., Any], *variants: Sequence[Any], quick: bool = Fals
     try:
         compiled = lowered.compile(compiler_options=QUICK if quick else None)
     except jax.errors.JaxRuntimeError:
-        # XLA's older emitters cannot clamp bools.
+        # The older emitters cannot clamp bools.
         compiled = lowered.compile()
     return [[np.asarray(r) for r in compiled(*args)] for args in variants]
 

@@ -12,8 +12,10 @@
 #   make build PYTHON=/path/to/venv/bin/python
 
 VENV ?= .venv
-# The interpreter that .venv is made from, and further requirements to install there (`REQUIRE=jax==0.11.2`).
+# The interpreter that .venv is made from, the extra of pyproject.toml that it gets, and further requirements to install
+# there (`REQUIRE=jax==0.11.2`).
 BASE_PYTHON ?= $(shell .ci/pythons | head -n 1)
+EXTRA ?= dev
 REQUIRE ?=
 # ON treats compiler warnings as errors, as CI does.
 WERROR ?= OFF
@@ -26,7 +28,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 endif
 
-NATIVE_SOURCES := CMakeLists.txt $(wildcard ffi/*.cc ffi/*.h csrc/*.h csrc/host/*.cc csrc/host/*.h \
+NATIVE_SOURCES := CMakeLists.txt csrc/CMakeLists.txt $(wildcard ffi/*.cc ffi/*.h csrc/*.h csrc/host/*.cc csrc/host/*.h \
                   csrc/host/tasks/*.cc csrc/host/tasks/*.h csrc/cuda/*.cc csrc/cuda/*.h csrc/device/*.cuh)
 # Objects depend on the interpreter and on the XLA headers of its jaxlib.
 BUILD_DIR ?= build/$(shell $(PYTHON) -c 'import sys, importlib.metadata as m; \
@@ -65,13 +67,14 @@ clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
-# The first installation is the one every user gets: isolated, against the oldest supported jaxlib's headers.
+# The first installation is the one every user gets: isolated, against the oldest supported jaxlib's headers. All Pythons
+# build in one folder, since most objects depend on none. Python compiles what it imports: less than all there is.
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(BASE_PYTHON)" || { echo "No Python >= 3.11 with venv and headers (python3-dev) found." >&2; exit 1; }
 	"$(BASE_PYTHON)" -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --upgrade pip
-	$(PYTHON) -m pip install --quiet --editable '.[dev]' $(REQUIRE) \
-	  --config-settings=cmake.define.JAX_MPK_WERROR=$(WERROR)
+	$(PYTHON) -m pip install --quiet --no-compile --upgrade pip
+	$(LOCK) $(PYTHON) -m pip install --quiet --no-compile --editable '.[$(EXTRA)]' $(REQUIRE) \
+	  --config-settings=build-dir=build/isolated --config-settings=cmake.define.JAX_MPK_WERROR=$(WERROR)
 	@touch $(VENV)/.installed $(VENV)/.built
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)

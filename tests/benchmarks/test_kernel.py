@@ -58,7 +58,7 @@ class Memory:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return kernel.pack("tiny", 1, 64, 32, "now", tmp_path_factory.mktemp("kernels"))
+    return kernel.pack("tiny", 1, 64, 32, "h200-sxm", "now", tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.mark.parametrize("traced", [False, True])

@@ -19,6 +19,7 @@ from jax_mpk.graph.ir import Graph
 from jax_mpk.plan.ir import Plan, Target
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.targets import cpu
+from tests.references import quick_jit
 
 Array = np.ndarray[Any, Any]
 
@@ -65,7 +66,7 @@ def run(fn: Callable[..., Any], *args: Any, workers: int = 1, tagged: bool = Fal
 
 def expected(fn: Callable[..., Any], *args: Any) -> list[Array]:
     """Results of ``jax.jit``."""
-    return [np.asarray(x) for x in jax.tree.leaves(jax.jit(fn)(*args))]
+    return [np.asarray(x) for x in jax.tree.leaves(quick_jit(fn)(*args))]
 
 
 __all__ = ["Target", "expected", "graph_of", "plan_of", "run", "run_executable", "run_plan"]

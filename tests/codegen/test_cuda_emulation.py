@@ -17,6 +17,7 @@ from tests.codegen.test_cuda_compiles import plan_of
 from tests.plan.attention_forms import FORMS, Sizes
 from tests.random_programs.check import disagreement, reference
 from tests.random_programs.generate import generate as random_program
+from tests.references import quick_jit
 
 pytestmark = [
     pytest.mark.usefixtures("x64"),
@@ -30,7 +31,7 @@ WORKERS = (1, 2, 3, 5)
 
 def check_case(case: Case, got: list[Any], args: list[Any]) -> None:
     """Compares a case's results with those of ``jax.jit``."""
-    expected = [np.asarray(r) for r in jax.tree.leaves(jax.jit(case.fn)(*args))]
+    expected = [np.asarray(r) for r in jax.tree.leaves(quick_jit(case.fn)(*args))]
     assert len(got) == len(expected)
     for have, want in zip(got, expected):
         have = np.asarray(have)
@@ -83,7 +84,7 @@ def test_a_mask_handed_over_is_read_where_live_keys_begin() -> None:
     assert "waits for b1[256]" in text and "reduce_live" in text
     for seed in range(2):  # scratch begins with ones or with zeros
         (got,) = cuda_emulation.run(plan, inputs, seed=seed)
-        np.testing.assert_allclose(got, jax.jit(_many_layers)(*args), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got, quick_jit(_many_layers)(*args), rtol=1e-5, atol=1e-5)
 
 
 def _normed(
@@ -142,5 +143,5 @@ def test_live_keys_in_a_loop() -> None:
     text = generate(plan).source
     assert "live_rows" in text and "for (s64 round" in text
     got = cuda_emulation.run(plan, inputs, launches=2, seed=1)
-    for a, b in zip(got, jax.jit(loop)(*args), strict=True):
+    for a, b in zip(got, quick_jit(loop)(*args), strict=True):
         np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0.02, atol=0.02)

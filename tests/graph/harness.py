@@ -38,7 +38,9 @@ def run(fn: Callable[..., Any], *args: Any) -> list[np.ndarray]:
     return evaluate(graph, [*consts, *map(storage, jax.tree.leaves(args))])
 
 
-def check(fn: Callable[..., Any], *args: Any, ulps: float = 0.0, atol: float = 0.0) -> None:
+def check(
+    fn: Callable[..., Any], *args: Any, ulps: float = 0.0, atol: float = 0.0, jit: Callable[..., Any] = jax.jit
+) -> None:
     """Asserts that graph and ``jax.jit`` agree.
 
     Args:
@@ -46,8 +48,9 @@ def check(fn: Callable[..., Any], *args: Any, ulps: float = 0.0, atol: float = 0
       *args: its arguments.
       ulps: difference allowed, in units of the last place of the larger of the two (0: bit for bit, NaNs equal).
       atol: absolute difference allowed beside that.
+      jit: what compiles instead of ``jax.jit``.
     """
-    want = [storage(x) for x in jax.tree.leaves(jax.jit(fn)(*args))]
+    want = [storage(x) for x in jax.tree.leaves(jit(fn)(*args))]
     got = run(fn, *args)
     assert len(got) == len(want)
     for k, (a, b) in enumerate(zip(got, want, strict=True)):

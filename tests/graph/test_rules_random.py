@@ -1,4 +1,4 @@
-"""Random keys, bits and samples against ``jax.jit``."""
+"""Random keys, bits and samples against ``jax.jit``; what consists of bits, against one that compiles quickly."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jax import lax, random
 from jax_mpk import errors
 from tests.graph.harness import check, graph_of, run
 from tests.graph.samples import FLOATS
+from tests.references import quick_jit
 
 IMPLEMENTATIONS = ("threefry2x32", "threefry4x32", "philox2x32", "philox4x32")
 
@@ -45,7 +46,7 @@ def test_bits(x64: bool, partitionable: bool, width: str) -> None:
         own = [random.bits(keys[0], shape, width) for shape in shapes]
         return [*own, jax.vmap(lambda k: random.bits(k, (5,), width))(keys)]
 
-    check(fn, keys)
+    check(fn, keys, jit=quick_jit)
 
 
 def test_keys(x64: bool, partitionable: bool) -> None:
@@ -74,7 +75,7 @@ def test_keys(x64: bool, partitionable: bool) -> None:
         return [data(k) if jnp.issubdtype(k.dtype, jax.dtypes.prng_key) else k for k in out]
 
     for seed in (0, 42, -1, 2**31 - 1, *((2**40 + 3,) if x64 else ())):
-        check(as_data, random.key(1), np.asarray(seed, "int64" if x64 else "int32"))
+        check(as_data, random.key(1), np.asarray(seed, "int64" if x64 else "int32"), jit=quick_jit)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -88,7 +89,7 @@ def test_other_hashes(impl: str) -> None:
         keys = [random.split(key, 5), random.fold_in(key, seed), random.key(seed, impl=impl)]
         return [*map(data, keys), random.bits(key, (5, 3)), random.uniform(key, (9,))]
 
-    check(fn, key, np.int32(77))
+    check(fn, key, np.int32(77), jit=quick_jit)
 
 
 EXACT: dict[str, Callable[[Any], Any]] = {
@@ -112,12 +113,16 @@ EXACT: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_samples(x64: bool, name: str) -> None:
-    check(EXACT[name], random.key(17))
+    check(EXACT[name], random.key(17), jit=quick_jit)
 
 
 def test_samples_of_old_threefry(partitionable: bool) -> None:
     key = random.key(3)
-    check(lambda k: [random.uniform(k, (7, 3)), random.permutation(k, 20), random.randint(k, (9,), 0, 9)], key)
+    check(
+        lambda k: [random.uniform(k, (7, 3)), random.permutation(k, 20), random.randint(k, (9,), 0, 9)],
+        key,
+        jit=quick_jit,
+    )
     check(lambda k: random.normal(k, (41,)), key, ulps=2)
 
 
@@ -163,8 +168,8 @@ def test_loops() -> None:
     def fn(k: Any) -> Any:
         return [random.gamma(k, jnp.array([0.3, 1.0, 7.5])), random.beta(k, 2.0, 3.0, (4,)), random.t(k, 4.0, (3,))]
 
-    check(fn, random.key(4), ulps=64, atol=1e-5)
-    check(lambda k: [random.poisson(k, 3.0, (6,)), random.poisson(k, 40.0, (6,))], random.key(4))
+    check(fn, random.key(4), ulps=64, atol=1e-5, jit=quick_jit)
+    check(lambda k: [random.poisson(k, 3.0, (6,)), random.poisson(k, 40.0, (6,))], random.key(4), jit=quick_jit)
 
 
 def test_mask_and_dropout() -> None:

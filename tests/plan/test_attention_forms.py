@@ -23,6 +23,7 @@ from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
 from tests.plan.attention_forms import FORMS, Attend, Sizes
 from tests.plan.graphs import placed
+from tests.references import quick_jit
 
 #: Queries, keys and values; attention; output projection. At batch 1 keys are cut into so many chunks that their merge
 #: is a phase, too.
@@ -61,7 +62,7 @@ def check(plan: Plan, block: Callable[..., Any], sizes: Sizes) -> None:
     rng = np.random.default_rng(0)
     *arrays, _ = (rng.standard_normal(a.shape).astype(a.dtype) for a in sizes.avals())
     args = [*arrays, np.int32(77)]
-    expected = jax.jit(block)(*args)
+    expected = quick_jit(block)(*args)
     for want, got in zip(expected, Simulator(plan, args, seed=sizes.batch).run(), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 

@@ -22,6 +22,7 @@ from jax_mpk.plan.report import plan_stats
 from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
 from models.decoder import Decoder, DecoderConfig, init_cache, step_functions
+from tests.references import quick_jit
 
 #: Small, but wide enough for more tasks than a CPU has workers and for keys split over workers.
 CONFIG = DecoderConfig(
@@ -76,7 +77,7 @@ def test_replay_gives_what_jit_gives(position: int) -> None:
         lambda a: rng.standard_normal(a.shape).astype(a.dtype), jax.eval_shape(lambda: init_cache(CONFIG, 1, CACHE))
     )
     args = params, cache, np.array([position % CONFIG.vocab_size], np.int32), np.int32(position)
-    want = jax.tree.leaves(jax.jit(run)(*args))
+    want = jax.tree.leaves(quick_jit(run)(*args))
     simulator = Simulator(plan, [*consts, *jax.tree.leaves(args)], seed=position, poison=position, late=True)
     token, logits, *written = simulator.run()
     np.testing.assert_array_equal(token, want[0])

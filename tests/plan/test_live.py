@@ -23,6 +23,7 @@ from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
 from tests.plan.attention_forms import FORMS, Sizes
+from tests.references import quick_jit
 
 #: They add -1e9, next to which a score may count.
 NOT_EXACT = {"library_with_bias", "mask_added"}
@@ -78,7 +79,7 @@ def test_dead_keys_are_not_read(form: str) -> None:
         for a in dead:
             a[:, position:] = np.nan
         (got, *_) = Simulator(plan, [*arrays, *dead, np.int32(position)], seed=position).run()
-        (want, *_) = jax.jit(block)(*arrays, keys, values, np.int32(position))
+        (want, *_) = quick_jit(block)(*arrays, keys, values, np.int32(position))
         np.testing.assert_allclose(got, want, rtol=3e-5, atol=3e-5)
 
 
@@ -117,7 +118,7 @@ def test_every_sequence_has_its_length(counts: tuple[int, int]) -> None:
     n = np.array(counts, np.int32)
     plan = plan_of(lengths, (q, k, v, n))
     assert split_at_run_time(plan)
-    want = np.asarray(jax.jit(lengths)(q.copy(), k.copy(), v.copy(), n))
+    want = np.asarray(quick_jit(lengths)(q.copy(), k.copy(), v.copy(), n))
     for row, count in enumerate(counts):
         k[row, count:] = v[row, count:] = np.nan
     np.testing.assert_allclose(Simulator(plan, [q, k, v, n], seed=0).run()[0], want, rtol=3e-5, atol=3e-5)
@@ -127,7 +128,7 @@ def test_every_sequence_has_its_length(counts: tuple[int, int]) -> None:
 def test_without_a_live_key_all_count(count: int) -> None:
     args = [*arrays(1), np.array([count, 5], np.int32)]
     got = Simulator(plan_of(lengths, args), args, seed=0).run()[0]
-    np.testing.assert_allclose(got, jax.jit(lengths)(*args), rtol=3e-5, atol=3e-5)
+    np.testing.assert_allclose(got, quick_jit(lengths)(*args), rtol=3e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("form", [causal, in_a_window])
@@ -138,7 +139,7 @@ def test_several_queries(form: Callable[..., Any], first: int) -> None:
     at = np.int32(first)
     plan = plan_of(form, (q, k, v, at))
     assert split_at_run_time(plan)
-    want = np.asarray(jax.jit(form)(q.copy(), k.copy(), v.copy(), at))
+    want = np.asarray(quick_jit(form)(q.copy(), k.copy(), v.copy(), at))
     k[:, first + 3 :] = v[:, first + 3 :] = np.nan
     np.testing.assert_allclose(Simulator(plan, [q, k, v, at], seed=0).run()[0], want, rtol=3e-5, atol=3e-5)
 
@@ -153,14 +154,14 @@ def test_finite_masks_of_two_conditions_are_left_alone() -> None:
     args = [*arrays(1), np.array([9, 9], np.int32)]
     plan = plan_of(padded, args)
     assert not split_at_run_time(plan)
-    np.testing.assert_allclose(Simulator(plan, args, seed=0).run()[0], jax.jit(padded)(*args), rtol=3e-5, atol=3e-5)
+    np.testing.assert_allclose(Simulator(plan, args, seed=0).run()[0], quick_jit(padded)(*args), rtol=3e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("first", [-2, 2**31 - 2])
 def test_positions_before_the_first_key_and_around_the_end_of_integers(first: int) -> None:
     args = [*arrays(3), np.int32(first)]
     got = Simulator(plan_of(causal, args), args, seed=0).run()[0]
-    np.testing.assert_allclose(got, jax.jit(causal)(*args), rtol=3e-5, atol=3e-5)
+    np.testing.assert_allclose(got, quick_jit(causal)(*args), rtol=3e-5, atol=3e-5)
 
 
 def test_a_target_may_prefer_fixed_chunks() -> None:

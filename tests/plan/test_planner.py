@@ -22,6 +22,7 @@ from jax_mpk.plan.ir import MUST, READ, Plan
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
+from tests.references import quick_jit
 
 Array = np.ndarray[Any, Any]
 CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] = {}
@@ -168,7 +169,7 @@ def planned(name: str, workers: int, tagged: bool = False) -> tuple[Plan, list[A
     rng = np.random.default_rng([workers, *name.encode()])
     inputs = [np.asarray(rng.integers(0, 3, a.shape) - (a.dtype != jnp.int32), a.dtype) for a in avals]
     plan, consts = plan_of(name, workers, tagged)
-    want = [np.asarray(x) for x in jax.tree.leaves(jax.jit(f)(*inputs))]
+    want = [np.asarray(x) for x in jax.tree.leaves(quick_jit(f)(*inputs))]
     return plan, consts + inputs, want
 
 
@@ -233,7 +234,7 @@ def test_masked_out_chunks_and_stale_rows_do_not_leak() -> None:
         for cache in stale[3:5]:
             cache[:, pos] = np.nan  # the row that is overwritten
         stale[5] = np.asarray(pos, np.int32)
-        want = jax.jit(attention)(*stale)
+        want = quick_jit(attention)(*stale)
         got = Simulator(plan, stale, seed=pos).run()
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

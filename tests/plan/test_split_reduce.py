@@ -23,6 +23,7 @@ from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.report import plan_stats
 from jax_mpk.plan.simulate import Simulator
 from jax_mpk.plan.verify import verify_plan
+from tests.references import quick_jit
 
 N = 1 << 17
 RNG = np.random.default_rng(7)
@@ -85,7 +86,7 @@ def test_results(name: str) -> None:
     verify_graph(plan.graph)
     verify_plan(plan)
     assert widest(plan) == 8
-    want = jax.tree.leaves(jax.jit(f)(*args))
+    want = jax.tree.leaves(quick_jit(f)(*args))
     runs = [Simulator(plan, list(args), seed=seed, poison=seed).run() for seed in range(2)]
     for first, second, expected in zip(*runs, want, strict=True):
         np.testing.assert_array_equal(first, second)
@@ -99,7 +100,7 @@ def test_results(name: str) -> None:
 def test_results_of_the_executor(name: str) -> None:
     f, args = CASES[name]
     got = jax.tree.leaves(jax.jit(jax_mpk.megakernelize(f))(*args))
-    for have, expected in zip(got, jax.tree.leaves(jax.jit(f)(*args)), strict=True):
+    for have, expected in zip(got, jax.tree.leaves(quick_jit(f)(*args)), strict=True):
         np.testing.assert_allclose(have, expected, rtol=1e-4, atol=1e-2)
 
 

@@ -137,7 +137,7 @@ def stream_columns(frame: Frame, member: int, op: Nest) -> bool:
     finish = stores(op.epilogue, coords, loader(arrays), outputs, lambda node: "sum")
     dtype = frame.values[weight].dtype
     width = product([extents[d] for d in found.free])
-    frame.meet([a for a in arrays if a is not None], outputs, joins=True)
+    frame.meetings.meet([a for a in arrays if a is not None], outputs, joins=True)
     frame.line(f"{title(frame, op)}: streams {dtype} columns")
     shared = str(x.kind == "local").lower()
     frame.line(f"stream_columns<{dtype}, {found.width}, {found.count}, {depth}, {shared}>(")

@@ -76,7 +76,7 @@ def emit_cumulative(frame: Frame, member: int, op: Cumulative) -> None:
     outputs = [frame.array(v, store=True) for v in op.outputs]
     lines = _lines(frame, member, len(op.space), op.axis)
     together = length >= _TOGETHER_LENGTH and lines.most < 32 * _TOGETHER_WARPS
-    frame.meet(operands, outputs, joins=together)
+    frame.meetings.meet(operands, outputs, joins=together)
     frame.line(title(frame, op))
     if lines.most == 0:
         return
@@ -99,7 +99,7 @@ def emit_sort(frame: Frame, member: int, op: Sort) -> None:
     operands = [frame.array(v) for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
     lines = _lines(frame, member, len(op.space), op.axis)
-    frame.meet(operands, outputs)
+    frame.meetings.meet(operands, outputs)
     frame.line(title(frame, op))
     if lines.most == 0:
         return

@@ -30,7 +30,7 @@ def emit_map(frame: Frame, member: int, op: Nest) -> None:
     low, extents, most = frame.box(member, len(op.space))
     operands = [frame.array(v) for v in op.operands]
     outputs = [frame.array(v, store=True) for v in op.outputs]
-    frame.meet(operands, outputs)
+    frame.meetings.meet(operands, outputs)
     frame.line(title(frame, op))
     if most == 0:
         return
@@ -73,7 +73,7 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     ):
         return
     outputs = [frame.array(v, store=True) for v in op.outputs]
-    frame.meet(operands, outputs, joins=together)
+    frame.meetings.meet(operands, outputs, joins=together)
     frame.line(title(frame, op))
     if most == 0:
         return
@@ -92,7 +92,7 @@ def emit_reduce(frame: Frame, member: int, op: Nest) -> None:
     finish = stores(op.epilogue, coords, loader(operands), outputs, lambda node: accumulator(op.acc, "a", node))
     frame.lines_of(f"[&](int n, {acc} a) {{", [*decode, *finish], "});")
     if together:
-        frame.met()
+        frame.meetings.met()
 
 
 def _factors(op: Nest) -> Nest | None:

@@ -42,7 +42,7 @@ def reduce_for_all(
     if len(op.outputs) != 1 or (kept := frame.in_register(member, op.outputs[0])) is None:
         return False
     joins = depth > _ALONE
-    frame.meet(arrays, [], joins=joins)
+    frame.meetings.meet(arrays, [], joins=joins)
     frame.line(title(frame, op))
     acc = accumulators(op.acc)
     frame.line(f"const {kept.dtype} {kept.name} = reduce_for_all<{acc}, {spread}, {depth}>(")
@@ -53,5 +53,5 @@ def reduce_for_all(
     frame.lines_of(f"[&]({acc} a) -> {kept.dtype} {{", finish, "});")
     if joins:
         frame.code.partials = max(frame.code.partials, partials(op.acc))
-        frame.met(reads_partials=True)
+        frame.meetings.met(reads_partials=True)
     return True

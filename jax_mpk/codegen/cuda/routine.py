@@ -12,6 +12,7 @@ import numpy as np
 from jax_mpk.codegen.cuda.arrays import UNIT, Array, buffer_of, is_wide, register, row_major
 from jax_mpk.codegen.cuda.code import PREFETCH, Code, Operand, Stream
 from jax_mpk.codegen.cuda.live import Live
+from jax_mpk.codegen.cuda.meetings import Meetings
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset, product
 from jax_mpk.codegen.cuda.staging import Copied, Staged, shares
 from jax_mpk.codegen.cuda.views import View
@@ -31,9 +32,6 @@ _COPY_BYTES = 4 << 10
 _COPIERS, _ASIDE_BYTES = 3, 4 << 10
 
 Brought = TypeVar("Brought", Staged, Copied)
-#: Bytes of scratch, a storage, or `_PARTIALS`.
-_Place = tuple[int, int] | int
-_PARTIALS = -2
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,11 @@ class Frame:
         self._maker |= {view.target: self._maker[v] for v, view in views.items()}
         self._numbers: dict[bytes, Term] = {}
         self._names: dict[tuple[str, int], str] = {}
-        self._since: list[tuple[_Place, bool]] = []  # what, and whether it was written: since the last sync
+        self.meetings = Meetings(self.code.lines)
         self._copies: dict[int, Array | None] = {}
         self._registers: dict[int, Array] = {}
         self._brought: dict[int, Staged | Copied] = {}
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
-        self._landing: list[_Place] = []  # bytes of scratch whose copies nobody has waited for
         self._written = {int(plan.value_storage[v]) for op in self.ops for v in op.outputs}
         self._early: dict[str, str] = {}  # loads of single elements, and where their results are
         self._scalars = [Term(f"live{k}") for k in range(len(live.scalars.results))]
@@ -139,7 +136,7 @@ class Frame:
         for value, warps in zip(waited, shares(sizes, WARPS - _COPIERS if aside else WARPS), strict=True):
             self._stage(value, *warps)
         self.code.lines += counts if late else []
-        self._first = len(self.code.lines)  # where everybody waits for what is brought
+        self.meetings.arrive()
         if copied:
             self.line("copies_wait_marked();" if aside else "copies_wait();")
         if copied or waited:
@@ -500,7 +497,7 @@ class Frame:
             target, size = self._bring(what)
             rows = self._rows(what, size, target)
             assert target.bytes is not None
-            self._landing.append(target.bytes)
+            self.meetings.expect(target.bytes)
             self._prefetch(what)
             _, (axis,) = self._row_axes(what)
             steps = [strides[axis] * item for strides in (target.strides, row_major(value.shape))]
@@ -568,56 +565,3 @@ class Frame:
         lines = (*written.lines, *texts)
         tasks = len(self.boxes[0])
         return lines, self.live.columns[columns[0]] if columns else np.zeros(tasks, np.int64)
-
-    # -- where threads meet ------------------------------------------------------------------------------------
-
-    def meet(self, reads: Sequence[Array], writes: Sequence[Array], *, joins: bool = False) -> None:
-        """A barrier, if what comes next touches what earlier code of the routine wrote, or overwrites what it read.
-
-        Args:
-          reads, writes: what comes next.
-          joins: it uses the partials.
-        """
-        new = _touched(reads, writes)
-        if joins:
-            new.append((_PARTIALS, True))
-        first, self._first = self._first, -1
-        landing = any(_overlap(a, b) for a in self._landing for b, _ in new)
-        if landing and first >= 0:  # there is a barrier already, and nothing behind it yet
-            self.code.lines[first : self.code.lines.index("c.sync();", first)] = ["copies_wait();"]
-            self._landing.clear()
-        elif self._meets(new):
-            if landing:
-                self.line("copies_wait();")
-                self._landing.clear()
-            self.line("c.sync();")
-            self._since.clear()
-        self._since += new
-
-    def would_meet(self, reads: Sequence[Array], writes: Sequence[Array]) -> bool:
-        """Whether ``meet`` would put a barrier there."""
-        return self._meets(_touched(reads, writes))
-
-    def _meets(self, new: Sequence[tuple[_Place, bool]]) -> bool:
-        since = [*self._since, *((a, True) for a in self._landing)]
-        return any((w or wrote) and _overlap(a, b) for a, wrote in since for b, w in new)
-
-    def met(self, *, reads_partials: bool = False) -> None:
-        """What was written last ended with a barrier, behind which it may have read the partials."""
-        self._since = [(_PARTIALS, False)] if reads_partials else []
-
-
-def _places(a: Array) -> list[_Place]:
-    if a.kind == "register":
-        return []
-    return [a.storage if a.bytes is None else a.bytes, *(_places(a.copy) if a.copy is not None else [])]
-
-
-def _touched(reads: Sequence[Array], writes: Sequence[Array]) -> list[tuple[_Place, bool]]:
-    return [(p, False) for a in reads for p in _places(a)] + [(p, True) for a in writes for p in _places(a)]
-
-
-def _overlap(a: _Place, b: _Place) -> bool:
-    if isinstance(a, int) or isinstance(b, int):
-        return isinstance(a, int) and isinstance(b, int) and a == b
-    return a[0] < b[1] and b[0] < a[1]

@@ -121,7 +121,7 @@ def _emit(frame: Frame, rows: _Rows, chain: dict[int, Nest]) -> None:
             stored[v] = frame.array(v, store=True, again=again)
     low, extents, _ = frame.box(first, rank)
     count = frame.live_count(first, rank) or fixed(rows.size)
-    frame.meet(list(arrays.values()), list(stored.values()))
+    frame.meetings.meet(list(arrays.values()), list(stored.values()))
     coords, decode = frame.coordinates("n", low, extents, [f"i{d}" for d in range(rank)])
     each = math.ceil(rows.size / _LANES)
     frame.line(f"// one warp a row of {rows.size}")

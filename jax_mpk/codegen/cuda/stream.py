@@ -210,9 +210,11 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     dtype, x_dtype = frame.values[weight].dtype, frame.values[op.operands[found.other]].dtype
     rows = product([extents[d] for d in found.free])
     # Where the epilogue reads what other warps have just written, it comes behind all chunks: nobody waits before them.
-    later = not found.height and frame.would_meet(others, outputs)
+    later = not found.height and frame.meetings.would_meet(others, outputs)
     sums = frame.scratch_array("f32", int(found.rows.max()) * found.count) if later else None
-    frame.meet([x, *([] if later else others)], [sums] if sums else outputs, joins=found.parts > 1 or found.height > 0)
+    frame.meetings.meet(
+        [x, *([] if later else others)], [sums] if sums else outputs, joins=found.parts > 1 or found.height > 0
+    )
     frame.line(f"{title(frame, op)}: streams {dtype} rows")
     kind = f"tiles<{dtype}, {found.count}, {depth}, {str(x.kind == 'local').lower()}>"
     frame.line(f"stream_{kind if found.height else f'rows<{dtype}, {x_dtype}, {found.count}, {depth}>'}(")
@@ -223,7 +225,7 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
         one = found.count == 1
         where = "row" if one else f"row * {found.count} + m"
         frame.line(f"    [&](int row, int m, f32 sum) {{ {sums.name}[{where}] = sum; }});")
-        frame.meet([sums, *others], outputs)
+        frame.meetings.meet([sums, *others], outputs)
         frame.line(f"map(c, {product([rows, fixed(found.count)]).text}, [&](int n) {{")
         split = "const int row = n;" if one else f"const int row = n / {found.count}, m = n % {found.count};"
         for text in (split, f"const f32 sum = {sums.name}[n];", *decode, *finish):

@@ -80,7 +80,7 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     if windowed:
         others = {op.body.nodes[f.load].attr for f in found if f is not None and f.new < 0}
         patched = [arrays[op.body.nodes[f.load].attr] for f in windowed]
-        frame.meet([a for slot, a in enumerate(arrays) if slot not in others], patched)
+        frame.meetings.meet([a for slot, a in enumerate(arrays) if slot not in others], patched)
         for f in windowed:
             _patch(frame, op, f, arrays, low, extents, dry=False)
     names = [f"i{d}" for d in range(rank)]
@@ -94,7 +94,7 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         if reduce_for_all(frame, member, op, arrays, coords, depth // WIDTH, [*decode_inner, body], join):
             return True
         outputs = [frame.array(v, store=True) for v in op.outputs]
-        frame.meet(arrays, outputs)
+        frame.meetings.meet(arrays, outputs)
         frame.line(title(frame, op))
         lanes = group(most // _LIVE if any(e.value is None for e in extents) else most, depth // WIDTH)
         frame.line(f"reduce<f32, {lanes}, Spread::kStrided>(")
@@ -105,7 +105,7 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
         frame.lines_of("[&](int n, f32 a) {", [*decode, *finish], "});")
         return True
     outputs = [frame.array(v, store=True) for v in op.outputs]
-    frame.meet(arrays, outputs)
+    frame.meetings.meet(arrays, outputs)
     frame.line(title(frame, op))
     wide = [fixed(e.known // WIDTH) if k == d else e for k, e in enumerate(extents)]
     zero = [fixed(0) if k == d else t for k, t in enumerate(low)]

@@ -20,13 +20,13 @@ def emit_update(frame: Frame, member: int, op: Update) -> None:
     base, output = frame.array(op.base), frame.array(op.output, store=True)
     frame.line(title(frame, op))
     if base.storage != output.storage or base.bytes != output.bytes:
-        frame.meet([base], [output])
+        frame.meetings.meet([base], [output])
         coords, decode = frame.coordinates("n", low, extents, [f"i{d}" for d in range(rank)])
         frame.line(f"map(c, {product(extents).text}, [&](int n) {{")
         for text in (*decode, output.store(coords, base.load(coords))):
             frame.line(f"  {text}")
         frame.line("});")
-    frame.meet([*operands, output], [output])
+    frame.meetings.meet([*operands, output], [output])
     boxes = frame.boxes[member]
     lo, hi = np.ascontiguousarray(boxes[:, 0, :rank]), np.ascontiguousarray(boxes[:, 1, :rank])
     first, last = update_boxes(op, lo, hi)

@@ -54,7 +54,7 @@ def wide_map(frame: Frame, member: int, op: Nest) -> bool:
     written = [_storable(frame, v, out, axis) for v, out in zip(op.outputs, outputs, strict=True)]
     if not any(written):
         return False
-    frame.meet(arrays, outputs)
+    frame.meetings.meet(arrays, outputs)
     frame.line(f"{title(frame, op)}, {WIDTH} at a time")
     groups = [fixed(e.known // WIDTH) if d == axis else e for d, e in enumerate(extents)]
     zero = [fixed(0) if d == axis else t for d, t in enumerate(low)]
@@ -112,7 +112,7 @@ def wide_reduce(
     vectors = _vectors(frame, op, op.body, arrays, axis)
     if not vectors:
         return False
-    frame.meet(arrays, outputs)
+    frame.meetings.meet(arrays, outputs)
     frame.line(f"{title(frame, op)}, {WIDTH} at a time")
     coords, decode = frame.coordinates("n", low, extents, [f"i{d}" for d in range(rank)])
     steps = [*op.rspace[:-1], op.rspace[-1] // WIDTH]

@@ -25,6 +25,7 @@ from tests.codegen import cuda_emulation
 from tests.codegen.cuda.support import boxes_of, planned
 from tests.codegen.test_cuda_compiles import plan_of
 from tests.plan.large_step import Shape
+from tests.references import quick_jit
 
 
 def matches(plan: Plan) -> list[tuple[Nest, Columns | None]]:
@@ -159,7 +160,7 @@ def test_parts_of_sums_give_the_results_of_jit(seed: int) -> None:
     if seed == 0:
         assert len(op.space) == 3  # at least here: parts, rows, columns
     (got,) = cuda_emulation.run(plan, inputs, launches=2, seed=seed)
-    np.testing.assert_array_equal(np.float32(got), np.float32(jax.jit(product)(x, w)))
+    np.testing.assert_array_equal(np.float32(got), np.float32(quick_jit(product)(x, w)))
 
 
 @pytest.mark.parametrize(("rows", "n"), [(1, 2048), (8, 2048), (16, 12_288), (24, 2048), (32, 12_288)])

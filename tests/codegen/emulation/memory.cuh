@@ -122,23 +122,26 @@ inline Quad load_matrices(u32 row) {
   return v;
 }
 
-// What the lanes hold of a matrix, by row (or column) and by k.
+// A row (or column) of a matrix, of which four lanes hold four elements each.
 template <class T>
-inline void matrix_multiply(f32 (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  const u64 given[3] = {a0 | u64(a2) << 32, a1 | u64(a3) << 32, b0 | u64(b1) << 32};
-  f32 held[3][8][16];
-  for (int what = 0; what < 3; ++what) {
-    const machine::Meeting& m = machine::meet(~0u, given[what]);
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int e = 0; e < 4; ++e) {
-        held[what][lane / 4][lane % 4 * 2 + e % 2 + e / 2 * 8] =
-            convert<f32>(bitcast<T>(static_cast<u16>(m.seen[lane] >> 16 * e)));
-      }
+inline void held_by(const machine::Meeting& m, int row, f32 (&out)[16]) {
+  for (int lane = 0; lane < 4; ++lane) {
+    for (int e = 0; e < 4; ++e) {
+      out[lane * 2 + e % 2 + e / 2 * 8] = convert<f32>(bitcast<T>(static_cast<u16>(m.seen[4 * row + lane] >> 16 * e)));
     }
   }
+}
+
+template <class T>
+inline void matrix_multiply(f32 (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   const int g = machine::lane() / 4, q = machine::lane() % 4;
+  f32 rows[2][16], columns[2][16];
+  held_by<T>(machine::meet(~0u, a0 | u64(a2) << 32), g, rows[0]);
+  held_by<T>(machine::meet(~0u, a1 | u64(a3) << 32), g, rows[1]);
+  const machine::Meeting& m = machine::meet(~0u, b0 | u64(b1) << 32);
+  for (int i = 0; i < 2; ++i) held_by<T>(m, 2 * q + i, columns[i]);
   for (int i = 0; i < 4; ++i) {
-    for (int k = 0; k < 16; ++k) d[i] += held[i / 2][g][k] * held[2][2 * q + i % 2][k];
+    for (int k = 0; k < 16; ++k) d[i] += rows[i / 2][k] * columns[i % 2][k];
   }
 }
 

@@ -26,6 +26,8 @@ VERSIONLESS = (
     "runtime/test_tagged.py",
     "test_layers.py",
 )
+#: Among them, what depends on the version of NVRTC, which differs as well.
+COMPILES = ("codegen/test_golden.py",)
 #: Tests of the public interface that say nothing about the device: run on a GPU too, where these are asked for.
 ANYWHERE = (
     "api/test_calls.py",
@@ -63,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu = _asks_for_gpu(config.option.markexpr)
     for item in items:
         path = item.path.relative_to(here)
-        if path.as_posix().startswith(VERSIONLESS):
+        if path.as_posix().startswith(VERSIONLESS) and path.as_posix() not in COMPILES:
             item.add_marker(pytest.mark.slow)
         if gpu and path.as_posix() in ANYWHERE and not item.get_closest_marker("cpu"):
             item.add_marker(pytest.mark.gpu)

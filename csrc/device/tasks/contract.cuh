@@ -148,11 +148,6 @@ __device__ __forceinline__ void add_sets(f32 (&acc)[sets][4]) {
   }
 }
 
-template <int count>
-struct Steps {
-  static constexpr int value = count;
-};
-
 // How a warp multiplies a chunk of rows with M columns.
 template <class W, class X, int M, int rows, int depth>
 struct ChunkShape {
@@ -237,17 +232,18 @@ __device__ __noinline__ f32 chunk_sums(u32 w_at, u32 x_at, int x_stride) {
     constexpr int kSets = kChains == 1 ? 4 : kChains <= 8 ? 2 : 1;  // of accumulators, for shorter chains
     f32 acc[kResults][M][kSets][4] = {};
     const u32 last = rows == 1 ? w_at : w_at + (rows - 1) * S::kRowBytes - lane / 8 % 2 * (S::kRowBytes - S::after(0));
-    const auto block = [&](int i, auto steps) {
+    const auto block = [&](int i, int steps) {
       Quad xs[M];
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         const u32 at = x_at + (m * x_stride + i * 2 * S::kStep) * static_cast<int>(sizeof(X));
-        xs[m] = load_matrices(steps.value == 2 ? at : at - lane / 16 * S::kStepBytes);
+        xs[m] = load_matrices(steps == 2 ? at : at - lane / 16 * S::kStepBytes);
       }
 #pragma unroll
       for (int p = 0; p < kWhole; ++p) {
 #pragma unroll
-        for (int s = 0; s < steps.value; ++s) {
+        for (int s = 0; s < 2; ++s) {
+          if (s == steps) break;
           const Quad a = load_matrices(w_at + 2 * p * S::kRowBytes + (2 * i + s) * S::kStepBytes);
 #pragma unroll
           for (int m = 0; m < M; ++m) {
@@ -258,9 +254,10 @@ __device__ __noinline__ f32 chunk_sums(u32 w_at, u32 x_at, int x_stride) {
       }
       if constexpr (kOnly) {
         const u32 at = last + 2 * i * S::kStepBytes;
-        const Quad a = load_matrices(steps.value == 2 ? at : at - lane / 8 % 2 * S::after(0));
+        const Quad a = load_matrices(steps == 2 ? at : at - lane / 8 % 2 * S::after(0));
 #pragma unroll
-        for (int s = 0; s < steps.value; ++s) {
+        for (int s = 0; s < 2; ++s) {
+          if (s == steps) break;
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             matrix_multiply<W>(acc[kWhole + s][m][i % kSets], a.w[0], a.w[1], a.w[2], a.w[3], xs[m].w[2 * s],
@@ -270,8 +267,8 @@ __device__ __noinline__ f32 chunk_sums(u32 w_at, u32 x_at, int x_stride) {
       }
     };
 #pragma unroll S::unrolled(M + 2 * kWhole + kOnly)
-    for (int i = 0; i < S::kSteps / 2; ++i) block(i, Steps<2>{});
-    if constexpr (S::kSteps % 2 != 0) block(S::kSteps / 2, Steps<1>{});
+    for (int i = 0; i < S::kSteps / 2; ++i) block(i, 2);
+    if constexpr (S::kSteps % 2 != 0) block(S::kSteps / 2, 1);
     f32 sums[S::kPairs * M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) {

@@ -16,8 +16,9 @@ from typing import Any
 
 from jax_mpk.errors import CompileError, CompilerNotFoundError
 
-#: Options of every compilation beside the architecture and the headers: C++17, and ptxas says what a kernel uses.
-OPTIONS = ("-std=c++17", "--ptxas-options=-v")
+#: Options of every compilation beside the architecture and the headers: C++17, ptxas says what a kernel uses, and a
+#: variable that is read before it has a value is an error.
+OPTIONS = ("-std=c++17", "--ptxas-options=-v", "--diag-error=549")
 #: Majors whose NVRTC knows sm_90a, newest first.
 _MAJORS = (13, 12)
 

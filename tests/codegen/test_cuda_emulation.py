@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from jax_mpk.codegen.cuda import generate
+from models.decoder import init_cache, step_functions
 from tests.codegen import cuda_emulation
 from tests.codegen.cuda_cases import CASES, Case
 from tests.codegen.test_cuda_compiles import plan_of
+from tests.models.support import TINY_DECODER, random_decoder
 from tests.plan.attention_forms import FORMS, Sizes
 from tests.random_programs.check import disagreement, reference
 from tests.random_programs.generate import generate as random_program
@@ -51,6 +53,26 @@ def test_case(case: Case) -> None:
     args = case.arguments()
     plan, inputs = plan_of(case.fn, args, workers=4)
     check_case(case, cuda_emulation.run(plan, inputs, launches=2), args)
+
+
+@pytest.mark.parametrize("position", [0, 3, 7])
+def test_decode_step_of_few_tasks(position: int) -> None:
+    """A cache that is kept, so that its new rows are written by the tasks that attend to them."""
+    with jax.enable_x64(False):
+        graphdef, params = random_decoder(TINY_DECODER)
+    rng = np.random.default_rng(position)
+    cache = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), init_cache(TINY_DECODER, 2, 8))
+    arguments, tree = jax.tree.flatten((params, cache, np.array([1, 2], np.int32), np.int32(position)))
+
+    def step(*arguments: Any) -> list[jax.Array]:
+        return jax.tree.leaves(step_functions(graphdef).decode_step(*jax.tree.unflatten(tree, arguments)))
+
+    with jax.enable_x64(False):
+        plan, inputs = plan_of(step, [np.asarray(a) for a in arguments], workers=3)
+        want = quick_jit(step)(*arguments)
+    assert len(plan.tasks.table) < 10
+    for got, expected in zip(cuda_emulation.run(plan, inputs, launches=2), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["exact", "smooth"])

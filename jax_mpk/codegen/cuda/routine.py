@@ -192,7 +192,7 @@ class Frame:
                 return text
             # It is under way while threads wait for something else.
             if text not in self._early:
-                name = self._early[text] = f"p{len(self._early)}"
+                name = self._early[text] = f"early{len(self._early)}"
                 self.line(f"const {dtype} {name} = {text};")
                 if array.kind == "global" and math.prod(array.shape) == 1 and array.storage not in self._written:
                     self._registers[self.live.operands[slot]] = register(name, array.dtype, array.shape)

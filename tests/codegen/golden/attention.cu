@@ -67,7 +67,7 @@ __device__ __forceinline__ void routine_0(C& c) {
 __device__ __forceinline__ void routine_1(C& c) {
   const int at0 = c.box(5);
   s32* const g0 = c.template global<s32>(6);
-  const s32 p0 = g0[0];
+  const s32 early0 = g0[0];
   bf16* const g1 = c.template global<bf16>(8);
   const int at1 = c.box(10);
   bf16* const s0 = c.template local<bf16>(1280);
@@ -89,7 +89,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   bf16* const g4 = c.template global<bf16>(15);
   bf16* const s3 = c.template local<bf16>(10752);
   if (c.warp() >= 8) {
-    const s64 u0 = s64(int(p0)) + s64(1);
+    const s64 u0 = s64(int(early0)) + s64(1);
     const int u1 = (u0 > s64(0)) ? int(op_min(op_max(u0, s64(1)), s64(1024))) : 1024;
     const int u2 = (u1 + 15) / 16;
     const int u3 = at0 * u2;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   const int o2 = at2;
   // waits for bf16[1,1024]
   stage(c, g5, at2, 128, s4, 0, 8);
-  const s64 u0 = s64(int(p0)) + s64(1);
+  const s64 u0 = s64(int(early0)) + s64(1);
   const int u1 = (u0 > s64(0)) ? int(op_min(op_max(u0, s64(1)), s64(1024))) : 1024;
   const int u2 = (u1 + 15) / 16;
   const int live1 = op_min(op_max(u1 + ((at0 * u2) * (-1)), 0), u2);
@@ -119,7 +119,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   // new rows, in the place of those the update will overwrite  functions.py:71
   map(c, 64, [&](int n) {
     const int i4 = n;
-    const s32 w0 = p0;
+    const s32 w0 = early0;
     const s64 w1 = s64(int(w0)) + s64(1);
     const int w2 = (((w1 > s64(0)) ? int(op_min(op_max(w1, s64(1)), s64(1024))) : 1024) + 15) / 16;
     const int w3 = ((at0 * w2) * (-1)) + op_min(op_max(int((w0 < 0) ? op_add(w0, 1024) : w0), 0), 1023);
@@ -158,7 +158,7 @@ __device__ __forceinline__ void routine_1(C& c) {
     const f32 y0 = across_row<2>(
         c, live1, bitcast<f32>(u32(0xff800000u)),
         [&](int r, int k) -> f32 {
-          const s32 t0 = p0;
+          const s32 t0 = early0;
           const s64 t1 = s64(int(t0)) + s64(1);
           const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(1024))) : 1024) + 15) / 16;
           const f32 t3 = (convert<s32>(r + (at0 * t2)) <= t0) ? l2[at0 * 128 + at1 * 128 + i2 * 64 + r - o3] : bitcast<f32>(u32(0xff800000u));
@@ -174,7 +174,7 @@ __device__ __forceinline__ void routine_1(C& c) {
     // map f32[16,4,4,64]  functions.py:73
     f32 v1[2] = {};
     over_row<2>(c, live1, [&](int r, int k) {
-      const s32 t0 = p0;
+      const s32 t0 = early0;
       const s64 t1 = s64(int(t0)) + s64(1);
       const int t2 = (((t1 > s64(0)) ? int(op_min(op_max(t1, s64(1)), s64(1024))) : 1024) + 15) / 16;
       const f32 t3 = (convert<s32>(r + (at0 * t2)) <= t0) ? l2[at0 * 128 + at1 * 128 + i2 * 64 + r - o3] : bitcast<f32>(u32(0xff800000u));
@@ -198,7 +198,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   // new rows, in the place of those the update will overwrite  functions.py:74
   map(c, 64, [&](int n) {
     const int i3 = n;
-    const s32 w0 = p0;
+    const s32 w0 = early0;
     const s64 w1 = s64(int(w0)) + s64(1);
     const int w2 = (((w1 > s64(0)) ? int(op_min(op_max(w1, s64(1)), s64(1024))) : 1024) + 15) / 16;
     const int w3 = ((at0 * w2) * (-1)) + op_min(op_max(int((w0 < 0) ? op_add(w0, 1024) : w0), 0), 1023);

@@ -28,32 +28,38 @@ struct Context {
   static constexpr int kWarps = Shape::kWarps, kThreads = kWarps * kWarp, kStageBytes = Shape::kStageBytes;
   static constexpr int kStages = Shape::kStages;
 
-  const typename Shape::Launch& launch;
+  const typename Shape::Launch& parameter;
   int slot = 0;       // which of the two places in shared memory has the words of the current task
   u32 tag = 0;        // of this run of the segment
   u32 barriers = 0;   // of all workers, passed in this launch
   u32 decisions = 0;  // read from memory and handed to the producer
   Ring<Shape> ring;
 
-  __device__ explicit Context(const typename Shape::Launch& l) : launch(l) {}
+  __device__ explicit Context(const typename Shape::Launch& p) : parameter(p) {}
+
+  // Code that several segments call cannot know that this is the kernel's parameter, and would read it from far away.
+  __device__ const typename Shape::Launch& launch() const {
+    if constexpr (Shape::kSegments > 1) return *shared_at<const typename Shape::Launch>(Shape::kLaunch);
+    else return parameter;
+  }
 
   // -- who I am --
   __device__ static int worker() { return blockIdx.x; }
   __device__ static int thread() { return threadIdx.x; }
   __device__ static int warp() { return threadIdx.x / kWarp; }
   __device__ static int lane() { return threadIdx.x % kWarp; }
-  __device__ Watch watch() const { return {reinterpret_cast<const Launch<1>*>(&launch)}; }
+  __device__ Watch watch() const { return {reinterpret_cast<const Launch<1>*>(&launch())}; }
 
   // -- the current task --
   __device__ u32 task(int word) const { return shared_at<u32>(Shape::kSlots)[slot * Shape::kTaskWords + word]; }
   __device__ int box(int word) const { return static_cast<int>(task(word)); }
   template <class T>
   __device__ T* global(int word) const {
-    return reinterpret_cast<T*>(static_cast<char*>(launch.buffers[task(word)]) + u64(task(word + 1)) * 16);
+    return reinterpret_cast<T*>(static_cast<char*>(launch().buffers[task(word)]) + u64(task(word + 1)) * 16);
   }
   template <class T>
   __device__ Tagged<T> tagged(int word) const {
-    auto* words = static_cast<char*>(launch.state) + u64(task(word)) * 16;
+    auto* words = static_cast<char*>(launch().state) + u64(task(word)) * 16;
     return {reinterpret_cast<typename Tagged<T>::Word*>(words), tag};
   }
   template <class T>
@@ -63,7 +69,7 @@ struct Context {
   // Device memory for what is too large for scratch; each worker that needs some has its own.
   template <class T>
   __device__ T* memory(int slot, int byte) const {
-    return reinterpret_cast<T*>(static_cast<char*>(launch.state) + Shape::kMemory + s64(Shape::kMemoryBytes) * slot +
+    return reinterpret_cast<T*>(static_cast<char*>(launch().state) + Shape::kMemory + s64(Shape::kMemoryBytes) * slot +
                                 byte);
   }
   template <class T>
@@ -77,7 +83,7 @@ struct Context {
       // The clock is not read before the task's number, and that not before the barrier in front of it.
       const u32 number = task(TaskWords::kTask);
       if (thread() == 0 && number != kNoTask) {
-        reinterpret_cast<u64*>(static_cast<char*>(launch.state) + Shape::kTrace)[4 * number + what] = nanoseconds();
+        reinterpret_cast<u64*>(static_cast<char*>(launch().state) + Shape::kTrace)[4 * number + what] = nanoseconds();
       }
     }
   }
@@ -109,7 +115,7 @@ struct Context {
   // A predicate or branch index that every worker follows; behind a barrier.
   template <class T>
   __device__ T decide(int buffer, u32 offset) {
-    const auto* at = static_cast<const char*>(launch.buffers[buffer]) + u64(offset) * 16;
+    const auto* at = static_cast<const char*>(launch().buffers[buffer]) + u64(offset) * 16;
     if (thread() == 0) control()[kDecision] = static_cast<u32>(*reinterpret_cast<const volatile T*>(at));
     sync();
     const u32 value = control()[kDecision];
@@ -151,9 +157,9 @@ struct Context {
   __device__ __forceinline__ void walk(int s) {
     const u64 sequence = sequences()[s];
     tag = tag_of(sequence);
-    const u32* queue = launch.tables + Shape::kQueues + (s * Shape::kWorkers + worker()) * 2;
+    const u32* queue = launch().tables + Shape::kQueues + (s * Shape::kWorkers + worker()) * 2;
     const u32 count = queue[1];
-    const u32* words = launch.tables + Shape::kTasks + u64(queue[0]) * Shape::kTaskWords;
+    const u32* words = launch().tables + Shape::kTasks + u64(queue[0]) * Shape::kTaskWords;
     if (count > 0) fetch(words, 0);
 #pragma unroll 1
     for (u32 i = 0; i < count; ++i) {
@@ -208,7 +214,7 @@ struct Context {
   __device__ u32* control() const { return shared_at<u32>(Shape::kControl); }
   __device__ u64* sequences() const { return shared_at<u64>(Shape::kControl); }
   __device__ u32 base() const { return control()[kBase]; }
-  __device__ u32* events() const { return reinterpret_cast<u32*>(static_cast<char*>(launch.state) + Shape::kEvents); }
+  __device__ u32* events() const { return reinterpret_cast<u32*>(static_cast<char*>(launch().state) + Shape::kEvents); }
 
   __device__ void fetch(const u32* words, int i) const {
 #pragma unroll 1
@@ -219,11 +225,11 @@ struct Context {
 
   // Nobody takes the results of a launch that gave up for real ones.
   __device__ void poison() const {
-    const u32* row = launch.tables + Shape::kResults;
+    const u32* row = launch().tables + Shape::kResults;
 #pragma unroll 1
     for (int r = 0; r < Shape::kResultCount; ++r, row += 4) {
       const u32 pattern = row[1];
-      auto* bytes = static_cast<unsigned char*>(launch.buffers[row[0]]);
+      auto* bytes = static_cast<unsigned char*>(launch().buffers[row[0]]);
       const u64 size = row[2] | u64(row[3]) << 32;
       const u32 width = pattern >> 8 & 255;
       // The last byte of an element has the sign (and a float's exponent); the others are all alike.
@@ -267,9 +273,15 @@ __device__ __forceinline__ void copy_aside(const C& c, int rows, void* to, const
 
 template <class Shape>
 __device__ __forceinline__ void run_worker(const typename Shape::Launch& launch) {
+  if constexpr (Shape::kSegments > 1) {
+    constexpr int kWords = sizeof(launch) / 8, kAll = Context<Shape>::kThreads + (Shape::kStages > 0 ? kWarp : 0);
+    for (int k = threadIdx.x; k < kWords; k += kAll) {
+      shared_at<u64>(Shape::kLaunch)[k] = reinterpret_cast<const u64*>(&launch)[k];
+    }
+  }
+  if constexpr (Shape::kStages > 0) Ring<Shape>::init();
+  if constexpr (Shape::kSegments > 1 || Shape::kStages > 0) __syncthreads();
   if constexpr (Shape::kStages > 0) {
-    Ring<Shape>::init();
-    __syncthreads();
     if (threadIdx.x >= Context<Shape>::kThreads) {
       Producer<Shape> producer(launch);
       Shape::schedule(producer);

@@ -79,7 +79,7 @@ _TILE_LOAD = "bulk_load(shared_at<char>(R::place(next) + r * job.chunk_bytes)"
 _COPIES = "if (lane == 0) barrier_arrive(full);"
 _DECIDED = "barrier_arrive(decided());"
 _DALLY = (
-    "for (const u64 begin = nanoseconds(); nanoseconds() - begin < c.launch.deadline_ns / 100;) "
+    "for (const u64 begin = nanoseconds(); nanoseconds() - begin < c.launch().deadline_ns / 100;) "
     "if (c.watch().aborted()) break;"
 )
 _ARRIVAL = "add_release(&watch().header()->arrivals, 1);"

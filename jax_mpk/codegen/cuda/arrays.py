@@ -83,6 +83,11 @@ def is_wide(shape: Sequence[int]) -> bool:
     return math.prod(shape) > 2**31 - 1
 
 
+def buffer_count(plan: Plan) -> int:
+    """Buffers that a launch names, one at least."""
+    return max(1, len(plan.graph.inputs) + len(plan.graph.results) + (1 if plan.workspace_bytes else 0))
+
+
 def buffer_of(plan: Plan, storage: Storage) -> tuple[int, int]:
     """Number of the buffer a storage lies in (arguments, results, workspace) and the offset in units."""
     arguments, results = len(plan.graph.inputs), len(plan.graph.results)

@@ -29,6 +29,7 @@ struct Shape {
     kPacedJobs = 0,
     kBarriers = 0,
     kControl = 512,
+    kLaunch = 640,
     kSlots = 640,
     kPartials = 768,
     kScratch = 45824,

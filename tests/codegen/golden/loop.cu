@@ -29,10 +29,11 @@ struct Shape {
     kPacedJobs = 0,
     kBarriers = 0,
     kControl = 512,
-    kSlots = 640,
-    kPartials = 768,
-    kScratch = 1024,
-    kRing = 34944,
+    kLaunch = 640,
+    kSlots = 768,
+    kPartials = 896,
+    kScratch = 1152,
+    kRing = 35072,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);

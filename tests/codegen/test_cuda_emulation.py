@@ -55,6 +55,68 @@ def test_case(case: Case) -> None:
     check_case(case, cuda_emulation.run(plan, inputs, launches=2), args)
 
 
+def _sum_times_what_is_overwritten(x: jax.Array, buffer: jax.Array) -> jax.Array:
+    def body(i: jax.Array, buffer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(buffer, x * (jnp.sum(x) * buffer[3] * 0.5), (0,))
+
+    return jax.lax.fori_loop(0, 3, body, buffer)
+
+
+def _softmax_and_other_rows(x: jax.Array) -> jax.Array:
+    def body(i: jax.Array, x: jax.Array) -> jax.Array:
+        powers = jnp.exp(x - jnp.max(x, -1, keepdims=True))
+        return powers / jnp.sum(powers, -1, keepdims=True) + x[::-1] * 0.5
+
+    return jax.lax.fori_loop(0, 3, body, x)
+
+
+def _powers_and_other_elements(x: jax.Array) -> jax.Array:
+    def body(i: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.exp(x - jnp.max(x, -1, keepdims=True)) + x[:, ::-1] * 0.5
+
+    return jax.lax.fori_loop(0, 3, body, x)
+
+
+def _query_and_new_row(x: jax.Array, w: jax.Array, keys: jax.Array, position: jax.Array) -> jax.Array:
+    made = jnp.einsum("rdk,k->rd", w, x)
+    keys = jax.lax.dynamic_update_slice(keys, made[1][None], (position, jnp.int32(0)))
+    return jnp.dot(keys, made[0], preferred_element_type=jnp.float32)
+
+
+def _sum_and_columns(x: jax.Array, p: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    doubled = values * jnp.bfloat16(2)
+    return doubled, jnp.dot(p, doubled, preferred_element_type=jnp.float32) * jnp.sum(x)
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes"),
+    [
+        (_sum_times_what_is_overwritten, ("300 float32", "400 float32")),
+        (_softmax_and_other_rows, ("16x64 float32",)),
+        (_powers_and_other_elements, ("1x100 float32",)),
+        (_query_and_new_row, ("16 bfloat16", "2x512x16 bfloat16", "32x512 bfloat16", "int32=5")),
+        (_sum_and_columns, ("300 float32", "64 bfloat16", "64x64 bfloat16")),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_threads_wait_for(fn: Any, shapes: tuple[str, ...]) -> None:
+    """Members that overwrite what slower threads still read, or read what others still write."""
+    case = Case(fn.__name__, fn, shapes, rough=True)
+    args = case.arguments()
+    plan, inputs = plan_of(fn, args, workers=1)
+    for seed in range(3):
+        check_case(case, cuda_emulation.run(plan, inputs, launches=2, seed=seed), args)
+
+
+def test_partials_are_not_overwritten_while_threads_read_them() -> None:
+    """No order of turns that is tried above shows it."""
+    args = Case("", _sum_and_columns, ("300 float32", "64 bfloat16", "64x64 bfloat16")).arguments()
+    plan, _ = plan_of(_sum_and_columns, args, workers=1)
+    text = generate(plan).source
+    between = text[text.index("= reduce_for_all<") : text.index("multiply_columns<")]
+    assert "c.sync();" in between
+
+
 @pytest.mark.parametrize("position", [0, 3, 7])
 def test_decode_step_of_few_tasks(position: int) -> None:
     """A cache that is kept, so that its new rows are written by the tasks that attend to them."""

@@ -111,7 +111,7 @@ def _emit(frame: Frame, member: int, op: Nest, large: Factor, small: Factor) -> 
         frame.code.partials = max(frame.code.partials, WARPS * -(-length // 64) * 64 * columns * 4)
     _prefetch(frame, member, op, large, sources[0], rank if position == "k" else -1)
     outputs = [frame.array(v, store=True) for v in op.outputs]
-    frame.meetings.meet(arrays, outputs)
+    frame.meetings.meet(arrays, outputs, joins=position == "k")
     coords = [fixed(0) if extents[d].value != 1 else low[d] for d in range(rank)]
     pointed = list(coords)
     for d in along:

@@ -53,5 +53,6 @@ def reduce_for_all(
     frame.lines_of(f"[&]({acc} a) -> {kept.dtype} {{", finish, "});")
     if joins:
         frame.code.partials = max(frame.code.partials, partials(op.acc))
-        frame.meetings.met(reads_partials=True)
+        after = {op.epilogue.nodes[i].attr for i in op.epilogue.loads()}
+        frame.meetings.met_before([a for slot, a in enumerate(arrays) if slot in after])
     return True

@@ -12,7 +12,7 @@ import numpy as np
 from jax_mpk.codegen.cuda.arrays import UNIT, Array, buffer_of, is_wide, register, row_major
 from jax_mpk.codegen.cuda.code import PREFETCH, Code, Operand, Stream
 from jax_mpk.codegen.cuda.live import Live
-from jax_mpk.codegen.cuda.meetings import Meetings
+from jax_mpk.codegen.cuda.meetings import Meetings, Place, overlap
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset, product
 from jax_mpk.codegen.cuda.staging import Copied, Staged, shares
 from jax_mpk.codegen.cuda.views import View
@@ -259,6 +259,19 @@ class Frame:
 
     def is_local(self, v: int) -> bool:
         return v in self._local
+
+    def share(self, v: int, w: int) -> bool:
+        """Whether two values have bytes in common."""
+        return overlap(self._home(v), self._home(w))
+
+    def _home(self, v: int) -> Place:
+        """Where a value lies: bytes of scratch, or a storage; what is brought to scratch lies where it comes from."""
+        v = self.views[v].target if v in self.views else v
+        if v not in self._local:
+            return int(self.plan.value_storage[v])
+        at = self.routine.local_offsets[self._local[v]]
+        extents = self.routine.local_extents[self._local[v]]
+        return at, at + math.prod(extents) * dtypes.itemsize(self.values[v].dtype)
 
     def array(self, v: int, *, store: bool = False, again: bool = True) -> Array:
         """Value ``v`` as the next member reads or writes it; ``again``: others may read what it stores."""

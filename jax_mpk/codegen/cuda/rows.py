@@ -53,13 +53,20 @@ def row_chain(frame: Frame, first: int, ops: Sequence[Op | None]) -> int:
     head = ops[first]
     if rows is None or not isinstance(head, Nest) or head.kind != "reduce":
         return 0
-    made: set[int] = set(head.outputs)
-    end = first + 1
+    made: set[int] = set()
+    read: set[int] = set()
+    end = first
     while end < len(ops):
         op, found = ops[end], _rows(frame, end, ops[end])
-        if found is None or not found.are_those_of(rows) or not isinstance(op, Nest) or not _reads(op, made, rows):
+        if found is None or not found.are_those_of(rows) or not isinstance(op, Nest):
             break
-        made.update(op.outputs)
+        if made and not _reads(op, made, rows):
+            break
+        # A row may not be overwritten, nor be read anew, while other warps take theirs through the chain.
+        reads, writes = read | set(op.operands) - made, made | set(op.outputs)
+        if any(frame.share(a, b) for a in reads for b in writes):
+            break
+        read, made = reads, writes
         end += 1
     if end - first < 2:
         return 0

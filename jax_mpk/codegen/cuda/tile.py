@@ -78,9 +78,12 @@ def tile(frame: Frame, member: int, op: Nest) -> bool:
     if not dot and outer < 0:
         return False
     if windowed:
-        others = {op.body.nodes[f.load].attr for f in found if f is not None and f.new < 0}
-        patched = [arrays[op.body.nodes[f.load].attr] for f in windowed]
-        frame.meetings.meet([a for slot, a in enumerate(arrays) if slot not in others], patched)
+        nodes = op.body.nodes
+        patched = [arrays[nodes[f.load].attr] for f in windowed]
+        # What the other factor is made of may still be on its way.
+        news = op.body.only(*(root for f in windowed for root in (f.start, f.new, *nodes[f.load].args)))
+        needed = {news.nodes[i].attr for i in news.loads()}
+        frame.meetings.meet([a for slot, a in enumerate(arrays) if slot in needed], patched)
         for f in windowed:
             _patch(frame, op, f, arrays, low, extents, dry=False)
     names = [f"i{d}" for d in range(rank)]

@@ -188,7 +188,7 @@ def edited(program: CudaProgram, *edits: tuple[str, str]) -> CudaProgram:
 
 def faulty(plan: Plan, text: str, instead: str, headers: Path | None = None) -> CudaProgram:
     """The plan's program, losing what ``instead`` says in launches whose last argument is not 0."""
-    switch = f"(*static_cast<const volatile u32*>(%slaunch.buffers[{len(plan.graph.inputs) - 1}]) != 0)"
+    switch = f"(*static_cast<const volatile u32*>(%s.buffers[{len(plan.graph.inputs) - 1}]) != 0)"
     # Stores of tagged words do not see the launch; here they do.
     program = flat(generate(plan), headers)
     source = re.sub(r"(\bg\d+)\.put\(", r"\1.put(c, ", program.source)
@@ -197,8 +197,11 @@ def faulty(plan: Plan, text: str, instead: str, headers: Path | None = None) -> 
         ("__device__ void put(u64 i, T v)", "template <class C> __device__ void put(const C& c, u64 i, T v)"),
     )
     # Members of Context and Producer see it as theirs.
-    owner = "c." if text in (_STORE, _DECIDED) else ""
-    return edited(program, (text, instead.replace("FAULT", switch % owner)))
+    if text in (_LOAD, _TILE_LOAD, _COPIES):
+        launch = "launch"
+    else:
+        launch = "c.launch()" if text in (_STORE, _DECIDED) else "launch()"
+    return edited(program, (text, instead.replace("FAULT", switch % launch)))
 
 
 def late(program: CudaProgram) -> CudaProgram:

@@ -17,8 +17,9 @@ def _moves(dtype: str) -> Group:
     group = Group({"x": rows(dtype), "v": edges(dtype)})
     group.arrays["at"] = np.array([2, -1, 0, 40, 2], np.int32)
     group.arrays["which"] = np.broadcast_to(np.arange(-1, 5, dtype=np.int32).repeat(4)[:, None], (24, 13)).copy()
-    # XLA goes by way of f32, and processors that round to bf16 in one instruction flush subnormals in it.
-    group.add("lax.broadcast_in_dim(x, (24, 2, 13), (0, 2))", lenient=dtype == "bf16")
+    # XLA goes by way of f32 here, and processors that round to bf16 in one instruction flush subnormals in it.
+    takes = (f"jnp.take(x, at, axis=0, mode={mode!r})" for mode in (None, "clip", "wrap", "fill"))
+    group.add("lax.broadcast_in_dim(x, (24, 2, 13), (0, 2))", *takes, lenient=dtype == "bf16")
     group.add("lax.concatenate([x, x[:3]], 0)", "jnp.copy(x)")
     group.add("lax.pad(x, v[-1], [(1, 2, 1), (-1, 3, 0)])", "lax.reshape(x, (13, 24), dimensions=(1, 0))")
     group.add("lax.rev(x, (0, 1))", "lax.split(x, [5, 8], 1)[1]", "lax.squeeze(x[:1], (0,))", "jnp.tile(x, (1, 2))")
@@ -26,7 +27,7 @@ def _moves(dtype: str) -> Group:
     group.add("helpers.bound('name', x, name='here')", "lax.slice(x, (1, 2), (20, 12), (3, 2))")
     group.add("lax.select_n(which, x, x[::-1], x[:, ::-1])", "lax.select(which > 0, x, x[::-1])")
     group.add("lax.dynamic_slice(x, (at[0], at[1]), (3, 5))", "lax.dynamic_update_slice(x, x[:3, :5], (at[0], at[3]))")
-    group.add(*(f"jnp.take(x, at, axis=0, mode={mode!r})" for mode in (None, "clip", "wrap", "fill")), "x[at, at]")
+    group.add("x[at, at]")
     group.add("x.at[at].set(x[5:10])", "x.at[at].set(x[5:10], mode='clip')", "x.at[:, at].set(x[:, :5])")
     group.add("lax.scan(lambda c, r: (r, c), x[0], x)[1]", "lax.cond(at[0] > 1, lambda: x, lambda: x[::-1])")
     group.add("lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1][::-1]), (at[2], x))[1]")

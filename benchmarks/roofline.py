@@ -1,6 +1,6 @@
 """Draws how much of the device's read bandwidth each system uses, from the rows that `benchmarks.decode` wrote.
 
-python -m benchmarks.roofline                   # benchmarks/results/decode*.json to docs/roofline.svg
+python -m benchmarks.roofline                   # benchmarks/results/decode_h200.json to docs/roofline.svg
 python -m benchmarks.roofline FILE --out OUT
 """
 
@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 from benchmarks import harness
 
-RESULTS = tuple(harness.RESULTS / name for name in ("decode.json", "decode_jax.json"))
+RESULTS = (harness.RESULTS / "decode_h200.json",)
 PICTURE = harness.ROOT / "docs" / "roofline.svg"
 # In this order, with what a reader calls them and a colour.
 SYSTEMS = {

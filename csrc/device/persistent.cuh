@@ -274,6 +274,7 @@ __device__ __forceinline__ void copy_aside(const C& c, int rows, void* to, const
 template <class Shape>
 __device__ __forceinline__ void run_worker(const typename Shape::Launch& launch) {
   if constexpr (Shape::kSegments > 1) {
+    static_assert(Shape::kLaunch + static_cast<int>(sizeof(launch)) <= Shape::kSlots);
     constexpr int kWords = sizeof(launch) / 8, kAll = Context<Shape>::kThreads + (Shape::kStages > 0 ? kWarp : 0);
     for (int k = threadIdx.x; k < kWords; k += kAll) {
       shared_at<u64>(Shape::kLaunch)[k] = reinterpret_cast<const u64*>(&launch)[k];

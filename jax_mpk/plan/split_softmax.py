@@ -44,8 +44,14 @@ def split_softmax(graph: Graph, target: Target) -> Graph:
         makers = {v: op for op in block.ops for v in op.outputs}
         uses = use_counts(block)
         ops: list[Op] = []
-        merged: set[int] = set()
+        merged: dict[int, int] = {}  # what an attention's parts are merged to, and where in `ops`
         for op in block.ops:
+            if isinstance(op, Nest) and (merge := _moved_merge(op, values, merged, uses)) is not None:
+                # Tasks that merge some elements for all store them where their only reader would move them.
+                final = ops[merge]
+                assert isinstance(final, Nest)
+                ops[merge] = made_in_place(final, op)
+                continue
             found = find_attention(op, makers, uses)
             if isinstance(found, str):
                 if found:
@@ -58,30 +64,20 @@ def split_softmax(graph: Graph, target: Target) -> Graph:
                 what = "positions up to a scalar" if found.live is None else "all that its scores read"
                 notes.append(Note("attention", f"attention reads all keys: {op.source.short}: no mask of {what}"))
             ops += _Split(values, found, chunks, scored).ops() if chunks > 1 or scored else [op]
-            merged.update(ops[-1].outputs if chunks > 1 else ())
-        return prune(Block(tuple(_in_place(ops, values, merged, uses)), block.results), set())
+            if chunks > 1:
+                merged[ops[-1].outputs[0]] = len(ops) - 1
+        return prune(Block(tuple(ops), block.results), set())
 
     out = map_blocks(graph, visit)
     return noted(replace(out, values=tuple(values)), "attention", notes)
 
 
-def _in_place(ops: list[Op], values: list[Value], merged: set[int], uses: Counter[int]) -> list[Op]:
-    """``ops``, in which attentions that were merged put their results where their only reader moves them.
-
-    A task merges some elements for all: it may as well store them where they belong, and tasks that read them all need
-    not move them.
-    """
-    makers = {v: op for op in ops for v in op.outputs}
-    out: list[Op] = []
-    for op in ops:
-        if isinstance(op, Nest) and len(op.operands) == 1 and merged.intersection(op.operands):
-            (v,) = op.operands
-            maker = makers[v]
-            if uses[v] == 1 and isinstance(maker, Nest) and moved(op, values[v].shape) is not None:
-                out[out.index(maker)] = made_in_place(maker, op)
-                continue
-        out.append(op)
-    return out
+def _moved_merge(op: Nest, values: list[Value], merged: dict[int, int], uses: Counter[int]) -> int | None:
+    """Where the merge is whose results an operator only moves, if nobody else reads them."""
+    if len(op.operands) != 1:
+        return None
+    (v,) = op.operands
+    return merged[v] if v in merged and uses[v] == 1 and moved(op, values[v].shape) is not None else None
 
 
 def _chunks(values: list[Value], found: Attention, target: Target) -> int:

@@ -138,6 +138,9 @@ __device__ constexpr int power_of_two(int count) {
   return n;
 }
 
+// How many sets of accumulators so many chains of sums have, for shorter ones.
+__device__ constexpr int sets_of(int chains) { return chains == 1 ? 4 : chains <= 8 ? 2 : 1; }
+
 // Sets of accumulators, added up in the first one.
 template <int sets>
 __device__ __forceinline__ void add_sets(f32 (&acc)[sets][4]) {
@@ -228,8 +231,7 @@ __device__ __noinline__ f32 chunk_sums(u32 w_at, u32 x_at, int x_stride) {
     // lower half those of the next one; the same lots of x are a column of the second factor. What belongs together is the
     // diagonal of each half of the result. Of an only row the lower half are other lots, with a result of their own.
     constexpr int kWhole = rows / 2, kOnly = rows % 2, kResults = kWhole + 2 * kOnly;
-    constexpr int kChains = kResults * M;
-    constexpr int kSets = kChains == 1 ? 4 : kChains <= 8 ? 2 : 1;  // of accumulators, for shorter chains
+    constexpr int kSets = sets_of(kResults * M);
     f32 acc[kResults][M][kSets][4] = {};
     const u32 last = rows == 1 ? w_at : w_at + (rows - 1) * S::kRowBytes - lane / 8 % 2 * (S::kRowBytes - S::after(0));
     const auto block = [&](int i, int steps) {
@@ -288,8 +290,7 @@ __device__ __noinline__ f32 chunk_sums(u32 w_at, u32 x_at, int x_stride) {
     // The same with what is loaded by lane: four lanes' elements of two rows are one row each of the first factor.
     const W* w = shared_from<W>(w_at);
     const X* x = shared_from<X>(x_at);
-    constexpr int kChains = S::kPairs * M;
-    constexpr int kSets = kChains == 1 ? 4 : kChains <= 8 ? 2 : 1;
+    constexpr int kSets = sets_of(S::kPairs * M);
     f32 acc[S::kPairs * M][kSets][4] = {};
 #pragma unroll 4
     for (int i = 0; i < (depth + kWarp * 8 - 1) / (kWarp * 8); ++i) {

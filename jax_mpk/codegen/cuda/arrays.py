@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jax_mpk.codegen.cuda.scalars import Term, offset
-from jax_mpk.plan.ir import Plan, Storage
+from jax_mpk.graph import dtypes
+from jax_mpk.plan.ir import Plan, Routine, Storage
 
 #: Offsets of operands are in units of so many bytes.
 UNIT = 16
@@ -57,6 +58,7 @@ class Array:
         return f"{self.name}[{where}]"
 
     def store(self, indices: Sequence[Term], value: str) -> str:
+        """A statement; for a register, what ends the lambda that computes it."""
         if self.kind == "register":
             return f"return {value};"
         where = self.at(indices)
@@ -81,6 +83,14 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 def is_wide(shape: Sequence[int]) -> bool:
     return math.prod(shape) > 2**31 - 1
+
+
+def local_bytes(plan: Plan, routine: Routine) -> dict[int, tuple[int, int]]:
+    """First byte in scratch, and end, of each of a routine's local values."""
+    return {
+        v: (at, at + math.prod(extents) * dtypes.itemsize(plan.graph.values[v].dtype))
+        for v, at, extents in zip(routine.local_values, routine.local_offsets, routine.local_extents, strict=True)
+    }
 
 
 def buffer_count(plan: Plan) -> int:

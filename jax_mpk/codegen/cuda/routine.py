@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from jax_mpk.codegen.cuda.arrays import UNIT, Array, buffer_of, is_wide, register, row_major
+from jax_mpk.codegen.cuda.arrays import UNIT, Array, buffer_of, is_wide, local_bytes, register, row_major
 from jax_mpk.codegen.cuda.code import PREFETCH, Code, Operand, Stream
 from jax_mpk.codegen.cuda.live import Live
 from jax_mpk.codegen.cuda.meetings import Meetings, Place, overlap
@@ -97,7 +97,8 @@ class Frame:
         self.streams = streams
         self.live = live
         self.ops = [op for op in live.ops if op is not None]
-        self.code = Code(scratch=max([0, *self._local_ends(plan, routine)]))
+        self._local_bytes = local_bytes(plan, routine)
+        self.code = Code(scratch=max((end for _, end in self._local_bytes.values()), default=0))
         self.values = plan.graph.values
         self._local = {v: k for k, v in enumerate(routine.local_values)}
         self._maker = {v: m for m, op in enumerate(live.ops) if op is not None for v in op.outputs}
@@ -142,13 +143,6 @@ class Frame:
         if copied or waited:
             self.line("c.sync();")
         self.line("c.stamp(1);")
-
-    @staticmethod
-    def _local_ends(plan: Plan, routine: Routine) -> list[int]:
-        ends = []
-        for v, at, extents in zip(routine.local_values, routine.local_offsets, routine.local_extents, strict=True):
-            ends.append(at + math.prod(extents) * dtypes.itemsize(plan.graph.values[v].dtype))
-        return ends
 
     def line(self, text: str = "") -> None:
         self.code.lines.append(text)
@@ -267,11 +261,7 @@ class Frame:
     def _home(self, v: int) -> Place:
         """Where a value lies: bytes of scratch, or a storage; what is brought to scratch lies where it comes from."""
         v = self.views[v].target if v in self.views else v
-        if v not in self._local:
-            return int(self.plan.value_storage[v])
-        at = self.routine.local_offsets[self._local[v]]
-        extents = self.routine.local_extents[self._local[v]]
-        return at, at + math.prod(extents) * dtypes.itemsize(self.values[v].dtype)
+        return self._local_bytes[v] if v in self._local else int(self.plan.value_storage[v])
 
     def array(self, v: int, *, store: bool = False, again: bool = True) -> Array:
         """Value ``v`` as the next member reads or writes it; ``again``: others may read what it stores."""

@@ -16,7 +16,7 @@ from jax_mpk.codegen.cuda.arrays import Array, register
 from jax_mpk.codegen.cuda.members import accumulated, combined, nothing
 from jax_mpk.codegen.cuda.routine import WARPS, Frame
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, product
-from jax_mpk.codegen.cuda.texts import loader, rounded, title
+from jax_mpk.codegen.cuda.texts import loader, rounded, stores, title
 from jax_mpk.graph.ir import Nest, Op
 from jax_mpk.graph.windows import is_identity
 
@@ -160,13 +160,11 @@ def _emit(frame: Frame, rows: _Rows, chain: dict[int, Nest]) -> None:
         frame.line(f"  const {kept.dtype} {kept.name} = across_row<{each}>(")
         frame.line(f"      c, {count.text}, {nothing(op.combine, 'f32')},")
         body = accumulated(op.body, op.combine, op.acc, at, load, "r")
-        s = Scalars(op.epilogue, coords, load, lambda node: "a")
-        (term,) = s.results()
-        value = rounded(term, op.epilogue.nodes[op.epilogue.results[0]].dtype, kept.dtype)
+        finish = stores(op.epilogue, coords, load, [kept], lambda node: "a")
         for head, lines, end in (
             ("[&](int r, int k) -> f32 {", body, "},"),
             ("[&](f32 a, f32 b) -> f32 {", combined(op.combine, op.acc), "},"),
-            (f"[&](f32 a) -> {kept.dtype} {{", [*s.lines, f"return {value};"], "});"),
+            (f"[&](f32 a) -> {kept.dtype} {{", finish, "});"),
         ):
             frame.lines_of(f"  {head}", [f"  {text}" for text in lines], f"  {end}")
         if v in stored:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from jax_mpk.codegen.cuda.arrays import row_major
-from jax_mpk.graph import dtypes
+from jax_mpk.codegen.cuda.arrays import local_bytes, row_major
 from jax_mpk.graph.ir import Nest, Op
 from jax_mpk.graph.moves import moved
 from jax_mpk.plan.ir import Plan, Routine
@@ -82,9 +80,7 @@ def _strides(op: Nest, shape: tuple[int, ...]) -> tuple[int, ...] | None:
 
 def _free(plan: Plan, routine: Routine, ops: Sequence[Op | None], source: int, target: int) -> bool:
     """Whether nobody else uses the target's bytes; ``ops``: from the source's maker to the map."""
-    spans = {}
-    for v, at, extents in zip(routine.local_values, routine.local_offsets, routine.local_extents, strict=True):
-        spans[v] = at, at + math.prod(extents) * dtypes.itemsize(plan.graph.values[v].dtype)
+    spans = local_bytes(plan, routine)
     low, high = spans[target]
     used = {v for op in ops if op is not None for v in (*op.operands, *op.outputs)}
     return all(spans[v][1] <= low or spans[v][0] >= high for v in used & spans.keys() - {source, target})

@@ -30,8 +30,6 @@ from benchmarks import harness
 from benchmarks.driver import Gpu
 from benchmarks.shapes import SHAPES, step_bytes
 from models.decoder import Decoder, init_cache
-from models.generate import sampling_steps
-from models.sampling import Sampling
 
 _BLOCK = 1 << 26  # bytes of random numbers
 _RECORD_BYTES = 64
@@ -73,11 +71,13 @@ class Kernel:
 
 def pack(model: str, batch: int, cache_len: int, position: int, target: str, name: str, folder: Path) -> Path:
     """Compiles the decode step of a model for a GPU and writes it to a file."""
-    # Here, so that kernels can be run without the native library.
+    # Here, so that kernels can be run without the native library and the packages that checkpoints need.
     import jax_mpk
     from jax_mpk.codegen.cuda import generate
     from jax_mpk.graph import dtypes
     from jax_mpk.runtime.cuda import compile_program
+    from models.generate import sampling_steps
+    from models.sampling import Sampling
 
     config = SHAPES[model]
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))

@@ -137,8 +137,8 @@ __device__ __forceinline__ void barrier_init(u64* b, int arrivals) {
 // Bulk loads may name the barriers that were made so far.
 __device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ __forceinline__ void barrier_arrive(u64* b) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+__device__ __forceinline__ void barrier_arrive(u64* b, int arrivals = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
 
 __device__ __forceinline__ void barrier_expect(u64* b, int bytes) {

@@ -54,13 +54,16 @@ struct Ring {
   __device__ static void init() {
     if (threadIdx.x == 0) {
 #pragma unroll 1
-      for (int i = 0; i < 2 * Shape::kStages + 2; ++i) barrier_init(full(i), 1);
+      for (int i = 0; i < 2 * Shape::kStages + 2; ++i) {
+        barrier_init(full(i), i / Shape::kStages == 1 ? kReleases : 1);  // those in the middle are `empty`
+      }
       barriers_ready();
     }
   }
 
-  // A warp reads every kStep-th chunk. All chunks of a stage are the same warp's, which is thus never a round ahead of
-  // the stage's barrier: parity is enough.
+  // Who reads a stage is never a round ahead of its barrier, so that parity is enough: a piece of a tile is read, and
+  // released, by all warps; all other chunks of a stage by the same one, every kStep-th.
+  static constexpr int kReleases = (Shape::kTiles & kHasTiles) != 0 ? Shape::kWarps : 1;
   static constexpr int kStep = Shape::kReaders;
   static_assert(kStep <= Shape::kWarps && Shape::kStages % kStep == 0);
 
@@ -89,8 +92,9 @@ struct Ring {
     return Shape::kRing + static_cast<int>(number % Shape::kStages) * Shape::kStageBytes;
   }
 
-  // One thread, after all its warp has read.
-  __device__ void release(u32 number) const { barrier_arrive(empty(number % Shape::kStages)); }
+  // One thread, after all its warp has read: the chunk's only reader, or one of many.
+  __device__ void release(u32 number) const { barrier_arrive(empty(number % Shape::kStages), kReleases); }
+  __device__ void release_one(u32 number) const { barrier_arrive(empty(number % Shape::kStages)); }
 
   // The producer follows decision n too. It must have taken the one before: with two under way, parity would not
   // tell whether both or none had been.
@@ -178,9 +182,10 @@ struct Producer {
         } else if ((Shape::kTiles & kHasColumns) != 0 && job.chunk_bytes >= kColumns) {
           if (job.chunk_bytes == kColumns + kNarrowBlock) stream_columns<kNarrowBlock>(job);
           else stream_columns<kWideBlock>(job);
+        } else if ((Shape::kTiles & kHasTiles) != 0 && job.height != 0) {
+          stream_tiles(job);
         } else if (lane == 0) {
-          if ((Shape::kTiles & kHasTiles) != 0 && job.height != 0) stream_tiles(job);
-          else stream(job);
+          stream(job);
         }
       }
       __syncwarp();
@@ -295,28 +300,32 @@ struct Producer {
     }
   }
 
-  // Of each tile one piece of columns after the other.
+  // Of each tile one piece of columns after the other. A lane copies a row's run: what a copy takes is little in a loop of
+  // one instruction, but not where one thread computes all that belongs to it.
   __device__ void stream_tiles(const StreamJob& job) {
     using R = Ring<Shape>;
     const u32 length = static_cast<u32>(job.bytes);
+    next = __shfl_sync(~0u, next, 0);
 #pragma unroll 1
     for (u32 tile = 0; tile < job.rows; tile += kTileRows) {
       const u32 end = min(tile + kTileRows, job.rows);
 #pragma unroll 1
       for (u32 done = 0; done < length; done += job.chunk_bytes) {
         const u32 size = min(job.chunk_bytes, length - done);
+        const bool whole = size == length;  // whole rows are one run
+        const char* from = at(job) + u64(tile + lane) * length + done;
 #pragma unroll 1
-        for (u32 row = tile; row < end; row += job.height, ++next) {
-          if (!room()) return;
+        for (u32 row = tile; row < end; row += job.height, ++next, from += u64(job.height) * length) {
+          const bool go = lane != 0 || room();
+          if (!__all_sync(~0u, go)) return;
           if constexpr ((Shape::kTiles & kHasColumns) != 0) bulk_loads_follow();
-          // Whole rows are one run.
-          const u32 count = min(job.height, end - row), runs = size == length ? 1 : count, run = size * count / runs;
+          const u32 count = min(job.height, end - row);
           u64* full = R::full(next % Shape::kStages);
-          barrier_expect(full, size * count);
-          const char* from = at(job) + u64(row) * length + done;
-#pragma unroll 1
-          for (u32 r = 0; r < runs; ++r, from += length) {
-            bulk_load(shared_at<char>(R::place(next) + r * job.chunk_bytes), from, run, full, policy);
+          if (lane == 0) barrier_expect(full, size * count);
+          __syncwarp();
+          if (lane < (whole ? 1 : count)) {
+            bulk_load(shared_at<char>(R::place(next) + lane * job.chunk_bytes), from, whole ? size * count : size, full,
+                      policy);
           }
         }
       }

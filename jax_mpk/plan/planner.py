@@ -17,6 +17,7 @@ from jax_mpk.plan.cluster import Clusterer, Routine
 from jax_mpk.plan.defer import deferred
 from jax_mpk.plan.handoff import Handoffs
 from jax_mpk.plan.ir import MUST, READ
+from jax_mpk.plan.locals import lay_out
 from jax_mpk.plan.memory import Life, assign_offsets
 from jax_mpk.plan.place import Placer
 from jax_mpk.plan.prepare import Prepared, prepare
@@ -200,18 +201,10 @@ class _Planner:
     def _emit(self, routine: Routine, workers: np.ndarray, found: list[Access]) -> None:
         members = tuple(ir.Member(self.op_number[id(op)]) for op in routine.ops)
         local = routine.local
-        extents: list[tuple[int, ...]] = []
-        offsets: list[int] = []
-        end = 0
-        for op, lo, hi in zip(routine.ops, routine.cut.lo, routine.cut.hi, strict=True):
-            for v in op.outputs:
-                if v in local:
-                    shape = tuple(int(e) for e in (hi - lo).max(axis=0, initial=0))
-                    extents.append(shape)
-                    offsets.append(end)
-                    end += -(-int(np.prod(shape)) * dtypes.itemsize(self.graph.values[v].dtype) // 64) * 64
+        homes, _ = lay_out(self.graph, routine.ops, list(zip(routine.cut.lo, routine.cut.hi, strict=True)), set(local))
+        offsets, extents = zip(*(homes[v] for v in local), strict=True) if local else ((), ())
         number = len(self.routines)
-        self.routines.append(ir.Routine(members, local, tuple(offsets), tuple(extents)))
+        self.routines.append(ir.Routine(members, local, offsets, extents))
         first = len(self.task_rows)
         count = len(routine.ops)
         tasks = routine.cut.tasks

@@ -20,6 +20,7 @@ from jax_mpk.graph.ir import Cumulative, Graph, Nest, Op, Sort, Source, Update, 
 from jax_mpk.graph.regions import Touch, op_touches, shifted_coord
 from jax_mpk.plan import columns, costs
 from jax_mpk.plan.ir import WHOLE, Target
+from jax_mpk.plan.locals import lay_out
 
 #: Low and high corners of boxes, int64 [tasks, axes] each.
 Grid = tuple[np.ndarray, np.ndarray]
@@ -230,11 +231,7 @@ class Tiler:
                     )
         boxes.reverse()
         touches.reverse()
-        scratch = 0
-        for op, (a, b) in zip(members, boxes, strict=True):
-            extents = (b - a).max(axis=0, initial=0)
-            for v in inner.intersection(op.outputs):
-                scratch += -(-math.prod(map(int, extents)) * dtypes.itemsize(graph.values[v].dtype) // 64) * 64
+        _, scratch = lay_out(graph, members, boxes, inner)
         seconds = self._seconds(members, boxes, touches, inner)
         return Cut(tuple(b[0] for b in boxes), tuple(b[1] for b in boxes), tuple(touches), seconds, scratch)
 

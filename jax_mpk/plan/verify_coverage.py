@@ -196,7 +196,7 @@ def _pairwise_fault(
 
 
 def _check_scratch(facts: Facts, number: int, routine: Routine) -> None:
-    """Local values that are alive together do not overlap and fit the scratch memory."""
+    """Local values fit, and those alive together do not overlap, unless one replaces the other element by element."""
     plan = facts.plan
     if plan.scratch_bytes > plan.target.scratch_bytes:
         refuse(f"tasks use {plan.scratch_bytes} bytes of scratch, a worker has {plan.target.scratch_bytes}")
@@ -224,9 +224,29 @@ def _check_scratch(facts: Facts, number: int, routine: Routine) -> None:
             refuse(f"routine {number}: local {facts.name_text(v)} is not aligned at byte {offset}")
         for other, a, b in spans:
             together = born[v] <= dies[other] and born[other] <= dies[v]
-            if together and a < end and offset < b:
+            if together and a < end and offset < b and not _replaces(facts, number, routine, v, other, born, dies):
                 refuse(f"routine {number}: local values {other} and {v} overlap in scratch")
         spans.append((v, offset, end))
+
+
+def _replaces(
+    facts: Facts, number: int, routine: Routine, a: int, b: int, born: dict[int, int], dies: dict[int, int]
+) -> bool:
+    """Whether one of two local values takes the other's place: its only maker reads an element, for the last time, just
+    before it writes that same element to the same bytes.
+    """
+    new, old = (a, b) if born[a] > born[b] else (b, a)
+    at = born[new]
+    member = routine.members[at]
+    i, j = map(routine.local_values.index, (new, old))
+    return (
+        at == dies[old]
+        and routine.local_offsets[i] == routine.local_offsets[j]
+        and routine.local_extents[i] == routine.local_extents[j]
+        and facts.itemsizes[new] == facts.itemsizes[old]
+        and old in _pointwise(facts, facts.plan.ops[member.op], member.stage)
+        and np.array_equal(facts.member_boxes(number, at), facts.member_boxes(number, born[old]))
+    )
 
 
 def _operands(op: Op, stage: int) -> set[int]:

@@ -2,7 +2,8 @@
 //
 // Rows are the M side of mma.m16n8k16, columns its N side. A task's rows are cut into tiles of up to 16, a tile into
 // pieces of its columns, a piece into stages of the ring, each with some of its rows. The warps share out a piece's
-// columns; what they have of a tile is added in shared memory, in their order.
+// columns, and none waits for another before a tile's end: then what they have of it is added in shared memory, in their
+// order.
 #pragma once
 
 #include "persistent.cuh"
@@ -11,11 +12,11 @@ namespace mpk {
 
 constexpr int kTileStep = 32;
 
-// How a tile of rows is cut; stream.py computes the same. Runs of a row that are much shorter than a stage would be too
-// many copies for the rate of memory; of much longer ones, too few pieces would fit into the ring.
+// How a tile of rows is cut; stream.py computes the same. Runs of a row that are much shorter than this would be too many
+// copies for the rate of memory; of much longer ones, too few pieces would fit into the ring.
 template <class T, int K, int stage_bytes>
 struct Pieces {
-  static constexpr int kMost = stage_bytes / 2 / static_cast<int>(sizeof(T));
+  static constexpr int kMost = stage_bytes / (K * static_cast<int>(sizeof(T)) <= stage_bytes / 2 ? 2 : 4) / static_cast<int>(sizeof(T));
   static constexpr int kCount = (K + kMost - 1) / kMost;
   static constexpr int kColumns = (K / kTileStep + kCount - 1) / kCount * kTileStep;
   static constexpr int kPitch = kColumns * static_cast<int>(sizeof(T));  // from row to row in a stage
@@ -40,14 +41,33 @@ __device__ __forceinline__ void stream_tiles(C& c, const T* x, int x_stride, int
   constexpr int kTiles = (N + 7) / 8, kSums = kTiles * 128;
   constexpr int kBuffers = N <= 16 ? 2 : 1;  // so that the next tile need not wait for the sums of this one
   constexpr int kSteps = (P::kColumns / kTileStep + C::kWarps - 1) / C::kWarps;  // a warp's, of a piece
-  // Of so many of them parts of x are loaded at a time; of the first ones before the piece is there.
+  // Of so many of them parts of x are loaded at a time: of the first ones before the piece is there, of all of them, where
+  // x comes from afar, while the piece before is multiplied.
   constexpr int kMost = 6 / kTiles, kAhead = kMost > kSteps ? kSteps : kMost > 1 ? kMost : 1;
+  constexpr bool kFar = !shared && kAhead == kSteps;
   const int lane = c.lane(), g = lane / 4, q = lane % 4;
   const int x_byte = shared ? static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0))) : 0;
+  using Part = Quad[kAhead][kTiles];
+  // Of piece p, from step `first` on.
+  const auto load = [&](int p, int first, Part& to) {
+    const int steps = min(P::kColumns, K - p * P::kColumns) / kTileStep;
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int column = p * P::kColumns + min(first + u * C::kWarps, steps - 1) * kTileStep + q * 8;
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        const int at = min(t * 8 + g, N - 1) * x_stride + column;
+        if constexpr (shared) to[u][t] = *shared_at<Quad>(x_byte + at * static_cast<int>(sizeof(T)));
+        else to[u][t] = load_quad(x + at);
+      }
+    }
+  };
+  Part b, following;
   bool running = true;
-  // All warps read every stage: none may be here while chunks of an earlier contraction are still to be waited for, or
-  // the parity of a stage would not tell its rounds apart.
+  // All warps read every stage: none may be here while chunks of another kind of contraction are still to be waited for,
+  // or the parity of a stage would not tell its rounds apart.
   c.sync();
+  if (kFar) load(0, c.warp(), following);
 #pragma unroll 1
   for (int tile = 0; tile * kTileRows < rows; ++tile) {
     const int count = min(kTileRows, rows - tile * kTileRows), stages = (count + P::kRows - 1) / P::kRows;
@@ -60,26 +80,18 @@ __device__ __forceinline__ void stream_tiles(C& c, const T* x, int x_stride, int
 #pragma unroll 1
     for (int p = 0; p < P::kCount; ++p) {
       const int steps = min(P::kColumns, K - p * P::kColumns) / kTileStep;
-      const int column = p * P::kColumns + q * 8;
-      Quad b[kAhead][kTiles];
-      const auto load = [&](int s, Quad(&to)[kTiles]) {
+      if constexpr (kFar) {
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          const int at = min(t * 8 + g, N - 1) * x_stride + column + min(s, steps - 1) * kTileStep;
-          if constexpr (shared) to[t] = *shared_at<Quad>(x_byte + at * static_cast<int>(sizeof(T)));
-          else to[t] = load_quad(x + at);
-        }
-      };
-      const auto load_ahead = [&](int s) {
-#pragma unroll
-        for (int u = 0; u < kAhead; ++u) load(s + u * C::kWarps, b[u]);
-      };
-      load_ahead(c.warp());
+        for (int u = 0; u < kAhead * kTiles; ++u) b[u / kTiles][u % kTiles] = following[u / kTiles][u % kTiles];
+        load(p + 1 < P::kCount ? p + 1 : 0, c.warp(), following);
+      } else {
+        load(p, c.warp(), b);
+      }
       if (running) running = __all_sync(~0u, lane >= stages || c.ring.wait(c, c.ring.next + lane));
       const int low_byte = row_byte(low), high_byte = row_byte(high);
 #pragma unroll 1
       for (int first = c.warp(); first < steps; first += kAhead * C::kWarps) {
-        if (kAhead < kSteps && first != c.warp()) load_ahead(first);
+        if (kAhead < kSteps && first != c.warp()) load(p, first, b);
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           const int s = first + u * C::kWarps;
@@ -93,14 +105,13 @@ __device__ __forceinline__ void stream_tiles(C& c, const T* x, int x_stride, int
           }
         }
       }
-      if (p == P::kCount - 1) {
-#pragma unroll
-        for (int i = 0; i < kTiles * 4; ++i) sums[c.warp() * kSums + i * kWarp + lane] = acc[i / 4][i % 4];
-      }
-      c.sync();
-      if (c.thread() < stages) c.ring.release(c.ring.next + c.thread());
+      __syncwarp();
+      if (lane < stages) c.ring.release_one(c.ring.next + lane);
       c.ring.next += stages;
     }
+#pragma unroll
+    for (int i = 0; i < kTiles * 4; ++i) sums[c.warp() * kSums + i * kWarp + lane] = acc[i / 4][i % 4];
+    c.sync();
 #pragma unroll 1
     for (int n = c.thread(); n < kTileRows * N; n += C::kThreads) {
       const int row = n % kTileRows, column = n / kTileRows;
@@ -111,7 +122,7 @@ __device__ __forceinline__ void stream_tiles(C& c, const T* x, int x_stride, int
       for (int w = 0; w < C::kWarps; ++w) sum += mine[w * kSums];
       finish(tile * kTileRows + row, column, sum);
     }
-    if (kBuffers == 1 && P::kCount == 1) c.sync();  // before the sums are used again
+    if (kBuffers == 1) c.sync();  // before the sums are used again
   }
 }
 

@@ -175,7 +175,7 @@ def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
 
 def piece(depth: int, itemsize: int) -> tuple[int, int]:
     """Columns of a piece of a tile, and rows of it that a stage holds: `Pieces` in matmul.cuh."""
-    pieces = -(-depth // (STAGE_BYTES // 2 // itemsize))
+    pieces = -(-depth // (STAGE_BYTES // (2 if depth * itemsize <= STAGE_BYTES // 2 else 4) // itemsize))
     columns = -(-(depth // _STEP) // pieces) * _STEP
     return columns, min(STAGE_BYTES // (columns * itemsize), _TILE_ROWS)
 

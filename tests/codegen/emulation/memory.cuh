@@ -55,14 +55,16 @@ inline void barrier_init(u64* b, int arrivals) {
   *reinterpret_cast<Barrier*>(b) = {0, static_cast<u8>(arrivals), static_cast<u8>(arrivals), 0};
 }
 inline void barriers_ready() {}
-inline void barrier_expect(u64* b, int bytes) {
+inline void barrier_arrive(u64* b, int arrivals = 1) {
   auto* barrier = reinterpret_cast<Barrier*>(b);
-  if (barrier->pending == 0) std::fprintf(stderr, "more arrivals than a barrier expects\n"), std::abort();
-  barrier->bytes += bytes;
-  --barrier->pending;
+  if (barrier->pending < arrivals) std::fprintf(stderr, "more arrivals than a barrier expects\n"), std::abort();
+  barrier->pending = static_cast<u8>(barrier->pending - arrivals);
   barrier->check();
 }
-inline void barrier_arrive(u64* b) { barrier_expect(b, 0); }
+inline void barrier_expect(u64* b, int bytes) {
+  reinterpret_cast<Barrier*>(b)->bytes += bytes;
+  barrier_arrive(b);
+}
 // What a barrier waits for arrives late: one lot each time that a thread looks at some barrier.
 inline void land() {
   if (machine::landings.empty()) return;

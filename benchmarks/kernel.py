@@ -1,6 +1,7 @@
 """The bare kernel of a decode step: compiled here, timed on a GPU beside others of its kind, and traced task by task.
 
     python -m benchmarks.kernel pack --model qwen3-1.7b --name before --out kernels    # no GPU needed
+    python -m benchmarks.kernel pack --model qwen3-1.7b --name loop --loop 128         # 128 steps in one launch
     python -m benchmarks.kernel time kernels/*.npz                                     # in turns, on one
     python -m benchmarks.kernel trace kernels/qwen3-1.7b-1-before.npz
 
@@ -25,11 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from benchmarks import harness
 from benchmarks.driver import Gpu
 from benchmarks.shapes import SHAPES, step_bytes
-from models.decoder import Decoder, init_cache
+from models.decoder import Cache, Decoder, init_cache
 
 _BLOCK = 1 << 26  # bytes of random numbers
 _RECORD_BYTES = 64
@@ -47,8 +49,9 @@ class Kernel:
         results: bytes of every result, or the argument whose buffer it takes over (then as -1 - number).
         workspace: bytes of one launch.
         labels: first task of each routine's, and the routine's text.
-        position: of the step.
-      step_bytes: what the step must read.
+        position: of the first step.
+        step_bytes: what the step must read.
+        steps: in a launch.
     """
 
     name: str
@@ -64,13 +67,16 @@ class Kernel:
     labels: list[tuple[int, str]]
     position: int
     step_bytes: float
+    steps: int = 1
 
     def grid(self) -> tuple[int, int, int]:
         return self.workers, self.threads, self.shared
 
 
-def pack(model: str, batch: int, cache_len: int, position: int, target: str, name: str, folder: Path) -> Path:
-    """Compiles the decode step of a model for a GPU and writes it to a file."""
+def pack(
+    model: str, batch: int, cache_len: int, position: int, target: str, name: str, folder: Path, loop: int = 0
+) -> Path:
+    """Compiles the decode step of a model for a GPU, or a loop of so many around a position, to a file."""
     # Here, so that kernels can be run without the native library and the packages that checkpoints need.
     import jax_mpk
     from jax_mpk.codegen.cuda import generate
@@ -83,11 +89,20 @@ def pack(model: str, batch: int, cache_len: int, position: int, target: str, nam
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     cache = jax.eval_shape(lambda: init_cache(config, batch, cache_len))
     _, following = sampling_steps(graphdef, Sampling())
-    step = jax_mpk.megakernelize(following, donate_argnums=1, target=target)
+
+    def steps(params: nnx.State, cache: Cache, tokens: jax.Array, pos: jax.Array, seed: jax.Array) -> Any:
+        def body(_: jax.Array, carry: tuple[jax.Array, Cache, jax.Array]) -> tuple[jax.Array, Cache, jax.Array]:
+            tokens, cache, pos = carry
+            return following(params, cache, tokens, pos, seed)
+
+        return lax.fori_loop(0, loop, body, (tokens, cache, pos))
+
+    step = jax_mpk.megakernelize(steps if loop else following, donate_argnums=1, target=target)
     scalars = jnp.zeros(batch, jnp.int32), jnp.int32(0), jnp.uint32(0)
     plan = step.lower(*jax_mpk.place(step, params, cache, *scalars)).plan
     program, traced = generate(plan), generate(plan, trace=True)
-    values = plan.graph.values
+    start, values = position - loop // 2, plan.graph.values
+    positions = range(start, start + max(loop, 1))
     sizes = [(math.prod(value.shape) * dtypes.itemsize(value.dtype), value.dtype) for value in values]
     kernel = Kernel(
         name=f"{model}-{batch}-{name}",
@@ -101,8 +116,9 @@ def pack(model: str, batch: int, cache_len: int, position: int, target: str, nam
         results=[-1 - plan.aliases[r] if r in plan.aliases else sizes[v][0] for r, v in enumerate(plan.graph.results)],
         workspace=program.workspace_bytes,
         labels=list(program.labels),
-        position=position,
-        step_bytes=step_bytes(config, batch, [position]),
+        position=positions.start,
+        step_bytes=step_bytes(config, batch, positions),
+        steps=len(positions),
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kernel.name}.npz"
@@ -194,7 +210,14 @@ class Loaded:
 
 
 def compare(gpu: Gpu, paths: Sequence[Path], rounds: int, times: int) -> list[harness.Row]:
-    """Times kernels in turns; those of one model beside each other."""
+    """Times steps of kernels in turns; those of one model beside each other.
+
+    Args:
+        gpu: where.
+        paths: what :func:`pack` wrote.
+        rounds: samples of each.
+        times: steps of a sample, at least.
+    """
     rows = []
     groups: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
@@ -204,7 +227,7 @@ def compare(gpu: Gpu, paths: Sequence[Path], rounds: int, times: int) -> list[ha
         samples: dict[Loaded, list[float]] = defaultdict(list)
         for turn in range(rounds + 1):
             for one in loaded if turn % 2 else reversed(loaded):
-                seconds = one.run(times)
+                seconds = one.run(-(-times // one.kernel.steps)) / one.kernel.steps
                 if turn:
                     samples[one].append(seconds)
         for path, one in zip(group, loaded, strict=True):
@@ -279,12 +302,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch", type=int, default=1)
     add("--cache-len", type=int, default=1024)
     add("--position", type=int, default=512)
+    add("--loop", type=int, default=0, help="so many steps around the position in one launch; 0: a step and no loop")
     add("--target", default="h200-sxm", help="the GPU, as `megakernelize` takes it")
     add("--name", default="now", help="what is special about this checkout; no hyphens")
     add("--out", type=Path, default=Path("kernels"), help="a folder")
     parts["time"].add_argument("paths", type=Path, nargs="+")
     parts["time"].add_argument("--rounds", type=int, default=20)
-    parts["time"].add_argument("--launches", type=int, default=20, help="of a sample")
+    parts["time"].add_argument("--steps", type=int, default=20, help="of a sample, at least")
     parts["trace"].add_argument("path", type=Path)
     parts["trace"].add_argument("--launches", type=int, default=10)
     parts["trace"].add_argument("--save", type=Path, help="a file for the stamps themselves, as .npy")
@@ -292,13 +316,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "pack":
         if "-" in options.name:
             parser.error("a hyphen in --name")
-        names = "model", "batch", "cache_len", "position", "target", "name"
-        print(pack(*(getattr(options, name) for name in names), options.out))
+        names = "model", "batch", "cache_len", "position", "target", "name", "out", "loop"
+        print(pack(*(getattr(options, name) for name in names)))
         return 0
     gpu = Gpu()
     with gpu.current():
         if options.command == "time":
-            rows = compare(gpu, options.paths, options.rounds, options.launches)
+            rows = compare(gpu, options.paths, options.rounds, options.steps)
         else:
             rows = trace(gpu, options.path, options.launches, options.save)
     print(gpu.name)

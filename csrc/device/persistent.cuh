@@ -3,8 +3,8 @@
 // A CTA has consumer warps, which run tasks, and one producer warp, which brings constant bytes (weights) to the ring
 // in shared memory ahead of all dependencies. Both walk the same schedule of segments, loops and branches.
 //
-// A generated program supplies `Shape`, the sizes of everything, and `Program`:
-//   schedule(role)            calls role.segment, role.barrier, role.flag in the order of the plan
+// A generated program supplies `Shape`, the sizes of everything, and in it:
+//   advance(progress, role)   goes on in the schedule, calls role.barrier and role.decide, up to the next segment
 //   run(context, routine)     runs the current task
 #pragma once
 
@@ -21,6 +21,14 @@ constexpr int kWarp = 32;
 // A branch index, as lax.switch takes it.
 __device__ __forceinline__ int clamped(s32 index, int arms) { return min(max(index, 0), arms - 1); }
 
+// How far a worker is in the schedule, which is a function that returns at every segment and goes on behind it: all
+// segments are walked by the same code, where the compiler knows the launch's parameters for what they are.
+template <class Shape>
+struct Progress {
+  int segment = -1;           // whose turn it is
+  s64 rounds[Shape::kDepth];  // behind the loops around it, as far as their trips are counted
+};
+
 // What code of tasks sees: the consumer side of a worker.
 template <class Sizes>
 struct Context {
@@ -28,38 +36,32 @@ struct Context {
   static constexpr int kWarps = Shape::kWarps, kThreads = kWarps * kWarp, kStageBytes = Shape::kStageBytes;
   static constexpr int kStages = Shape::kStages;
 
-  const typename Shape::Launch& parameter;
+  const typename Shape::Launch& launch;
   int slot = 0;       // which of the two places in shared memory has the words of the current task
   u32 tag = 0;        // of this run of the segment
   u32 barriers = 0;   // of all workers, passed in this launch
   u32 decisions = 0;  // read from memory and handed to the producer
   Ring<Shape> ring;
 
-  __device__ explicit Context(const typename Shape::Launch& p) : parameter(p) {}
-
-  // Code that several segments call cannot know that this is the kernel's parameter, and would read it from far away.
-  __device__ const typename Shape::Launch& launch() const {
-    if constexpr (Shape::kSegments > 1) return *shared_at<const typename Shape::Launch>(Shape::kLaunch);
-    else return parameter;
-  }
+  __device__ explicit Context(const typename Shape::Launch& l) : launch(l) {}
 
   // -- who I am --
   __device__ static int worker() { return blockIdx.x; }
   __device__ static int thread() { return threadIdx.x; }
   __device__ static int warp() { return threadIdx.x / kWarp; }
   __device__ static int lane() { return threadIdx.x % kWarp; }
-  __device__ Watch watch() const { return {reinterpret_cast<const Launch<1>*>(&launch())}; }
+  __device__ Watch watch() const { return {reinterpret_cast<const Launch<1>*>(&launch)}; }
 
   // -- the current task --
   __device__ u32 task(int word) const { return shared_at<u32>(Shape::kSlots)[slot * Shape::kTaskWords + word]; }
   __device__ int box(int word) const { return static_cast<int>(task(word)); }
   template <class T>
   __device__ T* global(int word) const {
-    return reinterpret_cast<T*>(static_cast<char*>(launch().buffers[task(word)]) + u64(task(word + 1)) * 16);
+    return reinterpret_cast<T*>(static_cast<char*>(launch.buffers[task(word)]) + u64(task(word + 1)) * 16);
   }
   template <class T>
   __device__ Tagged<T> tagged(int word) const {
-    auto* words = static_cast<char*>(launch().state) + u64(task(word)) * 16;
+    auto* words = static_cast<char*>(launch.state) + u64(task(word)) * 16;
     return {reinterpret_cast<typename Tagged<T>::Word*>(words), tag};
   }
   template <class T>
@@ -69,7 +71,7 @@ struct Context {
   // Device memory for what is too large for scratch; each worker that needs some has its own.
   template <class T>
   __device__ T* memory(int slot, int byte) const {
-    return reinterpret_cast<T*>(static_cast<char*>(launch().state) + Shape::kMemory + s64(Shape::kMemoryBytes) * slot +
+    return reinterpret_cast<T*>(static_cast<char*>(launch.state) + Shape::kMemory + s64(Shape::kMemoryBytes) * slot +
                                 byte);
   }
   template <class T>
@@ -83,7 +85,7 @@ struct Context {
       // The clock is not read before the task's number, and that not before the barrier in front of it.
       const u32 number = task(TaskWords::kTask);
       if (thread() == 0 && number != kNoTask) {
-        reinterpret_cast<u64*>(static_cast<char*>(launch().state) + Shape::kTrace)[4 * number + what] = nanoseconds();
+        reinterpret_cast<u64*>(static_cast<char*>(launch.state) + Shape::kTrace)[4 * number + what] = nanoseconds();
       }
     }
   }
@@ -93,8 +95,33 @@ struct Context {
 
   // -- schedule --
   __device__ __forceinline__ void segment(int s) {
-    if constexpr (Shape::kSegments == 1) walk(s);
-    else walk_called(s);
+    const u64 sequence = sequences()[s];
+    tag = tag_of(sequence);
+    const u32* queue = launch.tables + Shape::kQueues + (s * Shape::kWorkers + worker()) * 2;
+    const u32 count = queue[1];
+    const u32* words = launch.tables + Shape::kTasks + u64(queue[0]) * Shape::kTaskWords;
+    if (count > 0) fetch(words, 0);
+#pragma unroll 1
+    for (u32 i = 0; i < count; ++i) {
+      copies_wait();
+      sync();  // the words have landed, and nobody reads scratch of the task before
+      slot = i % 2;
+      if (i + 1 < count) fetch(words + u64(i + 1) * Shape::kTaskWords, (i + 1) % 2);
+      if (task(TaskWords::kWaits) > 0) {
+        wait_for_events(static_cast<u32>(sequence) + 1);
+        sync();
+      }
+      stamp(0);
+      Shape::run(*this, task(TaskWords::kRoutine));
+      stamp(2);
+      if (task(TaskWords::kSignals) > 0) {
+        sync();
+        signal_events();
+      }
+    }
+    sync();
+    if (thread() == 0) sequences()[s] = sequence + 1;
+    sync();
   }
 
   // All workers: what any of them did before is visible to all of them behind it.
@@ -115,7 +142,7 @@ struct Context {
   // A predicate or branch index that every worker follows; behind a barrier.
   template <class T>
   __device__ T decide(int buffer, u32 offset) {
-    const auto* at = static_cast<const char*>(launch().buffers[buffer]) + u64(offset) * 16;
+    const auto* at = static_cast<const char*>(launch.buffers[buffer]) + u64(offset) * 16;
     if (thread() == 0) control()[kDecision] = static_cast<u32>(*reinterpret_cast<const volatile T*>(at));
     sync();
     const u32 value = control()[kDecision];
@@ -154,36 +181,6 @@ struct Context {
   }
 
  private:
-  __device__ __forceinline__ void walk(int s) {
-    const u64 sequence = sequences()[s];
-    tag = tag_of(sequence);
-    const u32* queue = launch().tables + Shape::kQueues + (s * Shape::kWorkers + worker()) * 2;
-    const u32 count = queue[1];
-    const u32* words = launch().tables + Shape::kTasks + u64(queue[0]) * Shape::kTaskWords;
-    if (count > 0) fetch(words, 0);
-#pragma unroll 1
-    for (u32 i = 0; i < count; ++i) {
-      copies_wait();
-      sync();  // the words have landed, and nobody reads scratch of the task before
-      slot = i % 2;
-      if (i + 1 < count) fetch(words + u64(i + 1) * Shape::kTaskWords, (i + 1) % 2);
-      if (task(TaskWords::kWaits) > 0) {
-        wait_for_events(static_cast<u32>(sequence) + 1);
-        sync();
-      }
-      stamp(0);
-      Shape::run(*this, task(TaskWords::kRoutine));
-      stamp(2);
-      if (task(TaskWords::kSignals) > 0) {
-        sync();
-        signal_events();
-      }
-    }
-    sync();
-    if (thread() == 0) sequences()[s] = sequence + 1;
-    sync();
-  }
-
   __device__ __forceinline__ void wait_for_events(u32 round) const {
     const int order = task(TaskWords::kOrder);
 #pragma unroll 1
@@ -201,20 +198,13 @@ struct Context {
     }
   }
 
-  // Code of tasks is there once, however many segments call it; meanwhile registers hold a copy of the context.
-  __device__ __noinline__ void walk_called(int s) {
-    Context c = *this;
-    c.walk(s);
-    ring = c.ring;
-  }
-
   // Words behind the sequences of the segments: how often each has run since the state was zero.
   enum : int { kBase = 2 * Shape::kSegments, kStopped, kDecision };
 
   __device__ u32* control() const { return shared_at<u32>(Shape::kControl); }
   __device__ u64* sequences() const { return shared_at<u64>(Shape::kControl); }
   __device__ u32 base() const { return control()[kBase]; }
-  __device__ u32* events() const { return reinterpret_cast<u32*>(static_cast<char*>(launch().state) + Shape::kEvents); }
+  __device__ u32* events() const { return reinterpret_cast<u32*>(static_cast<char*>(launch.state) + Shape::kEvents); }
 
   __device__ void fetch(const u32* words, int i) const {
 #pragma unroll 1
@@ -225,11 +215,11 @@ struct Context {
 
   // Nobody takes the results of a launch that gave up for real ones.
   __device__ void poison() const {
-    const u32* row = launch().tables + Shape::kResults;
+    const u32* row = launch.tables + Shape::kResults;
 #pragma unroll 1
     for (int r = 0; r < Shape::kResultCount; ++r, row += 4) {
       const u32 pattern = row[1];
-      auto* bytes = static_cast<unsigned char*>(launch().buffers[row[0]]);
+      auto* bytes = static_cast<unsigned char*>(launch.buffers[row[0]]);
       const u64 size = row[2] | u64(row[3]) << 32;
       const u32 width = pattern >> 8 & 255;
       // The last byte of an element has the sign (and a float's exponent); the others are all alike.
@@ -271,28 +261,28 @@ __device__ __forceinline__ void copy_aside(const C& c, int rows, void* to, const
   }
 }
 
+template <class Shape, class Role>
+__device__ __forceinline__ void follow_schedule(Role& role) {
+  Progress<Shape> progress;
+#pragma unroll 1
+  while (Shape::advance(progress, role)) role.segment(progress.segment);
+}
+
 template <class Shape>
 __device__ __forceinline__ void run_worker(const typename Shape::Launch& launch) {
-  if constexpr (Shape::kSegments > 1) {
-    static_assert(Shape::kLaunch + static_cast<int>(sizeof(launch)) <= Shape::kSlots);
-    constexpr int kWords = sizeof(launch) / 8, kAll = Context<Shape>::kThreads + (Shape::kStages > 0 ? kWarp : 0);
-    for (int k = threadIdx.x; k < kWords; k += kAll) {
-      shared_at<u64>(Shape::kLaunch)[k] = reinterpret_cast<const u64*>(&launch)[k];
-    }
-  }
-  if constexpr (Shape::kStages > 0) Ring<Shape>::init();
-  if constexpr (Shape::kSegments > 1 || Shape::kStages > 0) __syncthreads();
   if constexpr (Shape::kStages > 0) {
+    Ring<Shape>::init();
+    __syncthreads();
     if (threadIdx.x >= Context<Shape>::kThreads) {
       Producer<Shape> producer(launch);
-      Shape::schedule(producer);
+      follow_schedule<Shape>(producer);
       producer.drain();
       return;
     }
   }
   Context<Shape> context(launch);
   context.enter();
-  Shape::schedule(context);
+  follow_schedule<Shape>(context);
   context.leave();
 }
 

@@ -93,6 +93,18 @@ def test_a_launch_that_gave_up_is_an_error(packed: Any) -> None:
         loaded.run()
 
 
+def test_steps_of_a_loop_beside_a_step(packed: Any) -> None:
+    looped = kernel.pack("tiny", 1, 64, 32, "h200-sxm", "loop", packed.parent, loop=8)
+    gpu = Memory()
+    about = kernel.Loaded(gpu, looped).kernel
+    assert (about.name, about.steps, about.position) == ("tiny-1-loop", 8, 28)
+    gpu.launched.clear()
+    call, loop = kernel.compare(gpu, [packed, looped], 1, 20)
+    # A launch takes a millisecond, whatever it is of.
+    assert call["us"] == pytest.approx(1000) and loop["us"] == pytest.approx(125)
+    assert {how["times"] for *_, how in gpu.launched} == {20, 3}
+
+
 def test_trace_by_routine() -> None:
     labels = [(0, "first"), (2, "second"), (4, "first")]
     about = kernel.Kernel("n", "e", 2, 32, 1, 0, 0, [], [], 0, labels, 0, 1.0)

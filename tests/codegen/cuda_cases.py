@@ -301,7 +301,7 @@ CASES: list[Case] = [
     Case("sort_large", lambda x: (jnp.sort(x), jnp.argsort(-x)), ["20000 float32"], ["c.template memory<u32>"]),
     Case("top_k", lambda x: lax.top_k(x, 5), ["6x90 float32"], ["sort_by_counting("]),
     Case("top_k_large", lambda x: lax.top_k(x, 50), ["2x9000 bfloat16"], ["sort_by_digits("]),
-    Case("loop", lambda x: lax.fori_loop(0, 5, lambda i, x: (x @ x + i) % 5, x), ["20x20 int32"], ["for (s64 round"]),
+    Case("loop", lambda x: lax.fori_loop(0, 5, lambda i, x: (x @ x + i) % 5, x), ["20x20 int32"], ["at.rounds[0]"]),
     *(Case(f"while_{n}", _while, ["20x20 int32", f"int32={n}"], ["while (role.running())"]) for n in (0, 3)),
     *(Case(f"nested_{n}", _nested, ["20x20 int32", f"int32={n}"]) for n in (0, 4)),
     *(

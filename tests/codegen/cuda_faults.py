@@ -79,7 +79,7 @@ _TILE_LOAD = "bulk_load(shared_at<char>(R::place(next) + r * job.chunk_bytes)"
 _COPIES = "if (lane == 0) barrier_arrive(full);"
 _DECIDED = "barrier_arrive(decided());"
 _DALLY = (
-    "for (const u64 begin = nanoseconds(); nanoseconds() - begin < c.launch().deadline_ns / 100;) "
+    "for (const u64 begin = nanoseconds(); nanoseconds() - begin < c.launch.deadline_ns / 100;) "
     "if (c.watch().aborted()) break;"
 )
 _ARRIVAL = "add_release(&watch().header()->arrivals, 1);"
@@ -197,10 +197,7 @@ def faulty(plan: Plan, text: str, instead: str, headers: Path | None = None) -> 
         ("__device__ void put(u64 i, T v)", "template <class C> __device__ void put(const C& c, u64 i, T v)"),
     )
     # Members of Context and Producer see it as theirs.
-    if text in (_LOAD, _TILE_LOAD, _COPIES):
-        launch = "launch"
-    else:
-        launch = "c.launch()" if text in (_STORE, _DECIDED) else "launch()"
+    launch = "c.launch" if text in (_STORE, _DECIDED) else "launch"
     return edited(program, (text, instead.replace("FAULT", switch % launch)))
 
 

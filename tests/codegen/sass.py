@@ -13,6 +13,8 @@ from pathlib import Path
 
 #: An instruction's name behind its address and predicate: ``/*0a10*/  @!P0 UBLKCP.S.G [UR4], ...``.
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+#: Where a branch goes: `` @P0 BRA `(.L_x_12) ;``.
+_BRANCH = re.compile(r" BRA.* `\((\.L_\w+)\)")
 
 
 def missing(cubin: bytes, claimed: Sequence[str], folder: Path) -> list[str]:
@@ -30,12 +32,29 @@ def missing(cubin: bytes, claimed: Sequence[str], folder: Path) -> list[str]:
 
 def instructions(cubin: bytes, folder: Path) -> collections.Counter[str]:
     """The names of all instructions of a kernel and the functions it calls, and how many there are of each."""
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    done = subprocess.run([_disassembler(), "-c", file], capture_output=True, text=True, check=True)
-    found = collections.Counter(_INSTRUCTION.findall(done.stdout))
+    found = collections.Counter(_INSTRUCTION.findall(_listing(cubin, folder)))
     assert "EXIT" in found  # every kernel has one
     return found
+
+
+def loops_around(cubin: bytes, name: str, folder: Path) -> list[list[str]]:
+    """The instructions of the loops around the only one whose name begins so, shortest loop first.
+
+    Among the longer ones are some that are none: code that is kept elsewhere for rare cases branches back, too.
+    """
+    lines = _listing(cubin, folder).splitlines()
+    names = [found[1] if (found := _INSTRUCTION.match(line)) else "" for line in lines]
+    (at,) = (n for n, found in enumerate(names) if found.startswith(name))
+    labels = {line.removesuffix(":"): n for n, line in enumerate(lines) if line.startswith(".L_")}
+    back = [(labels[found[1]], n) for n, line in enumerate(lines) if n > at and (found := _BRANCH.search(line))]
+    loops = [[found for found in names[a : b + 1] if found] for a, b in back if a <= at]
+    return sorted(loops, key=len)
+
+
+def _listing(cubin: bytes, folder: Path) -> str:
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    return subprocess.run([_disassembler(), "-c", file], capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache

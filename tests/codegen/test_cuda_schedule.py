@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 
 from jax_mpk.codegen.cuda import generate
+from jax_mpk.codegen.cuda.tables import segments
 from jax_mpk.plan.ir import LoopNode, Plan, Schedule, Segment
 from tests.codegen.test_cuda_compiles import plan_of
 
@@ -19,12 +20,19 @@ X = np.ones((20, 20), np.float32)
 
 
 def text_of(plan: Plan) -> list[str]:
-    """Statements of the generated schedule, indentation and addresses left out."""
+    """Statements of the generated schedule; indentation, addresses, and the way back behind each segment left out."""
     source = generate(plan).source
-    body = re.search(r"void Shape::schedule\(Role& role\) \{\n(.*?)^\}", source, re.DOTALL | re.MULTILINE)
+    body = re.search(r"bool Shape::advance\([^)]*\) \{\n(.*?)^\}", source, re.DOTALL | re.MULTILINE)
     assert body is not None
     lines = [line.strip() for line in body[1].splitlines()]
-    return [re.sub(r"(decide<\w+>)\(\d+, \d+\)", r"\1", line) for line in lines]
+    count = len(segments(plan.schedule))
+    back = ["switch (at.segment) {", *(f"case {n}: goto behind_{n};" for n in range(count)), "}"]
+    assert lines[: len(back)] == back and lines[-1] == "return false;"
+    return [re.sub(r"(decide<\w+>)\(\d+, \d+\)", r"\1", line) for line in lines[len(back) : -1]]
+
+
+def segment(n: int) -> list[str]:
+    return [f"at.segment = {n};", "return true;", f"behind_{n}:"]
 
 
 def check(fn: Callable[..., Any], *args: Any) -> tuple[Plan, list[str]]:
@@ -35,26 +43,35 @@ def check(fn: Callable[..., Any], *args: Any) -> tuple[Plan, list[str]]:
 def test_loop_of_known_trips() -> None:
     _, lines = check(lambda x: lax.fori_loop(0, 5, lambda i, x: x @ x + i, x) + 1, X)
     assert lines == [
-        "role.segment(0);",
+        *segment(0),
         "role.barrier();",
-        "for (s64 round = 0; round < 5ll && role.running(); ++round) {",
-        "role.segment(1);",
+        "for (at.rounds[0] = 0; at.rounds[0] < 5ll && role.running(); ++at.rounds[0]) {",
+        *segment(1),
         "role.barrier();",
         "}",
-        "role.segment(2);",
+        *segment(2),
     ]
+
+
+def test_nested_loops_of_known_trips() -> None:
+    def outer(i: Any, x: Any) -> Any:
+        return lax.fori_loop(0, 3, lambda j, x: x @ x + j, x) + i
+
+    plan, lines = check(lambda x: lax.fori_loop(0, 5, outer, x), X)
+    assert lines == _expected(plan.schedule, iter(range(1000)))
+    assert "kDepth = 2," in generate(plan).source and any("at.rounds[1] < 3ll" in line for line in lines)
 
 
 def test_while_loop() -> None:
     _, lines = check(lambda x, n: lax.fori_loop(0, n, lambda i, x: x @ x, x), X, np.int32(3))
     assert lines == [
-        "role.segment(0);",
+        *segment(0),
         "role.barrier();",
         "while (role.running()) {",
-        "role.segment(1);",
+        *segment(1),
         "role.barrier();",
         "if (!role.template decide<b1>) break;",
-        "role.segment(2);",
+        *segment(2),
         "role.barrier();",
         "}",
     ]
@@ -79,23 +96,24 @@ def test_nested(seed: int) -> None:
     assert lines == _expected(plan.schedule, iter(range(1000)))
 
 
-def _expected(schedule: Schedule, numbers: Any) -> list[str]:
+def _expected(schedule: Schedule, numbers: Any, depth: int = 0) -> list[str]:
     """The schedule of a plan, where every loop but none of its neighbours ends with a barrier."""
     barrier, out = "role.barrier();", []
     for k, item in enumerate(schedule):
         if k and not isinstance(schedule[k - 1], LoopNode):
             out.append(barrier)
         if isinstance(item, Segment):
-            out.append(f"role.segment({next(numbers)});")
+            out += segment(next(numbers))
         elif isinstance(item, LoopNode) and item.predicate >= 0:
-            out += ["while (role.running()) {", *_expected(item.cond, numbers), barrier]
-            out += ["if (!role.template decide<b1>) break;", *_expected(item.body, numbers), barrier, "}"]
+            out += ["while (role.running()) {", *_expected(item.cond, numbers, depth), barrier]
+            out += ["if (!role.template decide<b1>) break;", *_expected(item.body, numbers, depth), barrier, "}"]
         elif isinstance(item, LoopNode):
-            out.append(f"for (s64 round = 0; round < {item.trips}ll && role.running(); ++round) {{")
-            out += [*_expected(item.body, numbers), barrier, "}"]
+            count = f"at.rounds[{depth}]"
+            out.append(f"for ({count} = 0; {count} < {item.trips}ll && role.running(); ++{count}) {{")
+            out += [*_expected(item.body, numbers, depth + 1), barrier, "}"]
         else:
             out.append(f"switch (clamped(role.template decide<s32>, {len(item.arms)})) {{")
             for n, arm in enumerate(item.arms):
-                out += [f"case {n}: {{", *_expected(arm, numbers), "break;", "}"]
+                out += [f"case {n}: {{", *_expected(arm, numbers, depth), "break;", "}"]
             out.append("}")
     return out

@@ -32,8 +32,6 @@ from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
 ENTRY = "jax_mpk_kernel"
 #: Most stages of the ring, fewest, and chunks in flight: docs/experiments.md.
 _STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 6
-#: Of `Launch` in csrc/device/launch.cuh in front of its buffers.
-_LAUNCH_BYTES = 32
 #: More warps than this are not needed to keep up with memory.
 _ENOUGH_READERS = 8
 #: Dynamic shared memory of a CTA on sm_90.
@@ -178,7 +176,6 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
 
     place("kBarriers", (2 * _STAGES + 3) * 8)
     place("kControl", (2 * segment_count + 3) * 4)
-    place("kLaunch", _LAUNCH_BYTES + 8 * buffer_count(plan) if segment_count > 1 else 0)
     place("kSlots", 2 * tables.task_words * 4)
     place("kPartials", max(code.partials for code in codes) if codes else 0)
     place("kScratch", max(code.scratch for code in codes) if codes else 0)
@@ -194,6 +191,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kWorkers": plan.target.workers,
         "kWarps": WARPS,
         "kSegments": segment_count,
+        "kDepth": max(1, _depth(plan.schedule)),
         "kResultCount": len(plan.graph.results),
         "kEvents": state.events,
         "kMemory": state.memory,
@@ -263,7 +261,7 @@ def _source(
         "  };",
         "  template <class C> __device__ static void run(C& c, u32 routine);",
         *([f"  static {_LIVE_ROWS.format('')};"] if live else []),
-        "  template <class Role> __device__ static void schedule(Role& role);",
+        "  template <class Role> __device__ static bool advance(Progress<Shape>& at, Role& role);",
         "};",
         "using C = Context<Shape>;",
         "",
@@ -288,10 +286,13 @@ def _source(
         "",
         *_live_rows(live),
         "template <class Role>",
-        "__device__ __forceinline__ void Shape::schedule(Role& role) {",
+        "__device__ __forceinline__ bool Shape::advance(Progress<Shape>& at, Role& role) {",
+        *(f"  {text}" for text in _Schedule(plan).function()),
+        "}",
+        "",
+        "}  // namespace mpk",
+        "",
     ]
-    lines += [f"  {text}" for text in _Schedule(plan).lines(plan.schedule)]
-    lines += ["}", "", "}  // namespace mpk", ""]
     threads = (WARPS + (1 if shape["kStages"] else 0)) * 32
     lines += [
         f'extern "C" __global__ void __launch_bounds__({threads}, 1)',
@@ -319,41 +320,50 @@ def _ranges(numbers: list[int]) -> str:
 
 
 class _Schedule:
-    """The schedule as C++: both roles of a worker follow it."""
+    """The schedule as C++, which both roles of a worker follow: it returns at every segment, and goes on behind it."""
 
     def __init__(self, plan: Plan):
         self._plan = plan
         self._next = 0
 
-    def lines(self, schedule: Schedule) -> list[str]:
+    def function(self) -> list[str]:
+        """Its body; ``at`` is how far a worker is."""
+        lines = self._lines(self._plan.schedule, 0)
+        behind = [f"  case {n}: goto behind_{n};" for n in range(self._next)]
+        return ["switch (at.segment) {", *behind, "}", *lines, "return false;"]
+
+    def _lines(self, schedule: Schedule, depth: int) -> list[str]:
+        """Statements; ``depth``: how many loops around them count their rounds."""
         out: list[str] = []
         for k, item in enumerate(schedule):
             # Loops end with a barrier of their own: behind their last round, or before the predicate that ends them.
             if k and not isinstance(schedule[k - 1], LoopNode):
                 out.append("role.barrier();")
             if isinstance(item, Segment):
-                out.append(f"role.segment({self._next});")
+                out += [f"at.segment = {self._next};", "return true;", f"behind_{self._next}:"]
                 self._next += 1
             elif isinstance(item, LoopNode):
-                out += self._loop(item)
+                out += self._loop(item, depth)
             else:
                 out.append(
                     f"switch (clamped(role.template decide<s32>({self._place(item.index)}), {len(item.arms)})) {{"
                 )
                 for n, arm in enumerate(item.arms):
-                    out += [f"  case {n}: {{", *(f"    {text}" for text in self.lines(arm)), "    break;", "  }"]
+                    lines = self._lines(arm, depth)
+                    out += [f"  case {n}: {{", *(f"    {text}" for text in lines), "    break;", "  }"]
                 out.append("}")
         return out
 
-    def _loop(self, loop: LoopNode) -> list[str]:
+    def _loop(self, loop: LoopNode, depth: int) -> list[str]:
         if loop.predicate < 0:
-            head = f"for (s64 round = 0; round < {loop.trips}ll && role.running(); ++round) {{"
-            return [head, *(f"  {text}" for text in [*self.lines(loop.body), "role.barrier();"]), "}"]
+            round = f"at.rounds[{depth}]"
+            head = f"for ({round} = 0; {round} < {loop.trips}ll && role.running(); ++{round}) {{"
+            return [head, *(f"  {text}" for text in [*self._lines(loop.body, depth + 1), "role.barrier();"]), "}"]
         inner = [
-            *self.lines(loop.cond),
+            *self._lines(loop.cond, depth),
             "role.barrier();",
             f"if (!role.template decide<b1>({self._place(loop.predicate)})) break;",
-            *self.lines(loop.body),
+            *self._lines(loop.body, depth),
             "role.barrier();",
         ]
         return ["while (role.running()) {", *(f"  {text}" for text in inner), "}"]
@@ -361,3 +371,15 @@ class _Schedule:
     def _place(self, value: int) -> str:
         buffer, unit = buffer_of(self._plan, self._plan.storages[int(self._plan.value_storage[value])])
         return f"{buffer}, {unit}"
+
+
+def _depth(schedule: Schedule) -> int:
+    """How many loops that count their rounds are nested at most."""
+    most = 0
+    for item in schedule:
+        if isinstance(item, LoopNode):
+            inner = max(_depth(item.cond), _depth(item.body)) + (item.predicate < 0)
+        else:
+            inner = max(map(_depth, getattr(item, "arms", ())), default=0)
+        most = max(most, inner)
+    return most

@@ -10,6 +10,7 @@ struct Shape {
     kWorkers = 132,
     kWarps = 11,
     kSegments = 5,
+    kDepth = 1,
     kResultCount = 2,
     kEvents = 512,
     kMemory = 768,
@@ -29,15 +30,14 @@ struct Shape {
     kPacedJobs = 0,
     kBarriers = 0,
     kControl = 512,
-    kLaunch = 640,
-    kSlots = 768,
-    kPartials = 896,
-    kScratch = 1152,
-    kRing = 35072,
+    kSlots = 640,
+    kPartials = 768,
+    kScratch = 1024,
+    kRing = 34944,
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
-  template <class Role> __device__ static void schedule(Role& role);
+  template <class Role> __device__ static bool advance(Progress<Shape>& at, Role& role);
 };
 using C = Context<Shape>;
 
@@ -230,26 +230,44 @@ __device__ __forceinline__ void Shape::run(Any& c, u32 routine) {
 }
 
 template <class Role>
-__device__ __forceinline__ void Shape::schedule(Role& role) {
-  role.segment(0);
+__device__ __forceinline__ bool Shape::advance(Progress<Shape>& at, Role& role) {
+  switch (at.segment) {
+    case 0: goto behind_0;
+    case 1: goto behind_1;
+    case 2: goto behind_2;
+    case 3: goto behind_3;
+    case 4: goto behind_4;
+  }
+  at.segment = 0;
+  return true;
+  behind_0:
   role.barrier();
-  for (s64 round = 0; round < 8ll && role.running(); ++round) {
-    role.segment(1);
+  for (at.rounds[0] = 0; at.rounds[0] < 8ll && role.running(); ++at.rounds[0]) {
+    at.segment = 1;
+    return true;
+    behind_1:
     role.barrier();
     switch (clamped(role.template decide<s32>(3, 0), 2)) {
       case 0: {
-        role.segment(2);
+        at.segment = 2;
+        return true;
+        behind_2:
         break;
       }
       case 1: {
-        role.segment(3);
+        at.segment = 3;
+        return true;
+        behind_3:
         break;
       }
     }
     role.barrier();
-    role.segment(4);
+    at.segment = 4;
+    return true;
+    behind_4:
     role.barrier();
   }
+  return false;
 }
 
 }  // namespace mpk

@@ -10,6 +10,7 @@ struct Shape {
     kWorkers = 132,
     kWarps = 11,
     kSegments = 1,
+    kDepth = 1,
     kResultCount = 1,
     kEvents = 512,
     kMemory = 12800,
@@ -29,7 +30,6 @@ struct Shape {
     kPacedJobs = 0,
     kBarriers = 0,
     kControl = 512,
-    kLaunch = 640,
     kSlots = 640,
     kPartials = 768,
     kScratch = 896,
@@ -37,7 +37,7 @@ struct Shape {
     kTrace = 0,
   };
   template <class C> __device__ static void run(C& c, u32 routine);
-  template <class Role> __device__ static void schedule(Role& role);
+  template <class Role> __device__ static bool advance(Progress<Shape>& at, Role& role);
 };
 using C = Context<Shape>;
 
@@ -133,8 +133,14 @@ __device__ __forceinline__ void Shape::run(Any& c, u32 routine) {
 }
 
 template <class Role>
-__device__ __forceinline__ void Shape::schedule(Role& role) {
-  role.segment(0);
+__device__ __forceinline__ bool Shape::advance(Progress<Shape>& at, Role& role) {
+  switch (at.segment) {
+    case 0: goto behind_0;
+  }
+  at.segment = 0;
+  return true;
+  behind_0:
+  return false;
 }
 
 }  // namespace mpk

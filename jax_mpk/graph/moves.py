@@ -32,7 +32,7 @@ def moved(op: Nest, shape: tuple[int, ...]) -> np.ndarray | None:
     box = ((0,) * len(op.space), op.space)
     index = [np.broadcast_to(a, op.space).ravel() for a in eval_expr(body, box, lambda slot: np.empty(0))]
     place = np.full(math.prod(shape), -1)
-    place[np.ravel_multi_index(index, shape) if shape else 0] = np.arange(len(place))
+    place[np.ravel_multi_index(index, shape) if shape else [0]] = np.arange(len(place))
     return None if (place < 0).any() else place
 
 

@@ -12,8 +12,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jax_mpk.graph.fuse_maps import VIEW, work
 from jax_mpk.graph.ir import Cumulative, Graph, Nest, Op, Sort, Update, reads
+from jax_mpk.graph.moves import moved
 from jax_mpk.plan import costs
 from jax_mpk.plan.ir import Target
 from jax_mpk.plan.tile import Cut, Tiler
@@ -22,6 +25,8 @@ from jax_mpk.plan.tile import Cut, Tiler
 _MOST_COPIES = 16
 #: A routine of more operators takes no others in: each would cost the tiler a look at all of them.
 _MOST_MEMBERS = 64
+#: So many elements take a task longer than a hand-off if computed one by one, as reductions of no more elements are.
+_LABORIOUS, _FEW = 8192, 32
 
 
 @dataclass
@@ -144,6 +149,8 @@ class Clusterer:
             return "a task reduces the same value in several ways at once"
         if isinstance(op, Sort) and op.top_k is not None:
             return "a row has fewer results than elements"
+        if self._is_laborious(op) and self._most_repeated(op.outputs[0], anchors, groups) >= _LABORIOUS:
+            return "a hand-off is faster than computing so much of it, element by element, in every task that reads it"
         private = not self.pinned.intersection(op.outputs) and not isinstance(op, Update)
         reasons: list[str] = []
         if len(anchors) > _MOST_COPIES:
@@ -166,6 +173,32 @@ class Clusterer:
             if not reasons[-1]:
                 return ""
         return reasons[0]
+
+    def _is_laborious(self, op: Op) -> bool:
+        """Whether threads compute an operator element by element, and find each of its operands' by itself: a map that
+        moves elements, or a reduction of few.
+        """
+        if not isinstance(op, Nest) or op.kind == "contract" or len(op.outputs) != 1:
+            return False
+        if math.prod(op.space) < _LABORIOUS:
+            return False
+        if op.kind != "map":
+            return math.prod(op.rspace) <= _FEW
+        place = moved(op, self.graph.values[op.operands[0]].shape) if len(op.operands) == 1 else None
+        return place is not None and bool(np.any(np.diff(place) < 0))
+
+    def _most_repeated(self, v: int, anchors: set[int], groups: dict[int, _Group]) -> float:
+        """Elements of a value that a task of its readers reads, where several read the same ones."""
+        size = math.prod(self.graph.values[v].shape)
+        most = 0.0
+        for anchor in anchors:
+            cut = self.tiler.best(*_pick(self.ops, groups[anchor]))
+            assert cut is not None
+            for touch in (touch for touches in cut.touches for touch in touches if touch.value == v):
+                read = costs.volume(touch.lo, touch.hi)
+                if read.sum() > size:
+                    most = max(most, float(read.max(initial=0)))
+        return most
 
     def _try(
         self,

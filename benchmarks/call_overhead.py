@@ -2,8 +2,9 @@
 
     python -m benchmarks.call_overhead
 
-A language model's step has hundreds of weights, and each call passes all of them. Measured are calls from Python
-(eager), and calls from Python of a jitted function that holds the call; jax.jit in jax.jit is jax.jit.
+A language model's step has hundreds of weights, and each call passes all of them, most of them in layouts of their own
+after `jax_mpk.place`. Measured are calls from Python (eager), and calls from Python of a jitted function that holds the
+call; jax.jit in jax.jit is jax.jit.
 """
 
 import argparse
@@ -15,26 +16,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 
 from benchmarks import harness
 from models.engines import compiler
 
 SYSTEMS = ("jit", "mpk", "jit_of_mpk")
-COLUMNS = ("system", "arguments", "tree", "us_per_call", "spread", "over_jit_us")
+KINDS = ("flat", "nested", "placed")
+COLUMNS = ("system", "arguments", "kind", "us_per_call", "spread", "over_jit_us")
 
 
 def touch_all(args: Sequence[jax.Array]) -> jax.Array:
     """One element of each argument, so that none can be dropped; little else."""
-    total = args[0][0]
+    total = args[0][0, 0]
     for x in args[1:]:
-        total = total + x[0]
+        total = total + x[0, 0]
     return total
 
 
-def arguments(count: int, tree: str) -> tuple[Any, ...]:
-    """Small arrays, as `count` arguments ("flat") or as one dictionary of layers ("nested")."""
-    leaves = [jnp.arange(8, dtype=jnp.float32) + i for i in range(count)]
-    if tree == "flat":
+def arguments(count: int, kind: str) -> tuple[Any, ...]:
+    """Small arrays: as `count` arguments ("flat"), columns first ("placed"), or a dictionary of layers ("nested")."""
+    leaves = [jnp.arange(8, dtype=jnp.float32).reshape(4, 2) + i for i in range(count)]
+    if kind == "placed":
+        return tuple(jax.device_put(x, Format(Layout((1, 0)), x.sharding)) for x in leaves)
+    if kind == "flat":
         return tuple(leaves)
     # Eight weights a layer, as models have.
     layers = {f"layer_{i // 8:03d}": dict(zip("abcdefgh", leaves[i : i + 8])) for i in range(0, count, 8)}
@@ -51,14 +56,14 @@ def make_system(name: str) -> Callable[..., Any]:
     return jax.jit(compiled) if name == "jit_of_mpk" else compiled
 
 
-def measure(systems: Sequence[str], count: int, tree: str, rounds: int, calls: int) -> list[harness.Row]:
+def measure(systems: Sequence[str], count: int, kind: str, rounds: int, calls: int) -> list[harness.Row]:
     """Rows for one set of arguments.
 
     Raises:
         RuntimeError: a system's result is not that of NumPy.
     """
-    args = arguments(count, tree)
-    expected = np.sum([np.asarray(x)[0] for x in jax.tree.leaves(args)])
+    args = arguments(count, kind)
+    expected = np.sum([np.asarray(x)[0, 0] for x in jax.tree.leaves(args)])
     compiled = {name: make_system(name) for name in systems}
 
     def repeat(call: Callable[..., Any]) -> Callable[[], Any]:
@@ -80,7 +85,7 @@ def measure(systems: Sequence[str], count: int, tree: str, rounds: int, calls: i
         {
             "system": name,
             "arguments": count,
-            "tree": tree,
+            "kind": kind,
             "us_per_call": 1e6 * timing.median,
             "spread": timing.spread,
             "over_jit_us": 1e6 * (timing.median - timings["jit"].median) if "jit" in timings else None,
@@ -101,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rows = []
     for count in options.arguments:
-        for tree in ("flat", "nested"):
-            rows += measure(options.systems.split(","), count, tree, options.rounds, options.calls)
+        for kind in KINDS:
+            rows += measure(options.systems.split(","), count, kind, options.rounds, options.calls)
     print(harness.table(rows, COLUMNS))
     harness.write(rows, options.out)
     return 0

@@ -46,7 +46,7 @@ class Megakernelized:
             return self._site.bind(args, kwargs)
         if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             return self.__wrapped__(*args, **kwargs)
-        return self._site.call(args, kwargs)
+        return self._site.call(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)

@@ -1,10 +1,10 @@
 """Calls outside any transformation: what is compiled for them, and how to get there fast.
 
-The call itself goes through a ``jax.jit`` of the flattened function, which brings JAX's C++ dispatch and all its
-caching. What it cannot know is decided here, at the first call of each signature: the arrays that the function
-closes over, which become arguments instead of HLO constants, and which leaves to donate. XLA gets only those whose
-buffer the plan takes over, and in an order of results for which its own pairing of donated arguments with results
-is the plan's: any other pair would cost a copy.
+The first call goes through a ``jax.jit`` of the flattened function, which brings all of JAX's caching; JAX's C++ makes
+further calls like it on its own. What JAX cannot know is decided here, at the first call of each signature: the arrays
+that the function closes over, which become arguments instead of HLO constants, and which leaves to donate. XLA gets
+only those whose buffer the plan takes over, and in an order of results for which its own pairing of donated arguments
+with results is the plan's: any other pair would cost a copy.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from jax_mpk.runtime.constants import Constants, Copies, is_small
 from jax_mpk.runtime.jax_internals import (
     core,
     eager,
+    fast_calls,
+    first_call,
     jax_config,
     name_arguments,
     parse_arguments,
@@ -239,36 +241,47 @@ class CallSite:
         self._entries: dict[Any, Entry | dict[Any, Entry]] = {}
         self._lock = threading.Lock()
         self._copies: Copies = weakref.WeakValueDictionary()
+        self.call = self._fast_call()
 
-    def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Calls the function eagerly."""
-        signature, leaves = parse_arguments(self.tracer, args, kwargs)
-        entry = self._entries.get(signature)
-        if type(entry) is not Entry:
-            entry = self._entry(signature, leaves, args, kwargs)
+    def _fast_call(self) -> Callable[..., Any]:
+        """What calls the function eagerly: JAX's C++, which learns how from first calls."""
+        return fast_calls(self.name, self.tracer, self._first_call) or self._call
+
+    def _first_call(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, bool]:
         try:
-            results = entry.jitted(*entry.consts, *leaves)
-        except _Respecialise:
-            entry, results = self._retry(entry, signature, leaves, args, kwargs)
+            entry, leaves, (results, data, forget) = self._run(first_call, args, kwargs)
+        except BaseException:
+            # C++ would leave calls like this one to Python for good, even if only the first was interrupted.
+            self.call = self._fast_call()
+            raise
+        if entry.donations.deleted:
+            # Deleting them takes the leaves of every call, which C++ does not hand out.
+            self.call, data = self._call, None
+            entry.donations.delete(leaves, results)
+        return results, data, forget
+
+    def _call(self, /, *args: Any, **kwargs: Any) -> Any:
+        entry, leaves, results = self._run(_apply, args, kwargs)
         entry.donations.delete(leaves, results)
         return results
 
-    def _retry(
-        self, entry: Entry, signature: Any, leaves: list[Any], args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> tuple[Entry, Any]:
-        """Calls the function once ``entry`` has turned out not to fit."""
-        for _ in range(_MAX_ATTEMPTS):
-            self._forget(signature, entry, leaves)
-            entry = self._entry(signature, leaves, args, kwargs)
+    def _run(
+        self, call: Callable[[Any, Sequence[Any], Sequence[Any]], T], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Entry, list[Any], T]:
+        """What ``call`` returns for the entry point that fits, its closed-over arrays and the leaves of the call."""
+        signature, leaves = parse_arguments(self.tracer, args, kwargs)
+        for _ in range(1 + _MAX_ATTEMPTS):
+            entry = self._entries.get(signature)
+            if type(entry) is not Entry:
+                entry = self._entry(signature, leaves, args, kwargs)
             try:
-                return entry, entry.jitted(*entry.consts, *leaves)
+                return entry, leaves, call(entry.jitted, entry.consts, leaves)
             except _Respecialise:
-                pass
+                self._forget(signature, entry, leaves)
         # The function differs from trace to trace, and JAX keeps none (jax.checking_leaks).
-        self._forget(signature, entry, leaves)
         traced, _ = self.trace(args, kwargs)
         entry = self._make_entry(traced, args, kwargs, leaves, any_trace=True)
-        return entry, entry.jitted(*entry.consts, *leaves)
+        return entry, leaves, call(entry.jitted, entry.consts, leaves)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Calls the function under a transformation."""
@@ -317,6 +330,7 @@ class CallSite:
         self._entries.clear()
         self.compiled.clear()
         self.tracer.clear_cache()
+        self.call = self._fast_call()
         self.__dict__.pop("jitted", None)
 
     # -- entry points ------------------------------------------------------------------------------------------
@@ -429,6 +443,10 @@ class CallSite:
         return donations.renumbered(lambda operand: traced.kept[operand - first])
 
 
+def _apply(jitted: Any, consts: Sequence[Any], leaves: Sequence[Any]) -> Any:
+    return jitted(*consts, *leaves)
+
+
 def _artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options, lies: Sequence[Lies]) -> Artifact:
     target = plan_target(options)
     declared = pipeline.operand_layouts(jaxpr, donated, target, lies)
@@ -495,7 +513,7 @@ def _warn_of_unusable_donations(traced: Traced) -> None:
     if unusable:
         warnings.warn(
             f"Some donated buffers were not usable: {', '.join(unusable)}: no result has their shape and type.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -5,6 +5,8 @@ Nothing else in ``runtime``, ``debug`` and ``api`` imports ``jax._src``.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +15,9 @@ from jax._src import api_util, core, sharding_impls, stages, tree_util
 from jax._src import config as jax_config
 from jax._src.compiler import register_xla_runtime_error_handler as register_compile_error_handler
 from jax._src.ffi import ffi_lowering
-from jax._src.interpreters import ad, batching, partial_eval
+from jax._src.interpreters import ad, batching, partial_eval, pxla
 from jax._src.interpreters.mlir import custom_call, lower_per_platform
-from jax._src.lib import jax_jit
+from jax._src.lib import _jax, jax_jit
 from jax._src.lib.mlir import ir
 from jax._src.util import weakref_lru_cache
 from jax._src.xla_bridge import register_plugin_callbacks
@@ -29,7 +31,9 @@ __all__ = [
     "custom_call",
     "default_platform",
     "eager",
+    "fast_calls",
     "ffi_lowering",
+    "first_call",
     "ir",
     "jax_config",
     "lower_per_platform",
@@ -87,3 +91,47 @@ def name_arguments(
     )
     closed_over = tuple(f"closed_over[{i}]" for i in range(consts))
     api_util.save_wrapped_fun_debug_info(flat, named._replace(arg_names=(*closed_over, *named.arg_names)))
+
+
+def fast_calls(name: str, jitted: Any, miss: Callable[..., tuple[Any, Any, bool]]) -> Callable[..., Any] | None:
+    """A function that JAX's C++ calls without Python, as it does those of ``jax.jit``; None if this JAX cannot.
+
+    Args:
+      name: of the function, for profiles.
+      jitted: ``jax.jit`` of the function, which knows the static arguments.
+      miss: called with arguments of types that C++ does not know yet; returns what :func:`first_call` does.
+    """
+    try:
+        info, data = jitted._jit_info, pxla.MeshExecutableFastpathData
+        _ = jitted._cache_miss, data.const_args, data.in_device_local_layouts  # for `first_call`
+        keys, registry = pxla.JitGlobalCppCacheKeys(), tree_util.dispatch_registry
+        fast: Any = _jax.pjit(
+            name, None, miss, info.static_argnums, info.static_argnames, keys, registry, pxla.cc_shard_arg
+        )
+    except (AttributeError, TypeError):
+        return None
+    fast._fun = jitted.__wrapped__  # what JAX runs to find the operation that made a NaN
+    return fast  # type: ignore[no-any-return]
+
+
+def first_call(jitted: Any, consts: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, Any, bool]:
+    """Calls a jitted function of ``consts`` and ``leaves``, and finds out how C++ can call it with other leaves.
+
+    Returns:
+      The results, what C++ needs to know (None: always call from Python), and whether it should not keep that.
+    """
+    results, data, forget = jitted._cache_miss(*consts, *leaves)
+    if data is not None:
+        flat, _ = tree_util.dispatch_registry.flatten(tuple(consts))
+        remembered = [_remembered(layout) for layout in data.in_device_local_layouts]
+        data = data._replace(const_args=[*data.const_args, *flat], in_device_local_layouts=remembered)
+    return results, data, forget
+
+
+def _remembered(layout: Any) -> Any:
+    """A layout that remembers how XLA writes it: C++ asks this of the layout of each placed argument in every call."""
+    if not hasattr(layout, "_to_xla_layout"):
+        return layout  # None where arrays lie by default
+    copied = copy.copy(layout)
+    copied._to_xla_layout = functools.cache(layout._to_xla_layout)
+    return copied

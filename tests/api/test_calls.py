@@ -14,6 +14,7 @@ import pytest
 
 import jax_mpk
 from jax_mpk import megakernelize
+from jax_mpk.runtime import dispatch, jax_internals
 from tests.api.support import assert_same, integers
 
 
@@ -324,6 +325,72 @@ def test_traced_anew_when_jax_is_configured_otherwise() -> None:
     assert len(traces) == 3
     f(x)
     assert len(traces) == 3
+
+
+@pytest.fixture
+def from_python(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls made during the test that Python sees: in the others C++ goes straight to the executable."""
+    seen: list[Any] = []
+
+    def parse(jitted: Any, args: Any, kwargs: Any) -> Any:
+        seen.append(args)
+        return jax_internals.parse_arguments(jitted, args, kwargs)
+
+    monkeypatch.setattr(dispatch, "parse_arguments", parse)
+    return seen
+
+
+def test_calls_without_python(from_python: list[Any]) -> None:
+    big, key = integers(5, 3000), jax.random.key(0)
+
+    def f(x, *, n):
+        return {"x": x["a"] * n + big[:3], "key": jax.random.uniform(key, (3,)) + x["b"]}
+
+    step = megakernelize(f, static_argnames="n")
+    different = [
+        (integers(0, 3), 2.0, 2),
+        (integers(0, 3), 2.0, 3),
+        (np.ones(3, np.float32), jnp.int32(1), 2),
+        (jax.device_put(integers(0, 3), jax.devices()[-1]), 1, 2),
+    ]
+    for known in (False, True):
+        from_python.clear()
+        for a, b, n in different:
+            assert_same(step({"a": a, "b": b}, n=n), jax.jit(f, static_argnames="n")({"a": a, "b": b}, n=n))
+        assert bool(from_python) != known
+    for forget in (step.clear_cache, jax.clear_caches):
+        forget()
+        step({"a": integers(0, 3), "b": 2.0}, n=2)
+        assert from_python
+        from_python.clear()
+
+
+def test_first_call_is_interrupted(from_python: list[Any]) -> None:
+    interrupts = [KeyboardInterrupt]
+
+    @megakernelize
+    def step(x):
+        if interrupts:
+            raise interrupts.pop()
+        return x + 1
+
+    x = integers(0, 3)
+    with pytest.raises(KeyboardInterrupt):
+        step(x)
+    assert_same(step(x), x + 1)
+    from_python.clear()
+    assert_same(step(x), x + 1)
+    assert not from_python
+
+
+def test_without_parts_of_jax_that_may_go(monkeypatch: pytest.MonkeyPatch, from_python: list[Any]) -> None:
+    monkeypatch.setattr(jax_internals, "pxla", object())
+    step = megakernelize(lambda x, n: x * n, static_argnums=1, donate_argnums=0)
+    for _ in range(2):
+        from_python.clear()
+        x = integers(0, 3)
+        assert_same(step(x, 2), integers(0, 3) * 2)
+        assert x.is_deleted() and from_python
 
 
 def test_closed_over_arrays_become_arguments() -> None:

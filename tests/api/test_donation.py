@@ -222,10 +222,11 @@ def test_vmap_where_the_cache_stays_unbatched() -> None:
 
 
 def test_unusable_donation_warns() -> None:
-    with pytest.warns(UserWarning, match=r"donated buffers were not usable: .*\[16,8\]"):
+    with pytest.warns(UserWarning, match=r"donated buffers were not usable: .*\[16,8\]") as caught:
         x = fresh()
         megakernelize(lambda x: x.sum(), donate_argnums=0)(x)
     assert not x.is_deleted()
+    assert caught[0].filename == __file__
 
 
 def test_other_shapes_donate_otherwise() -> None:

@@ -118,6 +118,24 @@ def test_placed_and_unplaced_arguments_agree(compiled: list[pipeline.Stages]) ->
     assert len(compiled) == 3
 
 
+def test_calls_do_not_ask_layouts_how_xla_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Layout] = []
+    write = Layout._to_xla_layout
+
+    def count(layout: Layout, dtype: Any) -> Any:
+        asked.append(layout)
+        return write(layout, dtype)
+
+    monkeypatch.setattr(Layout, "_to_xla_layout", count)
+    step, params = moved()
+    expected = jax.jit(layer)(PARAMS, cache(), X, POS)
+    for _ in range(2):
+        assert_same(step(params, cache(), X, POS), expected)
+    asked.clear()
+    assert_same(step(params, cache(), X, POS), expected)
+    assert not asked
+
+
 def test_nothing_is_copied() -> None:
     step, params = moved()
     for given, count in ((params, 4), (PARAMS, 0)):

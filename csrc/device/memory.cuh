@@ -104,9 +104,11 @@ __device__ __forceinline__ T* shared_at(int byte) {
 }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+// The address of byte 0: the compiler asks a special register for it, each time.
+__device__ __forceinline__ u32 shared_base() { return shared_address(shared_at<char>(0)); }
 template <class T>
 __device__ __forceinline__ const T* shared_from(u32 address) {
-  return shared_at<T>(static_cast<int>(address - shared_address(shared_at<char>(0))));
+  return shared_at<T>(static_cast<int>(address - shared_base()));
 }
 
 // Four 8×8 matrices of 16-bit elements in shared memory, transposed: lane l says where row l % 8 of matrix l / 8 begins;
@@ -130,53 +132,48 @@ __device__ __forceinline__ Quad load_matrices(u32 row) {
   return v;
 }
 
-__device__ __forceinline__ void barrier_init(u64* b, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+// Barriers are given by their addresses.
+__device__ __forceinline__ void barrier_init(u32 b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(arrivals) : "memory");
 }
 
 // Bulk loads may name the barriers that were made so far.
 __device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ __forceinline__ void barrier_arrive(u64* b, int arrivals = 1) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+__device__ __forceinline__ void barrier_arrive(u32 b, int arrivals = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(arrivals) : "memory");
 }
 
-__device__ __forceinline__ void barrier_expect(u64* b, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
-               : "memory");
+__device__ __forceinline__ void barrier_expect(u32 b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
 }
 
 // Whether the phase of that parity is complete; suspends the thread for a while before it says no.
-__device__ __forceinline__ bool barrier_done(u64* b, u32 parity) {
+__device__ __forceinline__ bool barrier_done(u32 b, u32 parity) {
   u32 done;
   asm volatile(
       "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+      : "=r"(done) : "r"(b), "r"(parity) : "memory");
   return done != 0;
 }
 
 // The same without suspending the thread.
-__device__ __forceinline__ bool barrier_done_now(u64* b, u32 parity) {
+__device__ __forceinline__ bool barrier_done_now(u32 b, u32 parity) {
   u32 done;
   asm volatile(
       "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+      : "=r"(done) : "r"(b), "r"(parity) : "memory");
   return done != 0;
 }
 
-// Streamed bytes are read once: they should not push activations out of the L2 cache.
-__device__ __forceinline__ u64 evict_first() {
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
+// Streamed bytes are read once: they should not push activations out of the L2 cache. This is what
+// createpolicy.fractional.L2::evict_first makes for all of them; a constant need not be kept, nor moved for each load.
+constexpr u64 kEvictFirst = 0x12f0000000000000;
 
-__device__ __forceinline__ void bulk_load(void* to, const void* from, int bytes, u64* b, u64 policy) {
+__device__ __forceinline__ void bulk_load(u32 to, const void* from, int bytes, u32 b, u64 policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy)
-      : "memory");
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+      ::"r"(to), "l"(from), "r"(bytes), "r"(b), "l"(policy) : "memory");
 }
 
 // Brings a line to the L2 cache. Bulk prefetches keep the thread for longer.
@@ -196,25 +193,34 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
   }
 }
 
-// The same, of 16 bytes under a policy of the L2 cache.
-__device__ __forceinline__ void copy_async(void* to, const void* from, u64 policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "l"(policy)
+// The same, of 16 bytes to an address under a policy of the L2 cache.
+__device__ __forceinline__ void copy_async(u32 to, const void* from, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
                : "memory");
 }
 
 // The barrier's phase does not end before this thread's copies have landed.
-__device__ __forceinline__ void copies_arrive(u64* b) {
-  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
+__device__ __forceinline__ void copies_arrive(u32 b) {
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(b) : "memory");
 }
 
 // Bulk loads that follow come behind what this thread has seen landing in shared memory otherwise.
 __device__ __forceinline__ void bulk_loads_follow() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The same number, though the compiler does not know: what follows from it is not computed, and kept, long before.
-__device__ __forceinline__ int afresh(int v) {
+template <class T>
+__device__ __forceinline__ T afresh(T v) {
+  static_assert(sizeof(T) == 4);
   asm volatile("" : "+r"(v));
   return v;
+}
+
+// True for one lane of a whole warp, always the same. Where only that lane goes on, the compiler knows that it does: a
+// bulk load is one instruction, where it otherwise is a loop over all lanes that may have come there.
+__device__ __forceinline__ bool elected() {
+  u32 me;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(me)::"memory");
+  return me != 0;
 }
 
 // Lets so many cycles pass.

@@ -44,18 +44,21 @@ template <class Shape>
 struct Ring {
   u32 next = 0;  // number of the next chunk of this worker
 
-  __device__ static u64* full(u32 stage) { return shared_at<u64>(Shape::kBarriers) + stage; }
-  __device__ static u64* empty(u32 stage) { return full(Shape::kStages + stage); }
+  // Where barriers and bytes are, from shared_base() on.
+  __device__ static constexpr u32 full(u32 stage) { return Shape::kBarriers + stage * 8; }
+  __device__ static constexpr u32 empty(u32 stage) { return full(Shape::kStages + stage); }
+  __device__ static constexpr u32 held(u32 stage) { return Shape::kRing + stage * Shape::kStageBytes; }
   // Decisions (loop predicates, branch indices) on their way to the producer: filled and taken.
-  __device__ static u64* decided() { return full(2 * Shape::kStages); }
-  __device__ static u64* taken() { return full(2 * Shape::kStages + 1); }
-  __device__ static volatile u32* decision() { return reinterpret_cast<volatile u32*>(full(2 * Shape::kStages + 2)); }
+  __device__ static constexpr u32 decided() { return full(2 * Shape::kStages); }
+  __device__ static constexpr u32 taken() { return full(2 * Shape::kStages + 1); }
+  __device__ static volatile u32* decision() { return shared_at<volatile u32>(full(2 * Shape::kStages + 2)); }
 
   __device__ static void init() {
     if (threadIdx.x == 0) {
 #pragma unroll 1
       for (int i = 0; i < 2 * Shape::kStages + 2; ++i) {
-        barrier_init(full(i), i / Shape::kStages == 1 ? kReleases : 1);  // those in the middle are `empty`
+        const bool middle = i / Shape::kStages == 1;  // these are `empty`
+        barrier_init(shared_base() + full(i), middle ? kReleases : 1);
       }
       barriers_ready();
     }
@@ -88,13 +91,13 @@ struct Ring {
     return true;
   }
   // Where they are.
-  __device__ static int place(u32 number) {
-    return Shape::kRing + static_cast<int>(number % Shape::kStages) * Shape::kStageBytes;
-  }
+  __device__ static int place(u32 number) { return static_cast<int>(held(number % Shape::kStages)); }
 
   // One thread, after all its warp has read: the chunk's only reader, or one of many.
-  __device__ void release(u32 number) const { barrier_arrive(empty(number % Shape::kStages), kReleases); }
-  __device__ void release_one(u32 number) const { barrier_arrive(empty(number % Shape::kStages)); }
+  __device__ void release(u32 number) const { release_one(number, kReleases); }
+  __device__ void release_one(u32 number, int readers = 1) const {
+    barrier_arrive(shared_base() + empty(number % Shape::kStages), readers);
+  }
 
   // The producer follows decision n too. It must have taken the one before: with two under way, parity would not
   // tell whether both or none had been.
@@ -103,7 +106,7 @@ struct Ring {
     settle(c, n);
     if (c.thread() != 0) return;
     *decision() = value;
-    barrier_arrive(decided());
+    barrier_arrive(shared_base() + decided());
   }
 
   // Waits until the producer has taken so many decisions. At the end of a launch, that is all of them: it would wait for
@@ -116,9 +119,11 @@ struct Ring {
 
  private:
   __device__ static bool landed(u32 number) {
-    return barrier_done(full(number % Shape::kStages), number / Shape::kStages & 1);
+    return barrier_done(shared_base() + full(number % Shape::kStages), number / Shape::kStages & 1);
   }
-  __device__ static bool took(u32 decisions) { return decisions == 0 || barrier_done(taken(), (decisions - 1) & 1); }
+  __device__ static bool took(u32 decisions) {
+    return decisions == 0 || barrier_done(shared_base() + taken(), (decisions - 1) & 1);
+  }
 
   struct Decision {
     u32 decisions, task = kNoTask;
@@ -145,13 +150,19 @@ struct Ring {
 };
 
 // The producer warp. It needs no barrier of its own: it touches only bytes that nothing in the launch writes.
+//
+// It must send a chunk as often as memory delivers one, and at once when another has landed: it computes little for
+// each, and before that.
 template <class Shape>
 struct Producer {
+  using R = Ring<Shape>;
+
   const typename Shape::Launch& launch;
+  const u32 base = afresh(shared_base());
   int lane = threadIdx.x % 32;
-  u32 next = 0;
+  u32 stage = 0;   // of the next chunk; only the elected lane knows
+  u32 before = 1;  // the parity of that stage's round before, known likewise
   u32 decisions = 0;
-  u64 policy = evict_first();
 
   __device__ explicit Producer(const typename Shape::Launch& l) : launch(l) {}
 
@@ -183,13 +194,11 @@ struct Producer {
           if (job.chunk_bytes == kColumns + kNarrowBlock) stream_columns<kNarrowBlock>(job);
           else stream_columns<kWideBlock>(job);
         } else if ((Shape::kTiles & kHasTiles) != 0 && job.height != 0) {
-          stream_tiles(job);
-        } else if (lane == 0) {
-          stream(job);
+          if (elected()) stream_tiles(job);
+        } else {
+          if (elected()) stream(job);
         }
       }
-      __syncwarp();
-      next = __shfl_sync(~0u, next, 0);
     }
   }
 
@@ -199,23 +208,22 @@ struct Producer {
 
   template <class T>
   __device__ T decide(int, u32) {
-    using R = Ring<Shape>;
     const u32 n = decisions++;
-    if (!__all_sync(~0u, until([&] { return barrier_done(R::decided(), n & 1); }))) return T(0);
+    if (!__all_sync(~0u, until([&] { return barrier_done(base + R::decided(), n & 1); }))) return T(0);
     const u32 value = *R::decision();
     __syncwarp();
-    if (lane == 0) barrier_arrive(R::taken());
+    if (lane == 0) barrier_arrive(base + R::taken());
     return static_cast<T>(value);
   }
 
   // Nothing may land in shared memory that belongs to the next launch. What has been asked for lands within
   // microseconds; what does not must not keep a launch from ending that gave up because of it.
   __device__ void drain() {
-    if (lane != 0) return;
-    const u32 first = next > Shape::kStages ? next - Shape::kStages : 0;
-    for (u32 n = first; n < next; ++n) {
+    if (!elected()) return;
+#pragma unroll 1
+    for (int n = 0; n < Shape::kFlight; ++n, advance()) {
       const u64 start = nanoseconds();
-      while (!barrier_done(Ring<Shape>::full(n % Shape::kStages), n / Shape::kStages & 1)) {
+      while (!landed()) {
         if (aborted() && nanoseconds() - start > 1000000) break;
       }
     }
@@ -274,58 +282,65 @@ struct Producer {
     return static_cast<const char*>(launch.buffers[job.buffer]) + job.offset;
   }
 
-  // Waits until the next stage is free and few enough chunks are in flight; false: the launch gave up.
+  // Whether the chunk has landed that is kFlight before the next one. One that was never sent has: a new barrier has a
+  // phase of parity 1 behind it.
+  __device__ __forceinline__ bool landed() const {
+    const u32 wraps = stage < Shape::kFlight;
+    return barrier_done(base + R::full(stage + wraps * Shape::kStages - Shape::kFlight), before ^ wraps ^ 1);
+  }
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == Shape::kStages) stage = 0, before ^= 1;
+  }
+
+  // Waits until the next stage is free and few enough chunks are in flight; false: the launch gave up. What is computed
+  // before, `afresh`, does not keep a load waiting.
   __device__ __forceinline__ bool room() const {
-    using R = Ring<Shape>;
-    const u32 stage = next % Shape::kStages, parity = next / Shape::kStages & 1;
-    if (!until([&] { return barrier_done_now(R::empty(stage), parity ^ 1); })) return false;
-    if (next >= Shape::kFlight) {
-      const u32 old = next - Shape::kFlight;
-      if (!until([&] { return barrier_done(R::full(old % Shape::kStages), old / Shape::kStages & 1); })) return false;
-    }
-    return true;
+    return until([&] { return barrier_done_now(base + R::empty(stage), before); }) && until([&] { return landed(); });
+  }
+
+  // Bulk loads of so many bytes follow.
+  __device__ __forceinline__ void expect(u32 full, u32 bytes) const {
+    if constexpr ((Shape::kTiles & kHasColumns) != 0) bulk_loads_follow();
+    barrier_expect(full, bytes);
   }
 
   __device__ void stream(const StreamJob& job) {
-    using R = Ring<Shape>;
+    constexpr u32 kUnit = 16;  // of all that bulk loads move: 32 bits are enough to count them
     const char* from = at(job);
 #pragma unroll 1
-    for (u64 done = 0; done < job.bytes; done += job.chunk_bytes, ++next) {
+    for (u32 left = static_cast<u32>(job.bytes / kUnit), units; left != 0; left -= units, advance()) {
+      units = min(job.chunk_bytes / kUnit, left);
+      const u32 size = afresh(units * kUnit), full = afresh(base + R::full(stage)), to = afresh(base + R::held(stage));
       if (!room()) return;
-      if constexpr ((Shape::kTiles & kHasColumns) != 0) bulk_loads_follow();
-      const u32 stage = next % Shape::kStages;
-      const u32 size = static_cast<u32>(min(u64(job.chunk_bytes), job.bytes - done));
-      barrier_expect(R::full(stage), size);
-      bulk_load(shared_at<char>(R::place(next)), from + done, size, R::full(stage), policy);
+      expect(full, size);
+      bulk_load(to, from, size, full, kEvictFirst);
+      from += size;
     }
   }
 
-  // Of each tile one piece of columns after the other. A lane copies a row's run: what a copy takes is little in a loop of
-  // one instruction, but not where one thread computes all that belongs to it.
+  // Of each tile one piece of columns after the other.
   __device__ void stream_tiles(const StreamJob& job) {
-    using R = Ring<Shape>;
     const u32 length = static_cast<u32>(job.bytes);
-    next = __shfl_sync(~0u, next, 0);
 #pragma unroll 1
     for (u32 tile = 0; tile < job.rows; tile += kTileRows) {
       const u32 end = min(tile + kTileRows, job.rows);
 #pragma unroll 1
       for (u32 done = 0; done < length; done += job.chunk_bytes) {
         const u32 size = min(job.chunk_bytes, length - done);
-        const bool whole = size == length;  // whole rows are one run
-        const char* from = at(job) + u64(tile + lane) * length + done;
+        const char* from = at(job) + u64(tile) * length + done;
 #pragma unroll 1
-        for (u32 row = tile; row < end; row += job.height, ++next, from += u64(job.height) * length) {
-          const bool go = lane != 0 || room();
-          if (!__all_sync(~0u, go)) return;
-          if constexpr ((Shape::kTiles & kHasColumns) != 0) bulk_loads_follow();
+        for (u32 row = tile; row < end; row += job.height, advance()) {
           const u32 count = min(job.height, end - row);
-          u64* full = R::full(next % Shape::kStages);
-          if (lane == 0) barrier_expect(full, size * count);
-          __syncwarp();
-          if (lane < (whole ? 1 : count)) {
-            bulk_load(shared_at<char>(R::place(next) + lane * job.chunk_bytes), from, whole ? size * count : size, full,
-                      policy);
+          const bool whole = size == length;  // whole rows are one run
+          const u32 run = whole ? size * count : size, pitch = whole ? run : length;
+          const u32 full = afresh(base + R::full(stage));
+          u32 to = afresh(base + R::held(stage));
+          if (!room()) return;
+          expect(full, size * count);
+#pragma unroll 1
+          for (u32 k = whole ? 1 : count; k != 0; --k, to += job.chunk_bytes, from += pitch) {
+            bulk_load(to, from, run, full, kEvictFirst);
           }
         }
       }
@@ -336,30 +351,30 @@ struct Producer {
   // copy 16 bytes at a time.
   template <int width>
   __device__ void stream_columns(const StreamJob& job) {
-    using R = Ring<Shape>;
     static_assert(Shape::kStageBytes < kColumns && Shape::kStageBytes / width % 32 == 0);
     constexpr u32 kUnits = width / 16, kRows = 32 / kUnits, kHeight = Shape::kStageBytes / width;
     const u32 unit = lane % kUnits, first = lane / kUnits;  // of the rows that are copied at a time
-    next = __shfl_sync(~0u, next, 0);
+    const int leader = __ffs(__ballot_sync(~0u, elected())) - 1;
+    stage = __shfl_sync(~0u, stage, leader), before = __shfl_sync(~0u, before, leader);
 #pragma unroll 1
     for (u32 done = 0; done < static_cast<u32>(job.bytes); done += width) {
       const char* from = at(job) + done + u64(first) * job.stride + unit * 16;
 #pragma unroll 1
-      for (u32 row = 0; row < job.rows; row += kHeight, ++next) {
-        const bool go = lane != 0 || room();
+      for (u32 row = 0; row < job.rows; row += kHeight, advance()) {
+        const bool go = !elected() || room();
         if (!__all_sync(~0u, go)) return;
         __syncwarp();  // a vote orders no memory: the stage's readers are done for all lanes
         const u32 end = min(kHeight, job.rows - row);
 #pragma unroll 4
         for (u32 k = 0; k < end; k += 8) {
           // In eight rows from k on the swizzle differs in row % 2 only, which all rows of a lane have in common.
-          const int to = R::place(next) + k * width + first * width + (unit ^ first % 2 ^ block_swizzle(k)) * 16;
+          const u32 to = base + R::held(stage) + k * width + first * width + (unit ^ first % 2 ^ block_swizzle(k)) * 16;
 #pragma unroll
           for (u32 r = 0; r < 8; r += kRows, from += u64(kRows) * job.stride) {
-            copy_async(shared_at<char>(to + r * width), from, policy);
+            copy_async(to + r * width, from, kEvictFirst);
           }
         }
-        u64* full = R::full(next % Shape::kStages);
+        const u32 full = base + R::full(stage);
         copies_arrive(full);
         __syncwarp();
         if (lane == 0) barrier_arrive(full);

@@ -86,6 +86,11 @@ def _reduce_two(x: jax.Array, y: jax.Array) -> Any:
     return lax.reduce((x, y), (x.dtype.type(-100), y.dtype.type(0)), join, (1,))
 
 
+def _normalized(x: jax.Array, w: jax.Array) -> jax.Array:
+    y = jnp.tanh(x)
+    return jnp.einsum("bk,nk->bn", y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True)), w)
+
+
 def _mlp(x: jax.Array, w: jax.Array, v: jax.Array) -> Any:
     return jnp.tanh(x @ w.T) @ v.T + x
 
@@ -327,6 +332,23 @@ CASES: list[Case] = [
         ["stream_tiles<bf16, 40, 512, false>"],
         True,
         (*RING, *CORES["bfloat16"]),
+    ),
+    # The other factor comes from memory, part by part, while the part before is multiplied.
+    Case(
+        "matmul_far",
+        _mlp,
+        ["16x256 bfloat16", "6144x256 bfloat16", "256x6144 bfloat16"],
+        ["stream_tiles<bf16, 16, 6144, false>"],
+        True,
+        (*RING, *CORES["bfloat16"]),
+    ),
+    # What is normalized takes the place of what was there before.
+    Case(
+        "matmul_normalized",
+        _normalized,
+        ["16x1024 bfloat16", "640x1024 bfloat16"],
+        ["stream_tiles<bf16, 16, 1024, true>"],
+        True,
     ),
     # Pieces of different widths, tiles of few rows; sums are exact.
     Case(

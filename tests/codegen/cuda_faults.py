@@ -74,10 +74,10 @@ class Faulty:
 
 _SIGNAL = "add_release(events() + "
 _STORE = "store_relaxed(words + i, Word("
-_LOAD = "bulk_load(shared_at<char>(R::place(next)), "
-_TILE_LOAD = "bulk_load(shared_at<char>(R::place(next) + r * job.chunk_bytes)"
+_LOAD = "bulk_load(to, from, size"
+_TILE_LOAD = "bulk_load(to, from, run"
 _COPIES = "if (lane == 0) barrier_arrive(full);"
-_DECIDED = "barrier_arrive(decided());"
+_DECIDED = "barrier_arrive(shared_base() + decided());"
 _DALLY = (
     "for (const u64 begin = nanoseconds(); nanoseconds() - begin < c.launch.deadline_ns / 100;) "
     "if (c.watch().aborted()) break;"
@@ -114,7 +114,7 @@ FAULTY = (
         _mlp,
         _MLP,
         _LOAD,
-        f"if (!(FAULT && blockIdx.x == {WORKER} && next == {CHUNK})) {_LOAD}",
+        f"if (!(FAULT && blockIdx.x == {WORKER} && stage == {CHUNK})) {_LOAD}",
         rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
     ),
     Faulty(
@@ -123,7 +123,7 @@ FAULTY = (
         _mlp,
         _TILES,
         _TILE_LOAD,
-        f"if (!(FAULT && blockIdx.x == {WORKER} && next == {CHUNK})) {_TILE_LOAD}",
+        f"if (!(FAULT && blockIdx.x == {WORKER} && stage == {CHUNK})) {_TILE_LOAD}",
         rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
     ),
     Faulty(
@@ -132,7 +132,7 @@ FAULTY = (
         _by_default,
         ("2x512 bfloat16", "512x1024 bfloat16", "1024x512 bfloat16"),
         _COPIES,
-        f"if (!(FAULT && blockIdx.x == {WORKER} && next == {CHUNK})) {_COPIES}",
+        f"if (!(FAULT && blockIdx.x == {WORKER} && stage == {CHUNK})) {_COPIES}",
         rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
     ),
     *(

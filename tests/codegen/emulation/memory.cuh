@@ -36,6 +36,7 @@ T* shared_at(int byte) {
 inline u32 shared_address(const void* p) {
   return static_cast<u32>(static_cast<const char*>(p) - machine::self->cta->shared);
 }
+inline u32 shared_base() { return 0; }
 template <class T>
 const T* shared_from(u32 address) {
   return shared_at<T>(static_cast<int>(address));
@@ -49,20 +50,21 @@ struct Barrier {
   void check() {
     if (pending == 0 && bytes == 0) phase ^= 1, pending = arrivals;
   }
+  static Barrier* at(u32 address) { return shared_at<Barrier>(static_cast<int>(address)); }
 };
 static_assert(sizeof(Barrier) == 8);
-inline void barrier_init(u64* b, int arrivals) {
-  *reinterpret_cast<Barrier*>(b) = {0, static_cast<u8>(arrivals), static_cast<u8>(arrivals), 0};
+inline void barrier_init(u32 b, int arrivals) {
+  *Barrier::at(b) = {0, static_cast<u8>(arrivals), static_cast<u8>(arrivals), 0};
 }
 inline void barriers_ready() {}
-inline void barrier_arrive(u64* b, int arrivals = 1) {
-  auto* barrier = reinterpret_cast<Barrier*>(b);
+inline void barrier_arrive(u32 b, int arrivals = 1) {
+  auto* barrier = Barrier::at(b);
   if (barrier->pending < arrivals) std::fprintf(stderr, "more arrivals than a barrier expects\n"), std::abort();
   barrier->pending = static_cast<u8>(barrier->pending - arrivals);
   barrier->check();
 }
-inline void barrier_expect(u64* b, int bytes) {
-  reinterpret_cast<Barrier*>(b)->bytes += bytes;
+inline void barrier_expect(u32 b, int bytes) {
+  Barrier::at(b)->bytes += bytes;
   barrier_arrive(b);
 }
 // What a barrier waits for arrives late: one lot each time that a thread looks at some barrier.
@@ -75,21 +77,21 @@ inline void land() {
   --barrier->pending;
   barrier->check();
 }
-inline bool barrier_done(u64* b, u32 parity) {
+inline bool barrier_done(u32 b, u32 parity) {
   land();
   machine::yield();
-  return reinterpret_cast<Barrier*>(b)->phase != parity;
+  return Barrier::at(b)->phase != parity;
 }
-inline bool barrier_done_now(u64* b, u32 parity) { return barrier_done(b, parity); }
+inline bool barrier_done_now(u32 b, u32 parity) { return barrier_done(b, parity); }
 constexpr u32 kLine = 128;
 inline void prefetch(const void* from) { static_cast<void>(*static_cast<const volatile char*>(from)); }
-inline u64 evict_first() { return 0; }
-inline void bulk_load(void* to, const void* from, int bytes, u64* b, u64) {
-  if ((reinterpret_cast<u64>(to) | reinterpret_cast<u64>(from) | static_cast<u64>(bytes)) % 16 != 0) {
+constexpr u64 kEvictFirst = 0;
+inline void bulk_load(u32 to, const void* from, int bytes, u32 b, u64) {
+  if ((to | reinterpret_cast<u64>(from) | static_cast<u64>(bytes)) % 16 != 0) {
     std::fprintf(stderr, "a bulk load is not aligned\n"), std::abort();
   }
-  std::memcpy(to, from, static_cast<size_t>(bytes));
-  auto* barrier = reinterpret_cast<Barrier*>(b);
+  std::memcpy(shared_at<char>(static_cast<int>(to)), from, static_cast<size_t>(bytes));
+  auto* barrier = Barrier::at(b);
   barrier->bytes -= bytes;
   barrier->check();
 }
@@ -155,8 +157,16 @@ void copy_async(void* to, const void* from) {
   }
   machine::self->copies.push_back({to, from, bytes});
 }
-inline void copy_async(void* to, const void* from, u64) { copy_async<16>(to, from); }
-inline int afresh(int v) { return v; }
+inline void copy_async(u32 to, const void* from, u64) { copy_async<16>(shared_at<char>(static_cast<int>(to)), from); }
+template <class T>
+T afresh(T v) {
+  return v;
+}
+// The lanes meet, as they do where one of them is elected.
+inline bool elected() {
+  machine::meet(~0u, 0);
+  return machine::lane() == 0;
+}
 inline void pause(u32) {}
 inline void copies_mark() { machine::self->marked = machine::self->copies.size(); }
 inline void copies_wait_marked() {
@@ -170,9 +180,10 @@ inline void copies_wait() {
   copies_mark();
   copies_wait_marked();
 }
-inline void copies_arrive(u64* b) {
-  ++reinterpret_cast<Barrier*>(b)->pending;
-  machine::landings.push_back({std::move(machine::self->copies), b});
+inline void copies_arrive(u32 b) {
+  Barrier* barrier = Barrier::at(b);
+  ++barrier->pending;
+  machine::landings.push_back({std::move(machine::self->copies), barrier});
   machine::self->copies.clear();
   machine::self->marked = 0;
 }

@@ -184,7 +184,7 @@ struct Producer {
         job.offset = __shfl_sync(~0u, mine.offset, j), job.bytes = __shfl_sync(~0u, mine.bytes, j);
         job.rows = __shfl_sync(~0u, mine.rows, j), job.stride = __shfl_sync(~0u, mine.stride, j);
         if (job.chunk_bytes <= kPaced || job.chunk_bytes >= kLiveRows) {
-          const bool paced = Shape::kPacedJobs != 0 && job.chunk_bytes % kLiveRows == kPaced;
+          const bool paced = Shape::kPace != 0 && job.chunk_bytes % kLiveRows == kPaced;
           if constexpr (Shape::kLiveRows > 0) {
             if (job.chunk_bytes >= kLiveRows) find(live, job);
           }
@@ -266,7 +266,7 @@ struct Producer {
   // The same, no faster than memory is: other accesses should not wait behind these. A lane asks for a row, sector by
   // sector.
   __device__ void ask_slowly(const StreamJob& job) const {
-    constexpr u32 kSector = 32, kBytesPerCycle = 12;  // a worker's share
+    constexpr u32 kSector = 32;
 #pragma unroll 1
     for (u32 first = 0; first < job.rows; first += 32) {
       const char* from = at(job) + u64(first + lane) * job.stride;
@@ -274,7 +274,7 @@ struct Producer {
       for (u32 k = 0; k < job.bytes; k += kSector) {
         if (first + lane < job.rows) prefetch(from + k);
       }
-      pause(static_cast<u32>(job.bytes) * 32 / kBytesPerCycle);
+      if constexpr (Shape::kPace != 0) pause(static_cast<u32>(job.bytes) * 32 / Shape::kPace);
     }
   }
 

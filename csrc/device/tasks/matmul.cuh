@@ -12,12 +12,13 @@ namespace mpk {
 
 constexpr int kTileStep = 32;
 
-// How a tile of rows is cut; stream.py computes the same. Runs of a row that are much shorter than this would be too many
-// copies for the rate of memory; of much longer ones, too few pieces would fit into the ring.
+// How a tile of rows is cut; stream.py computes the same. Short rows are whole, so that several are one copy. Of others,
+// runs that are much shorter than this would be too many copies for the rate of memory; of much longer ones, too few
+// pieces would fit into the ring.
 template <class T, int K, int stage_bytes>
 struct Pieces {
-  static constexpr int kMost = stage_bytes / (K * static_cast<int>(sizeof(T)) <= stage_bytes / 2 ? 2 : 4) / static_cast<int>(sizeof(T));
-  static constexpr int kCount = (K + kMost - 1) / kMost;
+  static constexpr int kLength = K * static_cast<int>(sizeof(T)), kMost = stage_bytes / (kLength <= stage_bytes / 2 ? 2 : 4);
+  static constexpr int kCount = (kLength + kMost - 1) / kMost;
   static constexpr int kColumns = (K / kTileStep + kCount - 1) / kCount * kTileStep;
   static constexpr int kPitch = kColumns * static_cast<int>(sizeof(T));  // from row to row in a stage
   static constexpr int kRows = kPitch * kTileRows < stage_bytes ? kTileRows : stage_bytes / kPitch;  // of a stage

@@ -27,7 +27,7 @@ from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.codegen.cuda.views import take_views
 from jax_mpk.errors import UnsupportedError
 from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
-from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment
+from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment, Target
 
 ENTRY = "jax_mpk_kernel"
 #: Most stages of the ring, fewest, and chunks in flight: docs/experiments.md.
@@ -208,7 +208,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kFlight": min(_FLIGHT, max(stages - 1, 1)),
         "kLiveRows": len(live_rows(codes)),
         "kTiles": tiles + 2 * columns,
-        "kPacedJobs": int(any(stream.chunk_bytes == PACED for code in codes for stream in code.streams)),
+        "kPace": _pace(plan.target) if any(s.chunk_bytes == PACED for code in codes for s in code.streams) else 0,
         **out,
         "shared": at + stages * STAGE_BYTES,
     }
@@ -225,6 +225,11 @@ def _value_names(plan: Plan, state: State) -> tuple[tuple[int, str], ...]:
     """Names of tagged values, as plans print them: (where the words begin, name)."""
     tagged = [(state.tagged[s] // UNIT, f"%{v}") for v, s in enumerate(plan.value_storage.tolist()) if s >= 0]
     return tuple(sorted(entry for entry in tagged if entry[0] >= 0))
+
+
+def _pace(target: Target) -> int:
+    """Bytes a cycle that are a worker's share of what memory brings, at a clock that no GPU exceeds by much."""
+    return max(1, int(target.bandwidth / target.workers / 1.8e9))
 
 
 def _ring(room: int) -> tuple[int, int]:

@@ -175,7 +175,8 @@ def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
 
 def piece(depth: int, itemsize: int) -> tuple[int, int]:
     """Columns of a piece of a tile, and rows of it that a stage holds: `Pieces` in matmul.cuh."""
-    pieces = -(-depth // (STAGE_BYTES // (2 if depth * itemsize <= STAGE_BYTES // 2 else 4) // itemsize))
+    length = depth * itemsize
+    pieces = -(-length // (STAGE_BYTES // (2 if length <= STAGE_BYTES // 2 else 4)))
     columns = -(-(depth // _STEP) // pieces) * _STEP
     return columns, min(STAGE_BYTES // (columns * itemsize), _TILE_ROWS)
 

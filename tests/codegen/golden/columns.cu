@@ -27,7 +27,7 @@ struct Shape {
     kFlight = 6,
     kLiveRows = 0,
     kTiles = 2,
-    kPacedJobs = 0,
+    kPace = 0,
     kBarriers = 0,
     kControl = 512,
     kSlots = 640,

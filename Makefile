@@ -5,6 +5,7 @@
 #   make test-quick   the part that needs no downloaded weights either and takes a minute or two
 #   make lint         ruff and mypy
 #   make format       let ruff rewrite what it can
+#   make environment  .venv and the installed project, which the above make first
 #   make build        incremental build of the extension
 #   make clean        remove builds and caches, keep the environment
 #
@@ -36,7 +37,7 @@ BUILD_DIR ?= build/$(shell $(PYTHON) -c 'import sys, importlib.metadata as m; \
 # Two builds in one folder would disturb each other.
 LOCK := $(shell command -v flock >/dev/null && echo "flock $(CURDIR)/Makefile")
 
-.PHONY: demo test test-quick lint format build clean
+.PHONY: demo test test-quick lint format environment build clean
 
 demo: $(BUILT)
 	$(PYTHON) -m models.generate "$(PROMPT)"
@@ -55,6 +56,8 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(PYTHON) -m ruff check --fix
 	$(PYTHON) -m ruff format
+
+environment: $(BUILT)
 
 build: $(INSTALLED)
 	$(LOCK) $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable . \

@@ -59,14 +59,14 @@ class Reference:
     allowed: list[float]
 
 
-def run_jit(fn: Callable[..., Any], *variants: Sequence[Any], quick: bool = False) -> list[list[Array]]:
+def run_jit(fn: Callable[..., Any], *variants: Sequence[Any]) -> list[list[Array]]:
     """Results of a function under ``jax.jit`` for several lists of arguments of the same types.
 
-    Quick ones are equal up to rounding, and so the same where nothing is rounded.
+    Compiled quickly: to the same results where nothing is rounded, elsewhere to results with errors of the same size.
     """
     lowered = jax.jit(fn).lower(*variants[0])
     try:
-        compiled = lowered.compile(compiler_options=QUICK if quick else None)
+        compiled = lowered.compile(compiler_options=QUICK)
     except jax.errors.JaxRuntimeError:
         # The older emitters cannot clamp bools.
         compiled = lowered.compile()
@@ -79,16 +79,16 @@ def reference(program: Program) -> Reference:
     infos = [program.infos[name] for name in program.outputs]
     rough = [i.rough for i in infos]
     if not any(rough):
-        (results,) = run_jit(program.function(), args, quick=True)
+        (results,) = run_jit(program.function(), args)
         return Reference(args, results, [None] * len(results), [0.0] * len(results))
     moved = [_moved(program, args, k) for k in range(_MOVED)]
     results, *others = run_jit(program.function(), args, *moved)
-    (wide,) = run_jit(program.function(float_types=dict.fromkeys(FLOATS, "f64")), program.arrays(wide=True), quick=True)
+    (wide,) = run_jit(program.function(float_types=dict.fromkeys(FLOATS, "f64")), program.arrays(wide=True))
     narrow = accurate = None
     if any(r and i.dtype == "f64" for r, i in zip(rough, infos)):
         changed = program.function(float_types={"f64": "f32"})
         narrow_args = [a.astype(np.float32) if a.dtype == np.float64 else a for a in args]
-        (narrow,) = run_jit(changed, narrow_args, quick=True)
+        (narrow,) = run_jit(changed, narrow_args)
         wide_fn = program.function(float_types=dict.fromkeys(FLOATS, "f64"))
         accurate = evaluated(wide_fn, program.arrays(wide=True))
     narrower = any(is_float(i.dtype) and i.dtype != "f64" for i in program.infos.values())

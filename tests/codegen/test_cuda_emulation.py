@@ -88,9 +88,16 @@ def _sum_and_columns(x: jax.Array, p: jax.Array, values: jax.Array) -> tuple[jax
     return doubled, jnp.dot(p, doubled, preferred_element_type=jnp.float32) * jnp.sum(x)
 
 
+def _normalized_and_what_was_there(x: jax.Array, w: jax.Array) -> jax.Array:
+    y = jnp.tanh(x)
+    scale = jnp.tanh(y[:, 3])
+    return jnp.einsum("bk,nk->bn", y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True)), w) * scale[:, None]
+
+
 @pytest.mark.parametrize(
     ("fn", "shapes"),
     [
+        (_normalized_and_what_was_there, ("8x512 float32", "16x512 float32")),
         (_sum_times_what_is_overwritten, ("300 float32", "400 float32")),
         (_softmax_and_other_rows, ("16x64 float32",)),
         (_powers_and_other_elements, ("1x100 float32",)),

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jax_mpk.codegen.cuda.arrays import local_bytes
+from jax_mpk.codegen.cuda.meetings import overlap
 from jax_mpk.graph.fuse_maps import VIEW, has_factors, programs, too_large, work
 from jax_mpk.graph.ir import Nest, Op, Update
 from jax_mpk.graph.rewrite import Slots, inline_map, rewrite_loads
@@ -27,6 +29,7 @@ def inline_members(plan: Plan, routine: Routine, boxes: np.ndarray) -> list[Op |
     """
     ops: list[Op | None] = [plan.ops[m.op] for m in routine.members]
     local = set(routine.local_values)
+    spans = local_bytes(plan, routine)
     written = {int(plan.value_storage[v]) for op in ops if op is not None for v in op.outputs if v not in local}
     for m in range(len(ops) - 1, -1, -1):
         op = ops[m]
@@ -36,6 +39,11 @@ def inline_members(plan: Plan, routine: Routine, boxes: np.ndarray) -> list[Op |
         if sources & written:
             continue
         readers = [k for k in range(m + 1, len(ops)) if _reads(ops[k], op.outputs)]
+        # What it reads may not be there any more where its last reader is, or be overwritten by that one meanwhile.
+        between = [later for later in ops[m + 1 : max(readers, default=m) + 1] if later is not None]
+        overwritten = [spans[v] for later in between for v in later.outputs if v in local]
+        if any(overlap(spans[v], place) for v in op.operands if v in local for place in overwritten):
+            continue
         rewritten = {k: _inlined(op, ops[k], boxes[k]) for k in readers}
         if all(new is not None for new in rewritten.values()):
             for k, new in rewritten.items():

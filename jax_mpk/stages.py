@@ -10,7 +10,7 @@ from jax_mpk.graph.printer import format_graph
 from jax_mpk.plan.ir import Plan
 from jax_mpk.plan.printer import format_plan
 from jax_mpk.runtime import pipeline
-from jax_mpk.runtime.dispatch import Donations, Entry, Traced
+from jax_mpk.runtime.dispatch import Donations, Entry, Traced, restored
 from jax_mpk.runtime.jax_internals import stages, tree_util
 
 
@@ -100,7 +100,7 @@ class MegakernelLowered(stages.Lowered):
     def out_info(self) -> Any:
         """Shapes and types of the results."""
         _ = self._lowering
-        return self._lowered.out_info
+        return restored(self._lowered.out_info)
 
     def compile(self, compiler_options: Any = None, *, device_assignment: Any = None) -> stages.Compiled:
         """Compiles, and returns a :class:`jax.stages.Compiled`."""
@@ -112,7 +112,7 @@ class MegakernelLowered(stages.Lowered):
 
 
 class _Compiled(stages.Compiled):
-    """A Compiled that deletes all donated arguments that ``jax.jit`` would.
+    """A Compiled that returns what the function does, and deletes all donated arguments that ``jax.jit`` would.
 
     Attributes:
       donations: what becomes of donated leaves.
@@ -120,8 +120,13 @@ class _Compiled(stages.Compiled):
 
     donations: Donations
 
+    @property
+    def out_info(self) -> Any:
+        """Shapes and types of the results."""
+        return restored(super().out_info)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        results = super().__call__(*args, **kwargs)
+        results = restored(super().__call__(*args, **kwargs))
         if self.donations.deleted:
             self.donations.delete(tree_util.tree_leaves((args, kwargs)), results)
         return results

@@ -33,6 +33,7 @@ from jax_mpk.runtime.jax_internals import (
     fast_calls,
     first_call,
     jax_config,
+    making,
     name_arguments,
     parse_arguments,
     tree_util,
@@ -209,7 +210,11 @@ class Entry:
 
 @jax.tree_util.register_pytree_node_class
 class Reordered:
-    """Results in the order XLA returns them; JAX, which puts them together, gets what the function returned."""
+    """Results in the order XLA returns them.
+
+    JAX takes them apart and puts them together more than once, and C++ expects XLA's order then: they stay one of these
+    until the call is over, see :func:`restored`.
+    """
 
     def __init__(self, results: Sequence[Any], order: tuple[int, ...], out_tree: Any):
         self._results = results
@@ -225,7 +230,27 @@ class Reordered:
         results: list[Any] = [None] * len(order)
         for leaf, position in zip(leaves, order, strict=True):
             results[position] = leaf
-        return out_tree.unflatten(results)
+        return cls(results, order, out_tree)
+
+    def restored(self) -> Any:
+        """What the function returned."""
+        return self._out_tree.unflatten(self._results)
+
+    def to_restore(self) -> _Restored:
+        """The same as a tree that JAX puts together as what the function returned."""
+        return _Restored(self._results, self._order, self._out_tree)
+
+
+@jax.tree_util.register_pytree_node_class
+class _Restored(Reordered):
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[tuple[int, ...], Any], leaves: Sequence[Any]) -> Any:
+        return super().tree_unflatten(aux, leaves).restored()
+
+
+def restored(results: Any) -> Any:
+    """What the function returned, given what its entry point did."""
+    return results.restored() if isinstance(results, Reordered) else results
 
 
 class CallSite:
@@ -254,6 +279,9 @@ class CallSite:
             # C++ would leave calls like this one to Python for good, even if only the first was interrupted.
             self.call = self._fast_call()
             raise
+        if isinstance(results, Reordered) and data is not None:
+            data = making(data, results.to_restore())
+        results = restored(results)
         if entry.donations.deleted:
             # Deleting them takes the leaves of every call, which C++ does not hand out.
             self.call, data = self._call, None
@@ -444,7 +472,7 @@ class CallSite:
 
 
 def _apply(jitted: Any, consts: Sequence[Any], leaves: Sequence[Any]) -> Any:
-    return jitted(*consts, *leaves)
+    return restored(jitted(*consts, *leaves))
 
 
 def _artifact(jaxpr: Any, donated: tuple[bool, ...], name: str, options: Options, lies: Sequence[Lies]) -> Artifact:
@@ -543,7 +571,7 @@ def _run(*operands: Any, jaxpr: Any, donated: tuple[bool, ...], name: str, optio
         cache[key] = _compile(jaxpr, donated, name, options, [layouts.of_array(x) for x in operands])
     compiled, donations = cache[key]
     with jax.disable_jit(False):
-        results = compiled(*operands)
+        results = restored(compiled(*operands))
     donations.delete(operands, results)
     return results
 

@@ -37,6 +37,7 @@ __all__ = [
     "ir",
     "jax_config",
     "lower_per_platform",
+    "making",
     "name_arguments",
     "parse_arguments",
     "partial_eval",
@@ -103,7 +104,7 @@ def fast_calls(name: str, jitted: Any, miss: Callable[..., tuple[Any, Any, bool]
     """
     try:
         info, data = jitted._jit_info, pxla.MeshExecutableFastpathData
-        _ = jitted._cache_miss, data.const_args, data.in_device_local_layouts  # for `first_call`
+        _ = jitted._cache_miss, data.const_args, data.in_device_local_layouts, data.out_pytree_def  # for `first_call`
         keys, registry = pxla.JitGlobalCppCacheKeys(), tree_util.dispatch_registry
         fast: Any = _jax.pjit(
             name, None, miss, info.static_argnums, info.static_argnames, keys, registry, pxla.cc_shard_arg
@@ -126,6 +127,11 @@ def first_call(jitted: Any, consts: Sequence[Any], leaves: Sequence[Any]) -> tup
         remembered = [_remembered(layout) for layout in data.in_device_local_layouts]
         data = data._replace(const_args=[*data.const_args, *flat], in_device_local_layouts=remembered)
     return results, data, forget
+
+
+def making(data: Any, results: Any) -> Any:
+    """What C++ needs to know to put the leaves of results together like these."""
+    return data._replace(out_pytree_def=tree_util.dispatch_registry.flatten(results)[1])
 
 
 def _remembered(layout: Any) -> Any:

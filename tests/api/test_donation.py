@@ -182,6 +182,30 @@ def test_results_in_another_order_than_donated_arguments() -> None:
     assert jax.tree.structure(compiled.out_info) == jax.tree.structure(result)
 
 
+def test_results_in_another_order_in_every_call() -> None:
+    def f(a, b, c, key):
+        return (b.at[0].set(1), a.at[0].set(2)), jax.random.fold_in(key, 0), c.sum(keepdims=True)
+
+    def arguments(*shape: int):
+        return *(integers(i, *shape) for i in range(3)), jax.random.key(0)
+
+    expected = jax.jit(f)(*arguments(8))
+    step = megakernelize(f, donate_argnums=(0, 1))
+    turned = lambda a, b, c, key: (f(a, b, c, key), c[::-1])  # noqa: E731
+    other = megakernelize(turned, donate_argnums=(0, 1, 2))
+    compiled = step.lower(*arguments(8)).compile()
+    rows = [jnp.stack([x, x + 1]) for x in arguments(8)[:3]]
+    vmapped = jax.vmap(f, (0, 0, 0, None))(*rows, jax.random.key(0))
+    for _ in range(3):
+        assert_same(step(*arguments(8)), expected)
+        args = arguments(8)
+        assert_same(other(*args), turned(*arguments(8)))
+        assert args[2].is_deleted()
+        assert_same(compiled(*arguments(8)), expected)
+        donated = [jnp.copy(x) for x in rows]
+        assert_same(jax.vmap(step, (0, 0, 0, None))(*donated, jax.random.key(0)), vmapped)
+
+
 def test_update_that_swaps_two_caches() -> None:
     def f(a, b):
         return b.at[0].set(1.0), a.at[0].set(2.0)

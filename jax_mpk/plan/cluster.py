@@ -149,7 +149,7 @@ class Clusterer:
             return "a task reduces the same value in several ways at once"
         if isinstance(op, Sort) and op.top_k is not None:
             return "a row has fewer results than elements"
-        if self._is_laborious(op) and self._most_repeated(op.outputs[0], anchors, groups) >= _LABORIOUS:
+        if self._is_laborious(op, anchors, groups):
             return "a hand-off is faster than computing so much of it, element by element, in every task that reads it"
         private = not self.pinned.intersection(op.outputs) and not isinstance(op, Update)
         reasons: list[str] = []
@@ -174,18 +174,21 @@ class Clusterer:
                 return ""
         return reasons[0]
 
-    def _is_laborious(self, op: Op) -> bool:
-        """Whether threads compute an operator element by element, and find each of its operands' by itself: a map that
-        moves elements, or a reduction of few.
+    def _is_laborious(self, op: Op, anchors: set[int], groups: dict[int, _Group]) -> bool:
+        """Whether tasks would repeat much of an operator that threads compute element by element, finding each of its
+        operands' by itself: a map that moves elements, or a reduction of few.
         """
         if not isinstance(op, Nest) or op.kind == "contract" or len(op.outputs) != 1:
             return False
-        if math.prod(op.space) < _LABORIOUS:
+        if math.prod(op.space) < _LABORIOUS or (op.kind != "map" and math.prod(op.rspace) > _FEW):
             return False
-        if op.kind != "map":
-            return math.prod(op.rspace) <= _FEW
-        place = moved(op, self.graph.values[op.operands[0]].shape) if len(op.operands) == 1 else None
-        return place is not None and bool(np.any(np.diff(place) < 0))
+        if op.kind == "map" and (len(op.operands) != 1 or op.body.result().op != "load"):
+            return False
+        if self._most_repeated(op.outputs[0], anchors, groups) < _LABORIOUS:
+            return False
+        # Looks at every element, which most maps are spared.
+        place = moved(op, self.graph.values[op.operands[0]].shape) if op.kind == "map" else None
+        return op.kind != "map" or (place is not None and bool(np.any(np.diff(place) < 0)))
 
     def _most_repeated(self, v: int, anchors: set[int], groups: dict[int, _Group]) -> float:
         """Elements of a value that a task of its readers reads, where several read the same ones."""

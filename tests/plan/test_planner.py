@@ -17,7 +17,7 @@ from jax_mpk.errors import ConfigError
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.graph.verify import verify_graph
-from jax_mpk.plan import targets
+from jax_mpk.plan import cluster, targets
 from jax_mpk.plan.ir import MUST, READ, Plan
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.simulate import Simulator
@@ -271,6 +271,12 @@ def test_many_pieces_of_one_array_stay_within_bounds(scale: int) -> None:
     # Slices are read in place, whatever the size of the program; a routine holds no more operators than it may.
     assert len(graph.block.ops) == (1 if scale == 1 else 129)
     assert max(len(routine.members) for routine in plan.routines) <= 64
+
+
+def test_elements_of_large_values_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "moved", lambda *_: pytest.fail("looks where each element comes from"))
+    captured = capture(jax.make_jaxpr(lambda x: jnp.sort(x.T))(aval(4000, 4000)))
+    verify_plan(make_plan(fuse(build_graph(captured.jaxpr)), targets.H100))
 
 
 @pytest.mark.parametrize(

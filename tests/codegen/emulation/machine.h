@@ -60,6 +60,7 @@ struct Fiber {
 struct Landing {
   std::vector<Copy> copies;
   void* barrier;
+  int bytes;  // that the barrier counts; 0: it counts an arrival
 };
 
 extern Fiber* self;

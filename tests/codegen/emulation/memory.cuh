@@ -74,7 +74,8 @@ inline void land() {
   machine::landings.erase(machine::landings.begin());
   for (const machine::Copy& c : first.copies) std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
   auto* barrier = static_cast<Barrier*>(first.barrier);
-  --barrier->pending;
+  if (first.bytes > 0) barrier->bytes -= first.bytes;
+  else --barrier->pending;
   barrier->check();
 }
 inline bool barrier_done(u32 b, u32 parity) {
@@ -90,10 +91,7 @@ inline void bulk_load(u32 to, const void* from, int bytes, u32 b, u64) {
   if ((to | reinterpret_cast<u64>(from) | static_cast<u64>(bytes)) % 16 != 0) {
     std::fprintf(stderr, "a bulk load is not aligned\n"), std::abort();
   }
-  std::memcpy(shared_at<char>(static_cast<int>(to)), from, static_cast<size_t>(bytes));
-  auto* barrier = Barrier::at(b);
-  barrier->bytes -= bytes;
-  barrier->check();
+  machine::landings.push_back({{{shared_at<char>(static_cast<int>(to)), from, bytes}}, Barrier::at(b), bytes});
 }
 
 struct alignas(16) Quad {
@@ -183,7 +181,7 @@ inline void copies_wait() {
 inline void copies_arrive(u32 b) {
   Barrier* barrier = Barrier::at(b);
   ++barrier->pending;
-  machine::landings.push_back({std::move(machine::self->copies), barrier});
+  machine::landings.push_back({std::move(machine::self->copies), barrier, 0});
   machine::self->copies.clear();
   machine::self->marked = 0;
 }

@@ -1,6 +1,6 @@
 """Draws how much of the device's read bandwidth each system uses, from the rows that `benchmarks.decode` wrote.
 
-python -m benchmarks.roofline                   # benchmarks/results/decode_h200.json to docs/roofline.svg
+python -m benchmarks.roofline                   # benchmarks/results/decode_h200/*.json to docs/roofline.svg
 python -m benchmarks.roofline FILE --out OUT
 """
 
@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 from benchmarks import harness
 
-RESULTS = (harness.RESULTS / "decode_h200.json",)
+RESULTS = tuple(sorted((harness.RESULTS / "decode_h200").glob("*.json")))
 PICTURE = harness.ROOT / "docs" / "roofline.svg"
 # In this order, with what a reader calls them and a colour.
 SYSTEMS = {
@@ -52,7 +52,7 @@ def draw(rows: Sequence[harness.Row]) -> str:
     for row in rows:
         groups.setdefault((row["model"], row["batch"]), []).append(row)
     body, y = [], 76.0
-    for (model, batch), group in groups.items():
+    for (model, batch), group in sorted(groups.items()):
         body.append(_text(16, y, f"{model}, batch {batch}", weight="bold"))
         y += 12
         for row in sorted(group, key=lambda row: order.index(row["system"])):

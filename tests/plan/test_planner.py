@@ -279,6 +279,20 @@ def test_elements_of_large_values_are_not_looked_at(monkeypatch: pytest.MonkeyPa
     verify_plan(make_plan(fuse(build_graph(captured.jaxpr)), targets.H100))
 
 
+def test_permuted_products_are_not_gathered_by_every_task_that_reads_them() -> None:
+    def turned_between(x, w, v):
+        y = jnp.einsum("bk,nk->bn", x, w).reshape(16, 64, 32).swapaxes(1, 2)
+        return jnp.einsum("bk,nk->bn", y.reshape(16, 2048), v)
+
+    avals = [
+        aval(16, 512, dtype=jnp.bfloat16),
+        aval(2048, 512, dtype=jnp.bfloat16),
+        aval(4096, 2048, dtype=jnp.bfloat16),
+    ]
+    plan = make_plan(fuse(build_graph(capture(jax.make_jaxpr(turned_between)(*avals)).jaxpr)), targets.H100)
+    assert [plan.ops[member.op].kind for member in plan.routines[-1].members] == ["contract"]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("workers", 0), ("granule", -1), ("bandwidth", 0.0), ("flops", np.nan), ("scratch_bytes", -1), ("handoff", -1e-6)],

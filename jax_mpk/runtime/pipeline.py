@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax.extend.core import Jaxpr
@@ -17,6 +17,7 @@ from jax_mpk.codegen import cuda as cuda_codegen
 from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.codegen.encode import encode
 from jax_mpk.codegen.ir import Program
+from jax_mpk.errors import JaxMpkError, TaskTooLargeError
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
 from jax_mpk.graph.ir import Graph
@@ -32,6 +33,8 @@ from jax_mpk.runtime.jax_internals import weakref_lru_cache
 from jax_mpk.runtime.layouts import AUTO, ROW_MAJOR, Lies
 from jax_mpk.runtime.timing import timed
 
+#: Tasks that compute no more bytes than this in scratch memory fit an SM of a GPU with whatever they bring there.
+_SURE_SCRATCH = 64 << 10
 #: One layout per operand, None: row-major. (): all operands are.
 Layouts = tuple[Layout | None, ...]
 
@@ -96,14 +99,36 @@ def stages(jaxpr: Any, donated: tuple[bool, ...], name: str, target: Target, lay
         graph = fuse(built)
     with timed("verify"):
         verify_graph(graph)
+    made = _fitting(Stages(name, captured, built, graph, _planned(graph, target)))
+    for observer in _observers:
+        observer(made)
+    return made
+
+
+def _planned(graph: Graph, target: Target) -> Plan:
     with timed("plan"):
         plan = make_plan(graph, target)
     with timed("verify"):
         verify_plan(plan)
-    made = Stages(name, captured, built, graph, plan)
-    for observer in _observers:
-        observer(made)
-    return made
+    return plan
+
+
+def _fitting(made: Stages) -> Stages:
+    """The same with a plan of smaller tasks where a GPU's SM cannot hold them.
+
+    A plan knows what tasks compute in scratch memory; what they bring there besides, only their code does.
+    """
+    smaller, target = made, made.plan.target
+    while targets.platform(target) != "cpu" and smaller.plan.scratch_bytes > _SURE_SCRATCH:
+        try:
+            _ = smaller.program
+            return smaller
+        except TaskTooLargeError:
+            target = replace(target, scratch_bytes=min(target.scratch_bytes, smaller.plan.scratch_bytes) // 2)
+            smaller = replace(made, plan=_planned(made.graph, target))
+        except JaxMpkError:
+            break  # who asks for the kernel will hear it
+    return smaller
 
 
 @_cache(maxsize=None)

@@ -12,8 +12,10 @@ import pytest
 
 from jax_mpk import TaskTooLargeError
 from jax_mpk.codegen.cuda import generate
+from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.plan.ir import Target
 from jax_mpk.plan.targets import H100
+from jax_mpk.runtime import pipeline
 from tests.codegen.cuda.support import planned
 
 #: More scratch for local values than an SM has.
@@ -36,3 +38,10 @@ def test_refused(fn: Callable[..., Any], shape: tuple[int, ...], dtype: Any, tar
     line = f"test_limits.py:{fn.__code__.co_firstlineno}"
     assert error.value.line.endswith(line)
     assert line in str(error.value) and "outside the megakernel" in str(error.value)
+
+
+def test_tasks_that_an_sm_cannot_hold_are_planned_smaller() -> None:
+    jaxpr = jax.make_jaxpr(lambda x: jax.nn.softmax(x * 2))(jax.ShapeDtypeStruct((132, 100_000), jnp.float32))
+    made = pipeline.stages(jaxpr, (False,), "softmax", ROOMY)
+    assert made.plan.scratch_bytes <= made.plan.target.scratch_bytes < ROOMY.scratch_bytes
+    assert isinstance(made.program, CudaProgram) and made.program.shared_bytes <= 227 << 10

@@ -55,6 +55,19 @@ def test_case(case: Case) -> None:
     check_case(case, cuda_emulation.run(plan, inputs, launches=2), args)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("matmul_far", "stream_tiles<bf16, 16, 6144, false>"),
+        ("matmul_normalized", "stream_tiles<bf16, 16, 1024, true>"),
+    ],
+)
+def test_what_cases_are_for_is_there_for_few_workers_too(name: str, text: str) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    plan, _ = plan_of(case.fn, case.arguments(), workers=4)
+    assert text in generate(plan).source
+
+
 def _sum_times_what_is_overwritten(x: jax.Array, buffer: jax.Array) -> jax.Array:
     def body(i: jax.Array, buffer: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(buffer, x * (jnp.sum(x) * buffer[3] * 0.5), (0,))

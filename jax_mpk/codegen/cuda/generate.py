@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax_mpk._version import __version__
 from jax_mpk.codegen.cuda.architectures import check_architecture, check_streams
 from jax_mpk.codegen.cuda.arrays import UNIT, buffer_count, buffer_of
-from jax_mpk.codegen.cuda.code import COLUMNS, PACED, Code, live_rows
+from jax_mpk.codegen.cuda.code import COLUMNS, PACED, Code, Stream, live_rows
 from jax_mpk.codegen.cuda.columns import streamed_sums
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
@@ -30,8 +31,8 @@ from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
 from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment, Target
 
 ENTRY = "jax_mpk_kernel"
-#: Most stages of the ring, fewest, and chunks in flight: docs/experiments.md.
-_STAGES, _FEWEST_STAGES, _FLIGHT = 24, 4, 6
+#: Most stages of the ring, fewest, and bytes in flight: docs/experiments.md.
+_STAGES, _FEWEST_STAGES, _FLIGHT_BYTES = 24, 4, 48 << 10
 #: More warps than this are not needed to keep up with memory.
 _ENOUGH_READERS = 8
 #: Dynamic shared memory of a CTA on sm_90.
@@ -205,7 +206,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kStages": stages,
         "kReaders": readers,
         "kStageBytes": STAGE_BYTES,
-        "kFlight": min(_FLIGHT, max(stages - 1, 1)),
+        "kFlight": min(_flight(streaming), max(stages - 1, 1)),
         "kLiveRows": len(live_rows(codes)),
         "kTiles": tiles + 2 * columns,
         "kPace": _pace(plan.target) if any(s.chunk_bytes == PACED for code in codes for s in code.streams) else 0,
@@ -225,6 +226,16 @@ def _value_names(plan: Plan, state: State) -> tuple[tuple[int, str], ...]:
     """Names of tagged values, as plans print them: (where the words begin, name)."""
     tagged = [(state.tagged[s] // UNIT, f"%{v}") for v, s in enumerate(plan.value_storage.tolist()) if s >= 0]
     return tuple(sorted(entry for entry in tagged if entry[0] >= 0))
+
+
+def _flight(streaming: Sequence[Stream]) -> int:
+    """Chunks in flight. Short ones, as those of rows that do not fill a stage, are more."""
+    chunks = nbytes = 0
+    for stream in streaming:
+        whole = STAGE_BYTES if stream.stride else stream.chunk_bytes  # parts of several rows fill a stage
+        size = int((stream.size * stream.rows).sum())
+        chunks, nbytes = chunks - (-size // whole), nbytes + size
+    return _FLIGHT_BYTES * chunks // nbytes if nbytes else 1
 
 
 def _pace(target: Target) -> int:

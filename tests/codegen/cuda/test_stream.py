@@ -161,6 +161,13 @@ def test_many_columns_go_to_tensor_cores(columns: int, dtype: Any) -> None:
     assert compiled.resources.spill_bytes == 0
 
 
+@pytest.mark.parametrize(("columns", "flight"), [(2048, 6), (4096, 6), (2560, 9)])
+def test_as_many_bytes_are_in_flight_whatever_rows_leave_of_a_stage(columns: int, flight: int) -> None:
+    avals = [jax.ShapeDtypeStruct((n, columns), jnp.bfloat16) for n in (1, 12672)]
+    plan = planned(lambda x, w: jnp.einsum("bk,nk->bn", x, w), *avals)
+    assert f"kFlight = {flight}," in generate(plan).source
+
+
 def test_the_kernel_cuts_rows_alike() -> None:
     lines = ['#include "jax_mpk.cuh"']
     for item, name in ((2, "mpk::bf16"), (4, "mpk::f32")):

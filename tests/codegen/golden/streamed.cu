@@ -24,7 +24,7 @@ struct Shape {
     kStages = 24,
     kReaders = 8,
     kStageBytes = 8192,
-    kFlight = 6,
+    kFlight = 7,
     kLiveRows = 0,
     kTiles = 0,
     kPace = 0,

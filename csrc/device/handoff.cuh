@@ -247,7 +247,7 @@ __device__ __noinline__ void stage_elements(Watch watch, u32 task, Tagged<T> fro
 template <class T, class C>
 __device__ __forceinline__ void stage(const C& c, const Tagged<T>& from, u64 first, int count, T* to, int warp, int warps) {
   if (c.warp() < warp || c.warp() >= warp + warps) return;
-  const int byte = static_cast<int>(shared_address(to) - shared_address(shared_at<char>(0)));
+  const int byte = static_cast<int>(shared_address(to) - shared_base());
   const int thread = c.thread() - warp * 32;
   stage_elements<T>(c.watch(), c.task(TaskWords::kTask), from, first, count, byte, thread, warps * 32);
 }

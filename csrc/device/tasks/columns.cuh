@@ -29,7 +29,7 @@ __device__ __forceinline__ void stream_columns(C& c, const T* x, int x_stride, i
   constexpr int kSums = kAtOnce * kTiles * 128;
   static_assert(kHeight % kTileStep == 0 && kRows % kAtOnce == 0);
   const int lane = afresh(c.lane()), g = lane / 4, q = lane % 4, i = lane % 8;
-  const int x_byte = shared ? static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0))) : 0;
+  const int x_byte = shared ? static_cast<int>(shared_address(x) - shared_base()) : 0;
   // Of the row that this lane names for load_transposed, in the first 16 of 32, and of its 16 bytes.
   const int row_byte = (i / 2 * 8 + i % 2 + lane / 16 * 2) * kPitch;
   const int unit = (lane / 8 % 2) ^ i;  // i is the row's block_swizzle

@@ -356,7 +356,7 @@ __device__ __forceinline__ void stream_rows(C& c, const X* x, int x_stride, int 
   using S = ChunkShape<W, X, M, R, G::kDepth>;
   const int chunks = G::kParts == 1 ? (rows + R - 1) / R : rows * G::kParts;
   f32* partials = c.template partials<f32>();
-  const u32 w_at = shared_address(shared_at<char>(0)) + S::weights(c.lane());
+  const u32 w_at = shared_base() + S::weights(c.lane());
   const u32 x_at = shared_address(x) + S::columns(c.lane());
   // Of the sum that this lane gets; beyond any task's rows where it gets none.
   const int own = S::row(c.lane()) < R ? S::row(c.lane()) : 1 << 30, m = S::column(c.lane());

@@ -47,7 +47,7 @@ __device__ __forceinline__ void stream_tiles(C& c, const T* x, int x_stride, int
   constexpr int kMost = 6 / kTiles, kAhead = kMost > kSteps ? kSteps : kMost > 1 ? kMost : 1;
   constexpr bool kFar = !shared && kAhead == kSteps;
   const int lane = c.lane(), g = lane / 4, q = lane % 4;
-  const int x_byte = shared ? static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0))) : 0;
+  const int x_byte = shared ? static_cast<int>(shared_address(x) - shared_base()) : 0;
   using Part = Quad[kAhead][kTiles];
   // Of piece p, from step `first` on.
   const auto load = [&](int p, int first, Part& to) {

@@ -40,7 +40,7 @@ __device__ __forceinline__ void multiply_rows(const C& c, int rows, const X* x, 
   constexpr int kTiles = (N + 7) / 8, kSteps = K / 32;
   constexpr int kMany = kSteps * kTiles > 2 ? 1 : 2, kLoads = kSteps < 8 ? kSteps : 8;
   const int g = c.lane() / 4, q = c.lane() % 4;
-  const int x_byte = static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0)));
+  const int x_byte = static_cast<int>(shared_address(x) - shared_base());
 #pragma unroll 1
   for (int first = c.warp() * kMany * 16; first < rows; first += C::kWarps * kMany * 16) {
     const T* from[kMany][2];
@@ -95,7 +95,7 @@ __device__ __forceinline__ void multiply_columns(const C& c, int depth, const X*
   static_assert(D % 8 == 0);
   constexpr int kTiles = (N + 7) / 8, kBlocks = (D + 63) / 64, kMany = kBlocks > 1 ? 1 : 2;
   const int g = c.lane() / 4, q = c.lane() % 4;
-  const int x_byte = static_cast<int>(shared_address(x) - shared_address(shared_at<char>(0)));
+  const int x_byte = static_cast<int>(shared_address(x) - shared_base());
   f32 acc[kBlocks][4][kTiles][4] = {};
 #pragma unroll 1
   for (int first = c.warp() * kMany * 16; first < depth; first += C::kWarps * kMany * 16) {

@@ -347,7 +347,7 @@ CASES: list[Case] = [
         "matmul_normalized",
         _normalized,
         ["16x1024 bfloat16", "640x1024 bfloat16"],
-        [", 1024, true>"],
+        ["stream_tiles<bf16, "],
         True,
     ),
     # Pieces of different widths, tiles of few rows; sums are exact.

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jax_mpk.graph import dtypes
-from jax_mpk.graph.ir import Graph, Update
+from jax_mpk.graph.ir import Graph, Nest, Update
 from jax_mpk.graph.scalar import Expr, Node
 
 
@@ -165,6 +165,13 @@ def is_identity(expr: Expr, args: tuple[int, ...], space: tuple[int, ...]) -> bo
         extent == 1 or (expr.nodes[arg].op == "coord" and expr.nodes[arg].attr == axis)
         for axis, (arg, extent) in enumerate(zip(args, space, strict=True))
     )
+
+
+def own_index(op: Nest) -> list[int]:
+    """Operands of which a map reads for each element of its result only the one with that element's coordinates."""
+    loads = [op.body.nodes[i] for i in op.body.loads()]
+    others = {op.operands[n.attr] for n in loads if n.op != "load" or not is_identity(op.body, n.args, op.space)}
+    return [v for v in op.operands if v not in others]
 
 
 def is_uniform(expr: Expr, i: int) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Graph, Nest, Op, reads
-from jax_mpk.graph.windows import is_identity
+from jax_mpk.graph.windows import own_index
 
 _ALIGN = 64
 #: Values smaller than this are not worth sharing bytes: whoever writes over bytes waits for all that read them.
@@ -20,7 +21,7 @@ Boxes = tuple[np.ndarray, np.ndarray]
 
 
 def lay_out(
-    graph: Graph, ops: Sequence[Op], boxes: Sequence[Boxes], local: frozenset[int] | set[int]
+    graph: Graph, ops: Sequence[Op], boxes: Sequence[Boxes], local: AbstractSet[int]
 ) -> tuple[dict[int, tuple[int, tuple[int, ...]]], int]:
     """Lays local values out in a row, but what a map makes of a large one that nobody reads later in its place.
 
@@ -58,12 +59,11 @@ def _rewritten(graph: Graph, ops: Sequence[Op], box: Boxes, made: Mapping[int, B
     if not isinstance(op, Nest) or op.kind != "map" or len(op.outputs) != 1:
         return None
     item = dtypes.itemsize(graph.values[op.outputs[0]].dtype)
-    for slot, v in enumerate(op.operands):
-        if v not in made or graph.values[v].shape != op.space or dtypes.itemsize(graph.values[v].dtype) != item:
-            continue
-        loads = [op.body.nodes[i] for i in op.body.loads() if op.body.nodes[i].attr == slot]
+    for v in own_index(op):
         if (
-            all(node.op == "load" and is_identity(op.body, node.args, op.space) for node in loads)
+            v in made
+            and graph.values[v].shape == op.space
+            and dtypes.itemsize(graph.values[v].dtype) == item
             and all(np.array_equal(a, b) for a, b in zip(made[v], box, strict=True))
             and all(v not in reads(later) for later in ops[1:])
         ):

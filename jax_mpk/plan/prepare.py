@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from jax_mpk.graph.ir import Block, Branch, Graph, Loop, Nest, Op, Source, Update, Value, reads, walk
 from jax_mpk.graph.rewrite import use_counts
 from jax_mpk.graph.scalar import Builder
-from jax_mpk.graph.windows import is_identity
+from jax_mpk.graph.windows import own_index
 
 
 @dataclass(frozen=True)
@@ -271,12 +271,7 @@ def _candidates(op: Op) -> list[int]:
         return [] if op.base in op.operands else [op.base]
     if not isinstance(op, Nest) or op.kind != "map" or len(op.outputs) != 1:
         return []
-    own_index = []
-    for slot, value in enumerate(op.operands):
-        loads = [op.body.nodes[i] for i in op.body.loads() if op.body.nodes[i].attr == slot]
-        if all(node.op == "load" and is_identity(op.body, node.args, op.space) for node in loads):
-            own_index.append(value)
-    return own_index
+    return own_index(op)
 
 
 def _readers(block: Block) -> dict[int, list[int]]:

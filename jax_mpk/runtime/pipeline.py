@@ -33,7 +33,7 @@ from jax_mpk.runtime.jax_internals import weakref_lru_cache
 from jax_mpk.runtime.layouts import AUTO, ROW_MAJOR, Lies
 from jax_mpk.runtime.timing import timed
 
-#: Tasks that compute no more bytes than this in scratch memory fit an SM of a GPU with whatever they bring there.
+#: Whether tasks that compute more bytes than this in scratch memory fit an SM with what they bring there is looked at.
 _SURE_SCRATCH = 64 << 10
 #: One layout per operand, None: row-major. (): all operands are.
 Layouts = tuple[Layout | None, ...]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from jax_mpk.codegen.cuda.arrays import row_major
+from jax_mpk.codegen.cuda.arrays import local_bytes, row_major
 from jax_mpk.codegen.cuda.columns import streamed
 from jax_mpk.codegen.cuda.live import Live, Shift
+from jax_mpk.codegen.cuda.meetings import overlap
 from jax_mpk.codegen.cuda.staging import Copied
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest, Op, Update, Value, reads
 from jax_mpk.graph.regions import op_touches
-from jax_mpk.graph.windows import is_identity
+from jax_mpk.graph.windows import own_index
 from jax_mpk.plan.ir import Plan, Routine
 
 #: Most bytes of one value, and of all values of a routine.
@@ -87,29 +87,21 @@ def _place(
         or op.outputs[0] not in routine.local_values
     ):
         return None
-    value, rank = plan.graph.values[v], len(op.space)
-    slot, local = op.operands.index(v), routine.local_values.index(op.outputs[0])
-    loads = [op.body.nodes[i] for i in op.body.loads() if op.body.nodes[i].attr == slot]
-    if value.shape != op.space or dtypes.itemsize(value.dtype) != dtypes.itemsize(_dtype(plan, routine, local)):
+    value, made, rank = plan.graph.values[v], plan.graph.values[op.outputs[0]], len(op.space)
+    local = routine.local_values.index(made.id)
+    if value.shape != op.space or dtypes.itemsize(value.dtype) != dtypes.itemsize(made.dtype):
         return None
-    if any(node.op != "load" or not is_identity(op.body, node.args, op.space) for node in loads):
+    if v not in own_index(op):
         return None
     box = boxes[readers[-1]]
     same = np.array_equal(lo, box[:, 0, :rank]) and np.array_equal(hi, box[:, 1, :rank])
     if not same or tuple((hi - lo).max(axis=0).tolist()) != tuple(routine.local_extents[local]):
         return None
-    spans = [
-        (at, at + math.prod(extents) * dtypes.itemsize(_dtype(plan, routine, k)))
-        for k, (at, extents) in enumerate(zip(routine.local_offsets, routine.local_extents, strict=True))
-    ]
-    low, high = spans[local]
-    if any(a < high and low < b for k, (a, b) in enumerate(spans) if k != local):
+    spans = local_bytes(plan, routine)
+    place = spans.pop(made.id)
+    if any(overlap(place, other) for other in spans.values()):
         return None
     return local
-
-
-def _dtype(plan: Plan, routine: Routine, local: int) -> str:
-    return plan.graph.values[routine.local_values[local]].dtype
 
 
 def _copied(v: int, value: Value, lo: np.ndarray, hi: np.ndarray, limit: int, shift: Shift | None) -> Copied | None:

@@ -13,23 +13,29 @@
 namespace mpk {
 
 // What the producer does for a task, see tables.py: consecutive bytes of a buffer that the task streams; or, where
-// `height` is not 0, `rows` rows of `bytes` bytes in tiles, chunk_bytes of `height` rows each per chunk; or, where
-// chunk_bytes is kColumns and more, `rows` rows of `bytes` bytes each, `stride` apart, in blocks of columns of as many
+// `group` is not 0, `rows` rows of `length` bytes in tiles, chunk_bytes of kPieceRows rows each per chunk, `block` bytes of
+// `group` tiles before what follows of these; or, where chunk_bytes is kColumns and more, `rows` rows of `bytes` bytes each, `stride` apart, in blocks of columns of as many
 // bytes as there are more, a chunk being what fits of a block's rows; or, where chunk_bytes is 0, `rows` rows of `bytes`
 // bytes each, `stride` apart, which it will copy and wants in the L2 cache; or the same with kPaced there, of more bytes
 // than may be asked for at once. A multiple of kLiveRows added to one of these last two says that Shape::live_rows knows
 // which rows these are, given the number in `rows`.
 struct StreamJob {
   u32 buffer, chunk_bytes;
-  u64 offset, bytes;
+  u64 offset;
+  union {
+    u64 bytes;
+    struct {
+      u32 length, block;
+    };
+  };
   u32 rows;
   union {
-    u32 stride, height;
+    u32 stride, group;
   };
 };
 static_assert(sizeof(StreamJob) == 32);
 constexpr u32 kPaced = 1, kColumns = 1u << 16, kLiveRows = 1u << 20;
-constexpr int kTileRows = 16;  // of a tile, see matmul.cuh
+constexpr u32 kTileRows = 16, kPieceRows = 4;  // of a tile, and of it in a chunk that holds a piece of each: matmul.cuh
 constexpr int kNarrowBlock = 128, kWideBlock = 256;  // bytes of a block's row, see columns.cuh
 
 // What kinds of pieces the chunks of a program are, other than whole rows: bits of Shape::kTiles.
@@ -89,6 +95,19 @@ struct Ring {
       if (!__all_sync(~0u, outlast(c, number))) return false;
     }
     return true;
+  }
+  // The same for the next `count` chunks, which land one after the other more often than not.
+  template <class C>
+  __device__ bool wait_all(const C& c, int count) const {
+    const u32 mine = next + min(c.lane(), count - 1);
+    int n = count - 1;
+    bool running;
+#pragma unroll 1
+    do {
+      running = wait_together(c, next + n);
+      n = n + 1 < count ? n + 1 : 0;
+    } while (running && !__all_sync(~0u, landed(mine)));
+    return running;
   }
   // Where they are.
   __device__ static int place(u32 number) { return static_cast<int>(held(number % Shape::kStages)); }
@@ -193,7 +212,7 @@ struct Producer {
         } else if ((Shape::kTiles & kHasColumns) != 0 && job.chunk_bytes >= kColumns) {
           if (job.chunk_bytes == kColumns + kNarrowBlock) stream_columns<kNarrowBlock>(job);
           else stream_columns<kWideBlock>(job);
-        } else if ((Shape::kTiles & kHasTiles) != 0 && job.height != 0) {
+        } else if ((Shape::kTiles & kHasTiles) != 0 && job.group != 0) {
           if (elected()) stream_tiles(job);
         } else {
           if (elected()) stream(job);
@@ -319,28 +338,39 @@ struct Producer {
     }
   }
 
-  // Of each tile one piece of columns after the other.
+  // Of each tile one piece of columns after the other, a block's before the next tile's.
   __device__ void stream_tiles(const StreamJob& job) {
-    const u32 length = static_cast<u32>(job.bytes);
+    const u32 length = job.length, group = job.group * kTileRows, pitch = job.chunk_bytes;
 #pragma unroll 1
-    for (u32 tile = 0; tile < job.rows; tile += kTileRows) {
-      const u32 end = min(tile + kTileRows, job.rows);
+    for (u32 first = 0; first < job.rows; first += group) {
+      const u32 last = min(first + group, job.rows);
 #pragma unroll 1
-      for (u32 done = 0; done < length; done += job.chunk_bytes) {
-        const u32 size = min(job.chunk_bytes, length - done);
-        const char* from = at(job) + u64(tile) * length + done;
+      for (u32 block = 0; block < length; block += job.block) {
+        const u32 right = min(block + job.block, length);
 #pragma unroll 1
-        for (u32 row = tile; row < end; row += job.height, advance()) {
-          const u32 count = min(job.height, end - row);
-          const bool whole = size == length;  // whole rows are one run
-          const u32 run = whole ? size * count : size, pitch = whole ? run : length;
-          const u32 full = afresh(base + R::full(stage));
-          u32 to = afresh(base + R::held(stage));
-          if (!room()) return;
-          expect(full, size * count);
+        for (u32 tile = first; tile < last; tile += kTileRows) {
+          const u32 count = min(last - tile, kTileRows);
+          const char* left = at(job) + u64(tile) * length;
 #pragma unroll 1
-          for (u32 k = whole ? 1 : count; k != 0; --k, to += job.chunk_bytes, from += pitch) {
-            bulk_load(to, from, run, full, kEvictFirst);
+          for (u32 done = block; done < right; done += pitch) {
+            const u32 size = min(pitch, right - done);
+            const char* from = left + done;
+#pragma unroll 1
+            for (u32 row = 0; row < count; row += kPieceRows, from += u64(kPieceRows) * length, advance()) {
+              const u32 rows = min(count - row, kPieceRows);
+              const u32 nbytes = afresh(size * rows), full = afresh(base + R::full(stage));
+              const u32 to = afresh(base + R::held(stage));
+              if (!room()) return;
+              expect(full, nbytes);
+              const auto send = [&](u32 k) { bulk_load(to + k * pitch, from + u64(k) * length, size, full, kEvictFirst); };
+              if (rows == kPieceRows) {  // addresses of all of them at once, not one after the other
+#pragma unroll
+                for (u32 k = 0; k < kPieceRows; ++k) send(k);
+              } else {
+#pragma unroll 1
+                for (u32 k = 0; k < rows; ++k) send(k);
+              }
+            }
           }
         }
       }

@@ -25,8 +25,9 @@ from jax_mpk.plan.tile import Cut, Tiler
 _MOST_COPIES = 16
 #: A routine of more operators takes no others in: each would cost the tiler a look at all of them.
 _MOST_MEMBERS = 64
-#: So many elements take a task longer than a hand-off if computed one by one, as reductions of no more elements are.
-_LABORIOUS, _FEW = 8192, 32
+#: So many elements take a task longer than a hand-off if computed one by one, as reductions of no more elements are;
+#: so many, if computed eight at a time.
+_LABORIOUS, _FEW, _MANY = 8192, 32, 16384
 
 
 @dataclass
@@ -150,7 +151,7 @@ class Clusterer:
         if isinstance(op, Sort) and op.top_k is not None:
             return "a row has fewer results than elements"
         if self._is_laborious(op, anchors, groups):
-            return "a hand-off is faster than computing so much of it, element by element, in every task that reads it"
+            return "a hand-off is faster than computing so much of it in every task that reads it"
         private = not self.pinned.intersection(op.outputs) and not isinstance(op, Update)
         reasons: list[str] = []
         if len(anchors) > _MOST_COPIES:
@@ -182,11 +183,14 @@ class Clusterer:
             return False
         if math.prod(op.space) < _LABORIOUS or (op.kind != "map" and math.prod(op.rspace) > _FEW):
             return False
+        repeated = self._most_repeated(op.outputs[0], anchors, groups)
+        if repeated < _LABORIOUS:
+            return False
+        if op.kind == "map" and repeated >= _MANY:
+            return True
+        # Looks at every element, which most maps are spared.
         if op.kind == "map" and (len(op.operands) != 1 or op.body.result().op != "load"):
             return False
-        if self._most_repeated(op.outputs[0], anchors, groups) < _LABORIOUS:
-            return False
-        # Looks at every element, which most maps are spared.
         place = moved(op, self.graph.values[op.operands[0]].shape) if op.kind == "map" else None
         return op.kind != "map" or (place is not None and bool(np.any(np.diff(place) < 0)))
 

@@ -318,7 +318,7 @@ CASES: list[Case] = [
             f"matmul_{t}_{m}",
             _mlp,
             [f"{m}x512 {t}", f"2048x512 {t}", f"512x2048 {t}"],
-            [f"stream_tiles<{short}, {m}, 512, true>"],
+            [f"factor<{short}, {m}, 512, kScratch>", "stream_tiles("],
             True,
             (*RING, *CORES[t]),
         )
@@ -329,7 +329,7 @@ CASES: list[Case] = [
         "matmul_large",
         _mlp,
         ["40x512 bfloat16", "4096x512 bfloat16", "512x4096 bfloat16"],
-        ["stream_tiles<bf16, 40, 512, false>"],
+        ["factor<bf16, 40, 512, kShelf>", "stream_tiles("],
         True,
         (*RING, *CORES["bfloat16"]),
     ),
@@ -338,16 +338,28 @@ CASES: list[Case] = [
         "matmul_far",
         _mlp,
         ["16x256 bfloat16", "6144x256 bfloat16", "256x6144 bfloat16"],
-        ["stream_tiles<bf16, 16, 256, true>"],
+        ["factor<bf16, 16, 256, kScratch>"],
         True,
         (*RING, *CORES["bfloat16"]),
+    ),
+    # It is held: in registers and on a shelf, piece by piece, with registers for one piece, for one tile at a time.
+    *(
+        Case(
+            f"matmul_{name}",
+            lambda x, w: jnp.einsum("bk,nk->bn", x, w),
+            [f"{m}x{k} bfloat16", f"{n}x{k} bfloat16"],
+            [f"factor<bf16, {m}, {k}, kShelf>", "stream_tiles("],
+            True,
+            (*RING, *CORES["bfloat16"]),
+        )
+        for name, m, k, n in (("shelf", 16, 4096, 1100), ("wide", 32, 3072, 2200), ("most", 64, 1056, 900))
     ),
     # What is normalized takes the place of what was there before.
     Case(
         "matmul_normalized",
         _normalized,
         ["16x1024 bfloat16", "640x1024 bfloat16"],
-        ["stream_tiles<bf16, "],
+        ["factor<bf16, "],
         True,
     ),
     # Pieces of different widths, tiles of few rows; sums are exact.
@@ -355,7 +367,7 @@ CASES: list[Case] = [
         "matmul_odd",
         lambda x, w: jnp.einsum("bk,nk->bn", x, w),
         ["7x1120 bfloat16", "2701x1120 bfloat16"],
-        ["stream_tiles<"],
+        ["stream_tiles("],
     ),
     *(
         Case(
@@ -394,7 +406,7 @@ CASES: list[Case] = [
         "columns_and_tiles",
         _both,
         ["7x512 bfloat16", "512x1024 bfloat16", "1024x512 bfloat16"],
-        ["stream_columns<", "stream_tiles<", "kTiles = 3"],
+        ["stream_columns<", "stream_tiles(", "kTiles = 3"],
         # Fences between the kinds of copies, in two places, and one where the barriers of the ring are made.
         sass=(*RING, *TRANSPOSED, *["FENCE.VIEW.ASYNC"] * 3),
     ),

@@ -75,7 +75,7 @@ class Faulty:
 _SIGNAL = "add_release(events() + "
 _STORE = "store_relaxed(words + i, Word("
 _LOAD = "bulk_load(to, from, size"
-_TILE_LOAD = "bulk_load(to, from, run"
+_TILE_LOAD = "bulk_load(to + k * pitch, from"
 _COPIES = "if (lane == 0) barrier_arrive(full);"
 _DECIDED = "barrier_arrive(shared_base() + decided());"
 _DALLY = (

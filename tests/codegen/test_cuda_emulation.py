@@ -58,8 +58,8 @@ def test_case(case: Case) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("matmul_far", "stream_tiles<bf16, 16, 6144, false>"),
-        ("matmul_normalized", "stream_tiles<bf16, 16, 1024, true>"),
+        ("matmul_far", "factor<bf16, 16, 6144, kShelf>"),
+        ("matmul_normalized", "factor<bf16, 16, 1024, kScratch>"),
     ],
 )
 def test_what_cases_are_for_is_there_for_few_workers_too(name: str, text: str) -> None:

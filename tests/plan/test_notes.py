@@ -75,7 +75,7 @@ def test_what_a_routine_joined_after_all_is_not_noted() -> None:
 def test_a_norm_that_costs_too_much_to_repeat() -> None:
     assert notes(graph_of(_norm, (1, 2048), (2048, 2048))) == []
     assert notes(graph_of(_norm, (2048, 2048), (2048, 2048))) == [
-        "not fused: mul into dot_general: a hand-off is faster than computing it in every task that reads it"
+        "not fused: mul into dot_general: a hand-off is faster than computing so much of it in every task that reads it"
     ]
 
 

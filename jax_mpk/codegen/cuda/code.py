@@ -41,10 +41,12 @@ class Stream:
         PACED: nothing streams, rows come to the L2 cache.
       first, size: int64 [tasks]: first byte; bytes in all, or of one row.
       rows: int64 [tasks] rows; where these are known at run time, ``at`` of ``live``.
-      stride: where nothing streams, or columns do, bytes from row to row; else 0, or the rows of which a chunk holds a
-        part each.
+      stride: where nothing streams, or columns do, bytes from row to row; where a chunk holds a part of each of some
+        rows, the tiles of a group; else 0.
       live: statements that compute ``first`` row and ``count`` of rows to bring to the L2 cache from ``at``; (): these
         are known.
+      block: bytes of each row of a group that stream before what follows of them.
+      together: whether all warps read every chunk; else one warp does.
     """
 
     storage: int
@@ -54,6 +56,8 @@ class Stream:
     rows: np.ndarray
     stride: int
     live: tuple[str, ...] = ()
+    block: int = 0
+    together: bool = False
 
 
 @dataclass

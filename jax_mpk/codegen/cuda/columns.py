@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_mpk.codegen.cuda.code import COLUMNS, Stream
+from jax_mpk.codegen.cuda.pieces import pieces
 from jax_mpk.codegen.cuda.routine import WARPS, Frame
 from jax_mpk.codegen.cuda.scalars import Term, product
-from jax_mpk.codegen.cuda.stream import Streamed, consecutive, decoded, factors, match, other_factor, sums_bytes
+from jax_mpk.codegen.cuda.stream import Streamed, consecutive, decoded, factors, match, other_factor
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest
@@ -104,7 +105,8 @@ def streamed_sums(plan: Plan, op: Nest, boxes: np.ndarray) -> int:
     """Bytes that a contraction needs for sums of tiles."""
     rows = match(plan, op, boxes)
     if rows is not None:
-        return sums_bytes(rows.count) if rows.height else 0
+        item = dtypes.itemsize(plan.graph.values[op.operands[rows.weight]].dtype)
+        return pieces(math.prod(op.rspace), rows.count, item, "kFar").sums if rows.height else 0
     found = match_columns(plan, op, boxes)
     return 0 if found is None else _sums_bytes(found)
 

@@ -19,10 +19,10 @@ from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots, scratch_bytes
 from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
+from jax_mpk.codegen.cuda.pieces import STAGE_BYTES, TILE_STAGES
 from jax_mpk.codegen.cuda.routine import WARPS, Frame, too_large
 from jax_mpk.codegen.cuda.rows import row_chain
 from jax_mpk.codegen.cuda.staging import Staging
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES, TILE_STAGES
 from jax_mpk.codegen.cuda.tables import State, Tables, build_tables, segments, state_layout
 from jax_mpk.codegen.cuda.updates import emit_update
 from jax_mpk.codegen.cuda.views import take_views
@@ -182,7 +182,7 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     place("kScratch", max(code.scratch for code in codes) if codes else 0)
     streaming = [stream for code in codes for stream in code.streams if stream.chunk_bytes > PACED]
     columns = any(stream.chunk_bytes >= COLUMNS for stream in streaming)
-    tiles = any(stream.stride and stream.chunk_bytes < COLUMNS for stream in streaming)
+    tiles = any(stream.together for stream in streaming)
     room = (_SHARED_BYTES - at) // STAGE_BYTES
     if at > _SHARED_BYTES or (streaming and room < (TILE_STAGES if tiles else _FEWEST_STAGES)):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from jax_mpk.codegen.cuda.views import View
 from jax_mpk.errors import TaskTooLargeError, task_too_large
 from jax_mpk.graph import dtypes
 from jax_mpk.plan.ir import Plan, Routine
+
+if TYPE_CHECKING:
+    from jax_mpk.codegen.cuda.pieces import Held
 
 #: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
 WARPS = 11
@@ -94,6 +97,7 @@ class Frame:
         self.boxes = boxes
         self.memory = memory
         self.views = views
+        self.room = room
         self.streams = streams
         self.live = live
         self.ops = [op for op in live.ops if op is not None]
@@ -111,6 +115,7 @@ class Frame:
         self._brought: dict[int, Staged | Copied] = {}
         self._brought_at: dict[int, tuple[int, tuple[int, ...]]] = {}  # value → byte, extents its layout has
         self._written = {int(plan.value_storage[v]) for op in self.ops for v in op.outputs}
+        self.held: dict[int, Held] = {}  # by member
         self._early: dict[str, str] = {}  # loads of single elements, and where their results are
         self._scalars = [Term(f"live{k}") for k in range(len(live.scalars.results))]
         scalars = self._live_scalars(range(len(self._scalars)))

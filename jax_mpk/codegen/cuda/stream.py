@@ -15,23 +15,18 @@ import numpy as np
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.arrays import Array, row_major
 from jax_mpk.codegen.cuda.code import Stream
-from jax_mpk.codegen.cuda.routine import WARPS, Frame
+from jax_mpk.codegen.cuda.pieces import MORE_STAGES, STAGE_BYTES, TILE_STEP, Held, Pieces, pieces
+from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Term, fixed, product
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Graph, Nest
 from jax_mpk.plan.ir import Plan
 
-#: Bytes of a stage of the ring; a chunk fits into one.
-STAGE_BYTES = 8 << 10
 #: Most rows of a chunk, and most parts of a row: `Chunks` in csrc/device/tasks/contract.cuh.
 _MOST_ROWS, _MOST_PARTS = 16, 32
 #: Most columns of the other factor for whole rows; columns that tiles are worth it for, and most of them.
 _MOST_COLUMNS, _TILE_COLUMNS, _MOST_TILE_COLUMNS = 8, 5, 64
-#: Rows of a tile and steps of the reduced axis: `Pieces` in csrc/device/tasks/matmul.cuh.
-_TILE_ROWS, _STEP = 16, 32
-#: Fewest stages of a ring with tiles: what a piece of a tile takes at most.
-TILE_STAGES = 8
 #: Fewer bytes a task are not worth the ring.
 _LEAST_BYTES = 2048
 _TYPES = ("bf16", "f16", "f32")
@@ -129,8 +124,8 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     # Of two factors the one with fewer rows is no weight.
     wide = math.prod(op.space[d] for d in free) >= math.prod(op.space[d] for d in columns)
     same = values[op.operands[other.slot]].dtype == dtype != "f32"
-    tiles = same and wide and depth % _STEP == 0 and _TILE_COLUMNS <= count <= _MOST_TILE_COLUMNS
-    height = piece(depth, item)[1] if tiles else 0
+    tiles = same and wide and depth % TILE_STEP == 0 and _TILE_COLUMNS <= count <= _MOST_TILE_COLUMNS
+    height = pieces(depth, count, item, "kFar").rows if tiles else 0
     cut = (0, 0) if height else cut_rows(depth, item)
     if cut is None or (not height and (count > _MOST_COLUMNS or (cut[1] == 1 and cut[0] * count > 32))):
         return None
@@ -173,19 +168,6 @@ def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
     return None
 
 
-def piece(depth: int, itemsize: int) -> tuple[int, int]:
-    """Columns of a piece of a tile, and rows of it that a stage holds: `Pieces` in matmul.cuh."""
-    length = depth * itemsize
-    pieces = -(-length // (STAGE_BYTES // (2 if length <= STAGE_BYTES // 2 else 4)))
-    columns = -(-(depth // _STEP) // pieces) * _STEP
-    return columns, min(STAGE_BYTES // (columns * itemsize), _TILE_ROWS)
-
-
-def sums_bytes(columns: int) -> int:
-    """Bytes of what the warps have of a tile, of two of them where columns are few: `stream_tiles` in matmul.cuh."""
-    return (2 if columns <= 16 else 1) * WARPS * -(-columns // 8) * 8 * _TILE_ROWS * 4
-
-
 def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction as ``stream_rows`` or ``stream_tiles``; False where it is neither."""
     found = match(frame.plan, op, frame.boxes[member])
@@ -217,9 +199,14 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
         [x, *([] if later else others)], [sums] if sums else outputs, joins=found.parts > 1 or found.height > 0
     )
     frame.line(f"{title(frame, op)}: streams {dtype} rows")
-    kind = f"tiles<{dtype}, {found.count}, {depth}, {str(x.kind == 'local').lower()}>"
-    frame.line(f"stream_{kind if found.height else f'rows<{dtype}, {x_dtype}, {found.count}, {depth}>'}(")
-    frame.line(f"    c, {start}, {step}, {rows.text},")
+    cut = None
+    if found.height:
+        held = _held(frame, member, x, (dtype, found.count, depth), factor)
+        cut = held.cut
+        frame.line(f"stream_tiles(c, {held.name}, {rows.text},")
+    else:
+        frame.line(f"stream_rows<{dtype}, {x_dtype}, {found.count}, {depth}>(")
+        frame.line(f"    c, {start}, {step}, {rows.text},")
     if sums is None:
         frame.lines_of("[&](int row, int m, f32 sum) {", [*decode, *finish], "});")
     else:
@@ -232,12 +219,38 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
         for text in (split, f"const f32 sum = {sums.name}[n];", *decode, *finish):
             frame.line(f"  {text}")
         frame.line("});")
-    frame.code.streams.append(_stream(frame.plan, weight, depth, dtypes.itemsize(dtype), found))
-    if found.height:
-        frame.code.partials = max(frame.code.partials, sums_bytes(found.count))
+    frame.code.streams.append(_stream(frame.plan, weight, depth, dtypes.itemsize(dtype), found, cut))
+    if cut is not None:
+        frame.code.partials = max(frame.code.partials, cut.sums)
     elif found.parts > 1:
         frame.code.partials = max(frame.code.partials, int(found.rows.max()) * found.parts * found.count * 4)
     return True
+
+
+def _held(frame: Frame, member: int, x: Array, kind: tuple[str, int, int], at: tuple[str, int]) -> Held:
+    """The factor that threads hold: that of the member in front, where this one has the same, or a new one.
+
+    Args:
+      frame: the routine.
+      member: number of the contraction in it.
+      x: the factor's array.
+      kind: its type, columns, and elements of each.
+      at: where it begins, and the step from column to column.
+    """
+    held = frame.held.get(member - 1)
+    key = (x.kind, *kind, *at)
+    if held is None or held.key != key:
+        dtype, columns, depth = kind
+        item = dtypes.itemsize(dtype)
+        reach = "kScratch" if x.kind == "local" else "kShelf"
+        cut = pieces(depth, columns, item, reach)
+        if frame.code.scratch + cut.shelf > frame.room - MORE_STAGES * STAGE_BYTES:
+            reach, cut = "kFar", pieces(depth, columns, item, "kFar")
+        held = Held(key, f"x{member}", cut)
+        words = [*at, *([frame.scratch(cut.shelf)] if cut.shelf else [])]
+        frame.line(f"auto {held.name} = factor<{dtype}, {columns}, {depth}, {reach}>(c, {', '.join(map(str, words))});")
+    frame.held[member] = held
+    return held
 
 
 def other_factor(frame: Frame, member: int, op: Nest, found: Streamed, x: Array) -> tuple[str, int] | None:
@@ -295,12 +308,12 @@ def decoded(
     return lines
 
 
-def _stream(plan: Plan, weight: int, depth: int, item: int, found: Rows) -> Stream:
-    """What the producer does for a contraction."""
+def _stream(plan: Plan, weight: int, depth: int, item: int, found: Rows, cut: Pieces | None) -> Stream:
+    """What the producer does for a contraction; ``cut``: into pieces."""
     storage = int(plan.value_storage[weight])
-    first = found.first * item
-    if found.height:
-        chunk = piece(depth, item)[0] * item
-        return Stream(storage, chunk, first, np.full_like(first, depth * item), found.rows, found.height)
-    chunk = depth // found.parts * item * found.chunk_rows
-    return Stream(storage, chunk, first, found.rows * depth * item, np.ones_like(first), 0)
+    first, one = found.first * item, np.ones_like(found.first)
+    if cut is not None and cut.width < depth:
+        width, block = cut.width * item, cut.block * item
+        return Stream(storage, width, first, one * depth * item, found.rows, cut.group, block=block, together=True)
+    chunk = depth * item * (found.height or found.chunk_rows) // (found.parts or 1)
+    return Stream(storage, chunk, first, found.rows * depth * item, one, 0, together=cut is not None)

@@ -155,7 +155,7 @@ def _assembled(plan: Plan, table: np.ndarray, codes: Sequence[Code]) -> Tables:
                 buffer, unit = buffer_of(plan, plan.storages[s.storage])
                 job = np.zeros(4, np.uint64)
                 job.view(np.uint32)[:2] = buffer, s.chunk_bytes + (LIVE * (1 + ways[s.live]) if s.live else 0)
-                job[1], job[2] = unit * UNIT + int(s.first[k]), int(s.size[k])
+                job[1], job[2] = unit * UNIT + int(s.first[k]), int(s.size[k]) | s.block << 32
                 job.view(np.uint32)[6:] = s.rows[k], s.stride
                 jobs.append(job)
     order: list[int] = []

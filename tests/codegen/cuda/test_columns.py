@@ -15,7 +15,7 @@ from jax import lax
 from jax_mpk.codegen.cuda import generate
 from jax_mpk.codegen.cuda.code import COLUMNS
 from jax_mpk.codegen.cuda.columns import _SUM_TILES, Columns, match_columns
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES
+from jax_mpk.codegen.cuda.pieces import STAGE_BYTES
 from jax_mpk.graph.ir import Nest
 from jax_mpk.plan import columns
 from jax_mpk.plan.ir import Plan

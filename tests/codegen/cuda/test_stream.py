@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jax_mpk.codegen.cuda import generate
-from jax_mpk.codegen.cuda.stream import STAGE_BYTES, Rows, cut_rows, match, piece
+from jax_mpk.codegen.cuda.pieces import STAGE_BYTES, pieces
+from jax_mpk.codegen.cuda.routine import WARPS
+from jax_mpk.codegen.cuda.stream import Rows, cut_rows, match
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest
 from jax_mpk.plan.ir import Plan
@@ -65,7 +67,7 @@ def test_every_row_is_streamed_once_for_each_group_of_columns(dtype, columns: in
     assert (rows.first * item % 16 == 0).all()
     if rows.height:
         assert columns == 8 and dtype != jnp.float32
-        assert piece(k, item)[0] * item * rows.height <= STAGE_BYTES
+        assert pieces(k, columns, item, "kFar").width * item * rows.height <= STAGE_BYTES
     else:
         assert k // rows.parts * item * rows.chunk_rows <= STAGE_BYTES
 
@@ -137,16 +139,33 @@ def test_chunks(depth: int, item: int) -> None:
         assert (rows + 1) * depth * item > STAGE_BYTES
 
 
-def test_the_kernel_cuts_tiles_alike() -> None:
+@pytest.mark.parametrize("reach", ["kScratch", "kShelf", "kFar"])
+def test_the_kernel_cuts_tiles_alike(reach: str) -> None:
     lines = ['#include "jax_mpk.cuh"']
-    for depth in (32, 96, 512, 1024, 1056, 1120, 2048, 12_288, 50_016):
-        columns, rows = piece(depth, 2)
-        count = -(-depth // columns)
-        assert columns % 32 == 0 and columns * 2 * rows <= STAGE_BYTES
-        pieces = f"mpk::Pieces<mpk::bf16, {depth}, {STAGE_BYTES}>"
-        lines.append(f"static_assert({pieces}::kColumns == {columns} && {pieces}::kRows == {rows});")
-        lines.append(f"static_assert({pieces}::kCount == {count});")
-    nvrtc.compile_source("\n".join([*lines, 'extern "C" __global__ void nothing() {}']), "sm_90a")
+    for depth in (32, 96, 512, 1024, 1056, 1120, 2048, 4096, 12_288, 50_016):
+        for columns in (5, 8, 16, 24, 32, 40, 64):
+            cut = pieces(depth, columns, 2, reach)
+            count = -(-depth // cut.width)
+            assert cut.width % 32 == 0 and cut.width * 2 * cut.rows <= STAGE_BYTES and 16 % cut.rows == 0
+            assert cut.block in (cut.width, cut.width * count)  # a piece, or all of them
+            assert cut.group == 1 or cut.block == cut.width
+            tiles = -(-columns // 8)
+            assert cut.group * WARPS * tiles * 512 <= cut.sums
+            # What a thread does not hold in registers, it has on the shelf.
+            lots = -(-cut.width // 32 // WARPS) * tiles
+            held = f"{cut.shelf} == (P::kStays ? (P::kCount - P::kHeld) * {lots * WARPS * 512} : 0)"
+            lines.append(f"namespace n{len(lines)} {{")
+            lines.append(f"using P = mpk::Pieces<mpk::bf16, {columns}, {depth}, mpk::{reach}, {STAGE_BYTES}, {WARPS}>;")
+            lines.append(
+                f"static_assert(P::kColumns == {cut.width} && P::kRows == {cut.rows} && P::kCount == {count});"
+            )
+            lines.append(f"static_assert(P::kGroup == {cut.group} && P::kLots == {lots} && P::kLots * P::kHeld <= 18);")
+            lines.append(f"static_assert(P::kStays == {str(cut.block >= depth).lower()});")
+            lines.append(f"static_assert(P::kBuffers * {WARPS * tiles * 512} == {cut.sums});")
+            if reach == "kShelf":
+                lines.append(f"static_assert({held});")
+            lines.append("}")
+    nvrtc.compile_source("\n".join(lines) + '\nextern "C" __global__ void nothing() {}', "sm_90a")
 
 
 @pytest.mark.parametrize(("columns", "dtype"), [(5, jnp.bfloat16), (16, jnp.float16), (64, jnp.bfloat16)])
@@ -156,7 +175,7 @@ def test_many_columns_go_to_tensor_cores(columns: int, dtype: Any) -> None:
     assert rows is not None and rows.height == 4 and rows.count == columns
     assert rows.rows.sum() == 4096
     program = generate(plan)
-    assert "stream_tiles<" in program.source
+    assert "stream_tiles(" in program.source
     compiled = nvrtc.compile_source(program.source, program.arch)
     assert compiled.resources.spill_bytes == 0
 

@@ -145,9 +145,9 @@ def test_streams_follow_the_queue(name: str) -> None:
                 offset, size = job[2:6].view(np.uint64)
                 kind = stream.chunk_bytes + (LIVE * (1 + live_rows(codes)[stream.live]) if stream.live else 0)
                 assert (job[0], job[1]) == (buffer, kind)
-                assert (offset, size) == (unit * UNIT + stream.first[task], stream.size[task])
+                assert (offset, size) == (unit * UNIT + stream.first[task], stream.size[task] | stream.block << 32)
                 assert (job[6], job[7]) == (stream.rows[task], stream.stride)
-                assert offset % 16 == 0 and size % 16 == 0
+                assert offset % 16 == 0 and stream.size[task] % 16 == 0 and stream.block % 16 == 0
     assert end or name != "streamed"
 
 

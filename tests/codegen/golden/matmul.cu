@@ -106,8 +106,8 @@ __device__ __forceinline__ void routine_0(C& c) {
   bf16* const g2 = c.template global<bf16>(10);
   c.sync();
   // contract bf16[16,3072] over 1024  functions.py:55: streams bf16 rows
-  stream_tiles<bf16, 16, 1024, true>(
-      c, l1, 1024, 24,
+  auto x2 = factor<bf16, 16, 1024, kScratch>(c, l1, 1024);
+  stream_tiles(c, x2, 24,
       [&](int row, int m, f32 sum) {
         const int i1 = at0 + row;
         const int i0 = m;
@@ -133,8 +133,8 @@ __device__ __forceinline__ void routine_1(C& c) {
   bf16* const g1 = c.template global<bf16>(9);
   bf16* const g2 = c.template global<bf16>(11);
   // contract bf16[16,1024] over 3072  functions.py:56: streams bf16 rows
-  stream_tiles<bf16, 8, 3072, false>(
-      c, g1 + at0 * 3072, 3072, 16,
+  auto x0 = factor<bf16, 8, 3072, kShelf>(c, g1 + at0 * 3072, 3072);
+  stream_tiles(c, x0, 16,
       [&](int row, int m, f32 sum) {
         const int i1 = at1 + row;
         const int i0 = at0 + m;

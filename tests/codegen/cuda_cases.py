@@ -342,17 +342,25 @@ CASES: list[Case] = [
         True,
         (*RING, *CORES["bfloat16"]),
     ),
-    # It is held: in registers and on a shelf, piece by piece, with registers for one piece, for one tile at a time.
+    # It is held for two contractions, in registers and on a shelf; or comes piece by piece, with registers for one.
+    Case(
+        "matmul_shelf",
+        lambda x, w, v: jnp.einsum("bk,nk->bn", x, w) * jnp.einsum("bk,nk->bn", x, v),
+        ["16x4096 bfloat16", *["600x4096 bfloat16"] * 2],
+        ["factor<bf16, 16, 4096, kShelf>(c, ", "stream_tiles(c, x0, "],
+        True,
+        (*RING, *CORES["bfloat16"]),
+    ),
     *(
         Case(
-            f"matmul_{name}",
+            f"matmul_pieces_{m}",
             lambda x, w: jnp.einsum("bk,nk->bn", x, w),
             [f"{m}x{k} bfloat16", f"{n}x{k} bfloat16"],
-            [f"factor<bf16, {m}, {k}, kShelf>", "stream_tiles("],
+            [f"factor<bf16, {m}, {k}, kFar>", "stream_tiles("],
             True,
             (*RING, *CORES["bfloat16"]),
         )
-        for name, m, k, n in (("shelf", 16, 4096, 1100), ("wide", 32, 3072, 2200), ("most", 64, 1056, 900))
+        for m, k, n in ((16, 4096, 1100), (32, 3072, 2200), (64, 1056, 900))
     ),
     # What is normalized takes the place of what was there before.
     Case(

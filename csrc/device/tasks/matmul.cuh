@@ -22,7 +22,7 @@ __device__ constexpr int quotient(int a, int b) { return (a + b - 1) / b; }
 // A thread holds what x has in its warp's columns for as long as rows stream, if that is not too much for registers and,
 // where x is not in scratch and there is room for it, a shelf there. Else it loads the next piece's while it multiplies
 // one, which some tiles have before they have the next one, so that x passes less often.
-enum Reach : int { kScratch, kShelf, kFar };  // x is in scratch; in memory, with a shelf; without
+enum Reach : int { kScratch, kShelf, kFar };  // x is in scratch; in memory, and may be held; in memory, and passes
 template <class T, int N, int K, Reach reach, int stage_bytes, int warps>
 struct Pieces {
   static constexpr int kTiles = quotient(N, 8), kLength = K * static_cast<int>(sizeof(T));
@@ -38,7 +38,8 @@ struct Pieces {
 
   static constexpr int kSteps = quotient(kColumns / kTileStep, warps), kLots = kSteps * kTiles;  // a warp's of a piece
   static constexpr int kOwn = kRegisters / kLots;
-  static constexpr bool kStays = kCount <= kOwn + (reach == kShelf ? kShelfBytes / (kLots * warps * 32 * 16) : 0);
+  static constexpr int kMore = reach == kShelf ? kShelfBytes / (kLots * warps * 32 * 16) : 0;
+  static constexpr bool kStays = kCount == 1 || (reach != kFar && kCount <= kOwn + kMore);
   static constexpr int kHeld = !kStays ? 1 : kCount < kOwn ? kCount : kOwn;  // pieces in registers
   static constexpr int kBuffers = kTiles <= 4 ? 2 : 1;                       // tiles whose sums are kept
   static constexpr int kGroup = kStays ? 1 : kBuffers;

@@ -10,8 +10,8 @@ from jax_mpk.codegen.cuda.routine import WARPS
 STAGE_BYTES = 8 << 10
 #: Fewest stages of a ring with tiles: what a piece of a tile takes at most. A shelf leaves so many more.
 TILE_STAGES, MORE_STAGES = 8, 4
-#: Rows of a tile, of which a chunk holds so many pieces, and steps of the reduced axis.
-_TILE_ROWS, _PIECE_ROWS, TILE_STEP = 16, 4, 32
+#: Rows of a tile, steps of the reduced axis, and rows whose pieces make a chunk.
+TILE_ROWS, TILE_STEP, _PIECE_ROWS = 16, 32, 4
 #: Lots of 16 bytes of the other factor that a thread holds in registers, and bytes of it that all hold in scratch.
 _HELD, _SHELF_BYTES = 18, 68 << 10
 
@@ -59,24 +59,25 @@ def pieces(depth: int, columns: int, itemsize: int, reach: str) -> Pieces:
       depth: elements of a row or column.
       columns: how many.
       itemsize: bytes of an element.
-      reach: where columns are read, as `Reach` there: "kScratch", "kShelf" or "kFar".
+      reach: where columns are and how they are read, as `Reach` there: "kScratch", "kShelf" or "kFar".
     """
     length, steps, tiles = depth * itemsize, depth // TILE_STEP, -(-columns // 8)
     fewest = -(-steps // (_HELD // tiles * WARPS))
     whole = length <= STAGE_BYTES // 2 and fewest == 1
     count = 1 if whole else max(-(-length * _PIECE_ROWS // STAGE_BYTES), fewest)
     width = -(-steps // count) * TILE_STEP
-    rows = min(1 << (STAGE_BYTES // length).bit_length() - 1, _TILE_ROWS) if whole else _PIECE_ROWS
+    rows = min(1 << (STAGE_BYTES // length).bit_length() - 1, TILE_ROWS) if whole else _PIECE_ROWS
     lots = -(-(width // TILE_STEP) // WARPS) * tiles
     piece_bytes = lots * WARPS * 32 * 16
     own = _HELD // lots
-    stays = count <= own + (_SHELF_BYTES // piece_bytes if reach == "kShelf" else 0)
+    more = _SHELF_BYTES // piece_bytes if reach == "kShelf" else 0
+    stays = count == 1 or (reach != "kFar" and count <= own + more)
     buffers = 2 if tiles <= 4 else 1
     return Pieces(
         width,
         rows,
         block=width * count if stays else width,
         group=1 if stays else buffers,
-        sums=buffers * WARPS * tiles * 8 * _TILE_ROWS * 4,
+        sums=buffers * WARPS * tiles * 8 * TILE_ROWS * 4,
         shelf=max(0, count - own) * piece_bytes if stays else 0,
     )

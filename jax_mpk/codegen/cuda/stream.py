@@ -15,7 +15,7 @@ import numpy as np
 from jax_mpk.codegen import bodies
 from jax_mpk.codegen.cuda.arrays import Array, row_major
 from jax_mpk.codegen.cuda.code import Stream
-from jax_mpk.codegen.cuda.pieces import MORE_STAGES, STAGE_BYTES, TILE_STEP, Held, Pieces, pieces
+from jax_mpk.codegen.cuda.pieces import MORE_STAGES, STAGE_BYTES, TILE_ROWS, TILE_STEP, Held, Pieces, pieces
 from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Term, fixed, product
 from jax_mpk.codegen.cuda.texts import loader, stores, title
@@ -201,7 +201,7 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     frame.line(f"{title(frame, op)}: streams {dtype} rows")
     cut = None
     if found.height:
-        held = _held(frame, member, x, (dtype, found.count, depth), factor)
+        held = _held(frame, member, op, found, x, factor)
         cut = held.cut
         frame.line(f"stream_tiles(c, {held.name}, {rows.text},")
     else:
@@ -227,25 +227,30 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     return True
 
 
-def _held(frame: Frame, member: int, x: Array, kind: tuple[str, int, int], at: tuple[str, int]) -> Held:
+def _held(frame: Frame, member: int, op: Nest, found: Rows, x: Array, at: tuple[str, int]) -> Held:
     """The factor that threads hold: that of the member in front, where this one has the same, or a new one.
 
     Args:
       frame: the routine.
       member: number of the contraction in it.
-      x: the factor's array.
-      kind: its type, columns, and elements of each.
-      at: where it begins, and the step from column to column.
+      op: the contraction.
+      found: how its weight streams.
+      x: the other factor's array.
+      at: where that begins, and its step from column to column.
     """
+    value, depth, columns = op.operands[found.other], math.prod(op.rspace), found.count
     held = frame.held.get(member - 1)
-    key = (x.kind, *kind, *at)
+    key = (value, depth, columns, *at)
     if held is None or held.key != key:
-        dtype, columns, depth = kind
-        item = dtypes.itemsize(dtype)
+        dtype = frame.values[value].dtype
         reach = "kScratch" if x.kind == "local" else "kShelf"
-        cut = pieces(depth, columns, item, reach)
-        if frame.code.scratch + cut.shelf > frame.room - MORE_STAGES * STAGE_BYTES:
-            reach, cut = "kFar", pieces(depth, columns, item, "kFar")
+        cut, far = (pieces(depth, columns, dtypes.itemsize(dtype), r) for r in (reach, "kFar"))
+        # What passes once anyway comes piece by piece: nobody waits for all of it.
+        readers = sum(isinstance(o, Nest) and o.kind == "contract" and value in o.operands for o in frame.ops)
+        passes = readers == 1 and found.rows.max() <= far.group * TILE_ROWS
+        room = frame.room - MORE_STAGES * STAGE_BYTES - frame.code.scratch
+        if reach == "kShelf" and (passes or cut.shelf > room):
+            reach, cut = "kFar", far
         held = Held(key, f"x{member}", cut)
         words = [*at, *([frame.scratch(cut.shelf)] if cut.shelf else [])]
         frame.line(f"auto {held.name} = factor<{dtype}, {columns}, {depth}, {reach}>(c, {', '.join(map(str, words))});")

@@ -84,8 +84,8 @@ _DALLY = (
 )
 _ARRIVAL = "add_release(&watch().header()->arrivals, 1);"
 _MLP = ("1x512 bfloat16", "1024x512 bfloat16", "512x1024 bfloat16")
-# Of these every worker of a GPU has several chunks, too.
-_TILES = ("8x512 bfloat16", "4096x512 bfloat16", "512x4096 bfloat16")
+# Every worker of a GPU begins with several chunks of these, pieces of rows.
+_TILES = ("8x4096 bfloat16", "1056x4096 bfloat16", "4096x1056 bfloat16")
 _STEPS = ("256 float32", "256x256 float32", "int32=4")
 _TASK = r"at task \d+ \(cuda_faults\.py:\d+ [^)]*\)"
 

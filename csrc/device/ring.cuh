@@ -13,12 +13,12 @@
 namespace mpk {
 
 // What the producer does for a task, see tables.py: consecutive bytes of a buffer that the task streams; or, where
-// `group` is not 0, `rows` rows of `length` bytes in tiles, chunk_bytes of kPieceRows rows each per chunk, `block` bytes of
-// `group` tiles before what follows of these; or, where chunk_bytes is kColumns and more, `rows` rows of `bytes` bytes each, `stride` apart, in blocks of columns of as many
-// bytes as there are more, a chunk being what fits of a block's rows; or, where chunk_bytes is 0, `rows` rows of `bytes`
-// bytes each, `stride` apart, which it will copy and wants in the L2 cache; or the same with kPaced there, of more bytes
-// than may be asked for at once. A multiple of kLiveRows added to one of these last two says that Shape::live_rows knows
-// which rows these are, given the number in `rows`.
+// `group` is not 0, `rows` rows of `length` bytes in tiles, chunk_bytes of kPieceRows rows each per chunk, `block` bytes
+// of `group` tiles before what follows of these; or, where chunk_bytes is kColumns and more, `rows` rows of `bytes` bytes
+// each, `stride` apart, in blocks of columns of as many bytes as there are more, a chunk being what fits of a block's
+// rows; or, where chunk_bytes is 0, `rows` rows of `bytes` bytes each, `stride` apart, which it will copy and wants in the
+// L2 cache; or the same with kPaced there, of more bytes than may be asked for at once. A multiple of kLiveRows added to
+// one of these last two says that Shape::live_rows knows which rows these are, given the number in `rows`.
 struct StreamJob {
   u32 buffer, chunk_bytes;
   u64 offset;

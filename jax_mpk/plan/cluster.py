@@ -28,6 +28,8 @@ _MOST_MEMBERS = 64
 #: So many elements take a task longer than a hand-off if computed one by one, as reductions of no more elements are;
 #: so many, if computed eight at a time.
 _LABORIOUS, _FEW, _MANY = 8192, 32, 16384
+#: Tasks repeat elements if they read each of them so often.
+_REPEATED = 4
 
 
 @dataclass
@@ -176,26 +178,27 @@ class Clusterer:
         return reasons[0]
 
     def _is_laborious(self, op: Op, anchors: set[int], groups: dict[int, _Group]) -> bool:
-        """Whether tasks would repeat much of an operator that threads compute element by element, finding each of its
-        operands' by itself: a map that moves elements, or a reduction of few.
+        """Whether tasks would repeat more of an operator than a hand-off takes: of a reduction of few elements or a map
+        that moves some, which threads compute element by element, finding each of its operands' by itself; or, on a
+        GPU, of any other map, whose arithmetic is not hidden behind what the task streams, though costs have it so.
         """
-        if not isinstance(op, Nest) or op.kind == "contract" or len(op.outputs) != 1:
+        if not isinstance(op, Nest) or op.kind == "contract" or len(op.outputs) != 1 or not op.operands:
             return False
         if math.prod(op.space) < _LABORIOUS or (op.kind != "map" and math.prod(op.rspace) > _FEW):
             return False
         repeated = self._most_repeated(op.outputs[0], anchors, groups)
         if repeated < _LABORIOUS:
             return False
-        if op.kind == "map" and repeated >= _MANY:
+        if op.kind != "map" or (repeated >= _MANY and self.target.arch != "cpu"):
             return True
-        # Looks at every element, which most maps are spared.
-        if op.kind == "map" and (len(op.operands) != 1 or op.body.result().op != "load"):
+        if len(op.operands) != 1 or op.body.result().op != "load":
             return False
-        place = moved(op, self.graph.values[op.operands[0]].shape) if op.kind == "map" else None
-        return op.kind != "map" or (place is not None and bool(np.any(np.diff(place) < 0)))
+        # Looks at every element, which most maps are spared.
+        place = moved(op, self.graph.values[op.operands[0]].shape)
+        return place is not None and bool(np.any(np.diff(place) < 0))
 
     def _most_repeated(self, v: int, anchors: set[int], groups: dict[int, _Group]) -> float:
-        """Elements of a value that a task of its readers reads, where several read the same ones."""
+        """Elements of a value that a task of its readers reads, where many read the same ones."""
         size = math.prod(self.graph.values[v].shape)
         most = 0.0
         for anchor in anchors:
@@ -203,7 +206,7 @@ class Clusterer:
             assert cut is not None
             for touch in (touch for touches in cut.touches for touch in touches if touch.value == v):
                 read = costs.volume(touch.lo, touch.hi)
-                if read.sum() > size:
+                if read.sum() >= _REPEATED * size:
                     most = max(most, float(read.max(initial=0)))
         return most
 

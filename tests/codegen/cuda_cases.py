@@ -329,7 +329,7 @@ CASES: list[Case] = [
         "matmul_large",
         _mlp,
         ["40x512 bfloat16", "4096x512 bfloat16", "512x4096 bfloat16"],
-        ["factor<bf16, 40, 512, kShelf>", "stream_tiles("],
+        ["factor<bf16, 40, 512, kHeld>", "stream_tiles("],
         True,
         (*RING, *CORES["bfloat16"]),
     ),
@@ -347,7 +347,7 @@ CASES: list[Case] = [
         "matmul_shelf",
         lambda x, w, v: jnp.einsum("bk,nk->bn", x, w) * jnp.einsum("bk,nk->bn", x, v),
         ["16x4096 bfloat16", *["600x4096 bfloat16"] * 2],
-        ["factor<bf16, 16, 4096, kShelf>(c, ", "stream_tiles(c, x0, "],
+        ["factor<bf16, 16, 4096, kHeld>(c, ", "stream_tiles(c, x0, "],
         True,
         (*RING, *CORES["bfloat16"]),
     ),
@@ -356,11 +356,19 @@ CASES: list[Case] = [
             f"matmul_pieces_{m}",
             lambda x, w: jnp.einsum("bk,nk->bn", x, w),
             [f"{m}x{k} bfloat16", f"{n}x{k} bfloat16"],
-            [f"factor<bf16, {m}, {k}, kFar>", "stream_tiles("],
+            [f"factor<bf16, {m}, {k}, kPassing>", "stream_tiles("],
             True,
             (*RING, *CORES["bfloat16"]),
         )
         for m, k, n in ((16, 4096, 1100), (32, 3072, 2200), (64, 1056, 900))
+    ),
+    Case(
+        "matmul_24",
+        lambda x, w, v: (g := jnp.einsum("bk,nk->bn", x, w)) * jax.nn.sigmoid(g) * jnp.einsum("bk,nk->bn", x, v),
+        ["24x3584 bfloat16", *["700x3584 bfloat16"] * 2],
+        ["factor<bf16, 24, 3584, "],
+        True,
+        (*RING, *CORES["bfloat16"]),
     ),
     # What is normalized takes the place of what was there before.
     Case(

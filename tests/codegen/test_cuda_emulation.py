@@ -58,7 +58,7 @@ def test_case(case: Case) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("matmul_far", "factor<bf16, 16, 6144, kShelf>"),
+        ("matmul_far", "factor<bf16, 16, 6144, kPassing>"),
         ("matmul_normalized", "factor<bf16, 16, 1024, kScratch>"),
     ],
 )

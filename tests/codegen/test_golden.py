@@ -22,7 +22,7 @@ NAMES = sorted(functions.SAMPLES)
 #: What each sample is there to show.
 SHOWS = {
     "streamed": ("stream_rows<bf16, bf16, 1, 1024>", "copy_async<16>", "stage(", ".put(", "dot<8>"),
-    "matmul": ("factor<bf16, 16, 1024, kScratch>", "kFar>(", "Packed<bf16, 8>"),
+    "matmul": ("factor<bf16, 16, 1024, kScratch>", "kPassing>(", "Packed<bf16, 8>"),
     "columns": ("stream_columns<bf16, 64, 1, 128, true>", "kTiles = 2,", ".put(", "stage("),
     "attention": (
         *("// new rows", "dot<8>", "reduce_packs<8", "update_each(", "op_exp("),

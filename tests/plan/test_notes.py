@@ -79,6 +79,32 @@ def test_a_norm_that_costs_too_much_to_repeat() -> None:
     ]
 
 
+def _conv(x: Array, w: Array) -> Array:
+    return lax.conv_general_dilated(jnp.tanh(x), w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+def _causal(q: Array, k: Array, v: Array) -> Array:
+    seen = jnp.arange(len(q))[:, None] >= jnp.arange(len(k))
+    return jax.nn.softmax(jnp.where(seen, q @ k.T, -jnp.inf), -1) @ v
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes", "target", "handed"),
+    [
+        pytest.param(_norm, ((16, 2048), (2048, 2048)), targets.H100, True, id="sixteen norms"),
+        pytest.param(_norm, ((4, 2048), (2048, 2048)), targets.H100, False, id="four norms"),
+        pytest.param(_norm, ((16, 2048), (2048, 2048)), targets.cpu(8), False, id="a CPU"),
+        pytest.param(_conv, ((8, 16384, 32), (3, 32, 32)), targets.H100, False, id="parts that barely overlap"),
+        pytest.param(_causal, ((512, 64),) * 3, targets.H100, False, id="a mask made of indices"),
+    ],
+)
+def test_large_maps_that_many_tasks_would_repeat_are_handed_over(
+    fn: Callable[..., Any], shapes: tuple[tuple[int, ...], ...], target: Target, handed: bool
+) -> None:
+    found = notes(graph_of(fn, *shapes), target)
+    assert any("computing so much of it in every task" in note for note in found) == handed
+
+
 def _softmax(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.softmax(q @ k.T, -1) @ v
 

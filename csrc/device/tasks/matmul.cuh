@@ -22,7 +22,7 @@ __device__ constexpr int quotient(int a, int b) { return (a + b - 1) / b; }
 // A thread holds what x has in its warp's columns for as long as rows stream, if that is not too much for registers and,
 // where x is not in scratch and there is room for it, a shelf there. Else it loads the next piece's while it multiplies
 // one, which some tiles have before they have the next one, so that x passes less often.
-enum Reach : int { kScratch, kShelf, kFar };  // x is in scratch; in memory, and may be held; in memory, and passes
+enum Reach : int { kScratch, kHeld, kPassing };  // x is in scratch; in memory, and held if it fits; in memory, and passes
 template <class T, int N, int K, Reach reach, int stage_bytes, int warps>
 struct Pieces {
   static constexpr int kTiles = quotient(N, 8), kLength = K * static_cast<int>(sizeof(T));
@@ -38,10 +38,10 @@ struct Pieces {
 
   static constexpr int kSteps = quotient(kColumns / kTileStep, warps), kLots = kSteps * kTiles;  // a warp's of a piece
   static constexpr int kOwn = kRegisters / kLots;
-  static constexpr int kMore = reach == kShelf ? kShelfBytes / (kLots * warps * 32 * 16) : 0;
-  static constexpr bool kStays = kCount == 1 || (reach != kFar && kCount <= kOwn + kMore);
-  static constexpr int kHeld = !kStays ? 1 : kCount < kOwn ? kCount : kOwn;  // pieces in registers
-  static constexpr int kBuffers = kTiles <= 4 ? 2 : 1;                       // tiles whose sums are kept
+  static constexpr int kMore = reach == kHeld ? kShelfBytes / (kLots * warps * 32 * 16) : 0;
+  static constexpr bool kStays = kCount == 1 || (reach != kPassing && kCount <= kOwn + kMore);
+  static constexpr int kKept = !kStays ? 1 : kCount < kOwn ? kCount : kOwn;  // pieces in registers
+  static constexpr int kBuffers = kTiles <= 2 ? 2 : 1;                       // tiles whose sums are kept
   static constexpr int kGroup = kStays ? 1 : kBuffers;
 };
 
@@ -59,13 +59,13 @@ struct Factor {
 
   const T* x;
   int stride, shelf;
-  Piece held[P::kHeld];
+  Piece held[P::kKept];
 
   __device__ static int steps_of(int piece) { return min(P::kColumns, K - piece * P::kColumns) / kTileStep; }
 
   // Of a piece, of the warp's step u of it, columns 8t .. 8t+7, where all of x is held.
   __device__ __forceinline__ Quad at(int piece, int u, int t) const {
-    return piece < P::kHeld ? held[piece][u][t] : *on_shelf(piece, u, t);
+    return piece < P::kKept ? held[piece][u][t] : *on_shelf(piece, u, t);
   }
   __device__ __forceinline__ void load(int piece, Piece& to) const {
     const From from(*this);
@@ -75,11 +75,11 @@ struct Factor {
   // What does not fit into registers lands while the rest is multiplied.
   __device__ __forceinline__ void hold() {
 #pragma unroll
-    for (int piece = 0; piece < P::kHeld; ++piece) load(piece, held[piece]);
-    if constexpr (P::kHeld < P::kCount) {
+    for (int piece = 0; piece < P::kKept; ++piece) load(piece, held[piece]);
+    if constexpr (P::kKept < P::kCount) {
       const From from(*this);
 #pragma unroll
-      for (int n = P::kHeld * P::kLots; n < P::kCount * P::kLots; ++n) {
+      for (int n = P::kKept * P::kLots; n < P::kCount * P::kLots; ++n) {
         const int piece = n / P::kLots, u = n / P::kTiles % P::kSteps, t = n % P::kTiles;
         copy_async<16>(on_shelf(piece, u, t), from.place(piece, u, t));
       }
@@ -110,7 +110,7 @@ struct Factor {
   };
 
   __device__ __forceinline__ Quad* on_shelf(int piece, int u, int t) const {
-    const int lot = ((piece - P::kHeld) * P::kSteps + u) * P::kTiles + t;
+    const int lot = ((piece - P::kKept) * P::kSteps + u) * P::kTiles + t;
     return C::template local<Quad>(shelf) + lot * C::kThreads + C::thread();
   }
 };
@@ -139,7 +139,7 @@ __device__ __forceinline__ void stream_tiles(C& c, X& x, int rows, Finish&& fini
   const int lane = c.lane();
   // One column of tiles is two chains of products. Many registers are taken: none for rows of the next step.
   constexpr int kChains = P::kTiles == 1 ? 2 : 1;
-  constexpr bool kCrowded = P::kHeld * P::kLots > P::kRegisters / 2;
+  constexpr bool kCrowded = P::kKept * P::kLots > P::kRegisters / 2;
   constexpr bool kAhead = P::kLots <= P::kRegisters / 2;
   f32* const sums = shared_at<f32>(C::Shape::kPartials);
   typename X::Piece following;
@@ -182,7 +182,7 @@ __device__ __forceinline__ void stream_tiles(C& c, X& x, int rows, Finish&& fini
     if constexpr (P::kStays) {
 #pragma unroll
       for (int piece = 0; piece < P::kCount; ++piece) {
-        if (piece == P::kHeld && P::kHeld < P::kCount) copies_wait();
+        if (piece == P::kKept && P::kKept < P::kCount) copies_wait();
         multiply(count_of(0), piece, acc[0], [&](int u, int t) { return x.at(piece, u, t); });
       }
     } else {

@@ -15,7 +15,7 @@ from jax_mpk.codegen.cuda.code import COLUMNS, Stream
 from jax_mpk.codegen.cuda.pieces import pieces
 from jax_mpk.codegen.cuda.routine import WARPS, Frame
 from jax_mpk.codegen.cuda.scalars import Term, product
-from jax_mpk.codegen.cuda.stream import Streamed, consecutive, decoded, factors, match, other_factor
+from jax_mpk.codegen.cuda.stream import Streamed, consecutive, decoded, factors, match, other_factor, row_partials
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest
@@ -101,14 +101,16 @@ def streamed(plan: Plan, op: Nest, boxes: np.ndarray) -> int | None:
     return None if found is None else op.operands[found.weight]
 
 
-def streamed_sums(plan: Plan, op: Nest, boxes: np.ndarray) -> int:
-    """Bytes that a contraction needs for sums of tiles."""
+def streamed_partials(plan: Plan, op: Nest, boxes: np.ndarray) -> tuple[int, bool]:
+    """Bytes that a contraction needs to join parts of outputs, and whether it streams tiles of rows."""
     rows = match(plan, op, boxes)
-    if rows is not None:
+    if rows is not None and rows.height:
         item = dtypes.itemsize(plan.graph.values[op.operands[rows.weight]].dtype)
-        return pieces(math.prod(op.rspace), rows.count, item, "kFar").sums if rows.height else 0
+        return pieces(math.prod(op.rspace), rows.count, item, "kPassing").sums, True
+    if rows is not None:
+        return row_partials(rows), False
     found = match_columns(plan, op, boxes)
-    return 0 if found is None else _sums_bytes(found)
+    return (0 if found is None else _sums_bytes(found)), found is not None
 
 
 def _sums_bytes(found: Columns) -> int:

@@ -12,14 +12,14 @@ from jax_mpk._version import __version__
 from jax_mpk.codegen.cuda.architectures import check_architecture, check_streams
 from jax_mpk.codegen.cuda.arrays import UNIT, buffer_count, buffer_of
 from jax_mpk.codegen.cuda.code import COLUMNS, PACED, Code, Stream, live_rows
-from jax_mpk.codegen.cuda.columns import streamed_sums
+from jax_mpk.codegen.cuda.columns import streamed_partials
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
 from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots, scratch_bytes
 from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
-from jax_mpk.codegen.cuda.pieces import STAGE_BYTES, TILE_STAGES
+from jax_mpk.codegen.cuda.pieces import PIECE_ROWS, STAGE_BYTES, TILE_STAGES
 from jax_mpk.codegen.cuda.routine import WARPS, Frame, too_large
 from jax_mpk.codegen.cuda.rows import row_chain
 from jax_mpk.codegen.cuda.staging import Staging
@@ -106,8 +106,8 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
     staging = Staging(plan)
     slots = memory_slots(plan)
     out = []
-    reserved = _sums(plan, order, edges) if streams else 0
-    fewest = TILE_STAGES if reserved else _FEWEST_STAGES
+    reserved, tiles = _partials(plan, order, edges) if streams else (0, False)
+    fewest = TILE_STAGES if tiles else _FEWEST_STAGES
     for number, (routine, (a, b)) in enumerate(zip(plan.routines, pairwise(edges), strict=True)):
         tasks = order[a:b]
         first = table["box"][tasks].astype(np.int64)
@@ -153,16 +153,17 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
     return out
 
 
-def _sums(plan: Plan, order: np.ndarray, edges: np.ndarray) -> int:
-    """Bytes that routines need for sums of tiles: there is one place for those of all routines."""
+def _partials(plan: Plan, order: np.ndarray, edges: np.ndarray) -> tuple[int, bool]:
+    """Bytes that routines need to join parts: there is one place for those of all; and whether any streams tiles."""
     first = plan.tasks.table["box"].astype(np.int64)
-    most = 0
+    most, tiles = 0, False
     for routine, (a, b) in zip(plan.routines, pairwise(edges), strict=True):
         for m, member in enumerate(routine.members):
             op = plan.ops[member.op]
             if isinstance(op, Nest):
-                most = max(most, streamed_sums(plan, op, plan.tasks.boxes[first[order[a:b]] + m]))
-    return most
+                size, tiled = streamed_partials(plan, op, plan.tasks.boxes[first[order[a:b]] + m])
+                most, tiles = max(most, size), tiles or tiled
+    return most, tiles
 
 
 def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int] | None:
@@ -232,7 +233,9 @@ def _flight(streaming: Sequence[Stream]) -> int:
     """Chunks in flight. Short ones, as those of rows that do not fill a stage, are more."""
     chunks = nbytes = 0
     for stream in streaming:
-        whole = STAGE_BYTES if stream.stride else stream.chunk_bytes  # parts of several rows fill a stage
+        # A chunk has parts of several rows, or consecutive bytes.
+        columns = stream.chunk_bytes >= COLUMNS
+        whole = STAGE_BYTES if columns else stream.chunk_bytes * (PIECE_ROWS if stream.block else 1)
         size = int((stream.size * stream.rows).sum())
         chunks, nbytes = chunks - (-size // whole), nbytes + size
     return _FLIGHT_BYTES * chunks // nbytes if nbytes else 1

@@ -11,7 +11,7 @@ STAGE_BYTES = 8 << 10
 #: Fewest stages of a ring with tiles: what a piece of a tile takes at most. A shelf leaves so many more.
 TILE_STAGES, MORE_STAGES = 8, 4
 #: Rows of a tile, steps of the reduced axis, and rows whose pieces make a chunk.
-TILE_ROWS, TILE_STEP, _PIECE_ROWS = 16, 32, 4
+TILE_ROWS, TILE_STEP, PIECE_ROWS = 16, 32, 4
 #: Lots of 16 bytes of the other factor that a thread holds in registers, and bytes of it that all hold in scratch.
 _HELD, _SHELF_BYTES = 18, 68 << 10
 
@@ -59,20 +59,20 @@ def pieces(depth: int, columns: int, itemsize: int, reach: str) -> Pieces:
       depth: elements of a row or column.
       columns: how many.
       itemsize: bytes of an element.
-      reach: where columns are and how they are read, as `Reach` there: "kScratch", "kShelf" or "kFar".
+      reach: where columns are and how they are read, as `Reach` there: "kScratch", "kHeld" or "kPassing".
     """
     length, steps, tiles = depth * itemsize, depth // TILE_STEP, -(-columns // 8)
     fewest = -(-steps // (_HELD // tiles * WARPS))
     whole = length <= STAGE_BYTES // 2 and fewest == 1
-    count = 1 if whole else max(-(-length * _PIECE_ROWS // STAGE_BYTES), fewest)
+    count = 1 if whole else max(-(-length * PIECE_ROWS // STAGE_BYTES), fewest)
     width = -(-steps // count) * TILE_STEP
-    rows = min(1 << (STAGE_BYTES // length).bit_length() - 1, TILE_ROWS) if whole else _PIECE_ROWS
+    rows = min(1 << (STAGE_BYTES // length).bit_length() - 1, TILE_ROWS) if whole else PIECE_ROWS
     lots = -(-(width // TILE_STEP) // WARPS) * tiles
     piece_bytes = lots * WARPS * 32 * 16
     own = _HELD // lots
-    more = _SHELF_BYTES // piece_bytes if reach == "kShelf" else 0
-    stays = count == 1 or (reach != "kFar" and count <= own + more)
-    buffers = 2 if tiles <= 4 else 1
+    more = _SHELF_BYTES // piece_bytes if reach == "kHeld" else 0
+    stays = count == 1 or (reach != "kPassing" and count <= own + more)
+    buffers = 2 if tiles <= 2 else 1
     return Pieces(
         width,
         rows,

@@ -125,7 +125,7 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     wide = math.prod(op.space[d] for d in free) >= math.prod(op.space[d] for d in columns)
     same = values[op.operands[other.slot]].dtype == dtype != "f32"
     tiles = same and wide and depth % TILE_STEP == 0 and _TILE_COLUMNS <= count <= _MOST_TILE_COLUMNS
-    height = pieces(depth, count, item, "kFar").rows if tiles else 0
+    height = pieces(depth, count, item, "kPassing").rows if tiles else 0
     cut = (0, 0) if height else cut_rows(depth, item)
     if cut is None or (not height and (count > _MOST_COLUMNS or (cut[1] == 1 and cut[0] * count > 32))):
         return None
@@ -222,9 +222,14 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     frame.code.streams.append(_stream(frame.plan, weight, depth, dtypes.itemsize(dtype), found, cut))
     if cut is not None:
         frame.code.partials = max(frame.code.partials, cut.sums)
-    elif found.parts > 1:
-        frame.code.partials = max(frame.code.partials, int(found.rows.max()) * found.parts * found.count * 4)
+    else:
+        frame.code.partials = max(frame.code.partials, row_partials(found))
     return True
+
+
+def row_partials(rows: Rows) -> int:
+    """Bytes that join the parts of whole rows."""
+    return int(rows.rows.max()) * rows.parts * rows.count * 4 if rows.parts > 1 else 0
 
 
 def _held(frame: Frame, member: int, op: Nest, found: Rows, x: Array, at: tuple[str, int]) -> Held:
@@ -243,14 +248,14 @@ def _held(frame: Frame, member: int, op: Nest, found: Rows, x: Array, at: tuple[
     key = (value, depth, columns, *at)
     if held is None or held.key != key:
         dtype = frame.values[value].dtype
-        reach = "kScratch" if x.kind == "local" else "kShelf"
-        cut, far = (pieces(depth, columns, dtypes.itemsize(dtype), r) for r in (reach, "kFar"))
+        reach = "kScratch" if x.kind == "local" else "kHeld"
+        cut, passing = (pieces(depth, columns, dtypes.itemsize(dtype), r) for r in (reach, "kPassing"))
         # What passes once anyway comes piece by piece: nobody waits for all of it.
         readers = sum(isinstance(o, Nest) and o.kind == "contract" and value in o.operands for o in frame.ops)
-        passes = readers == 1 and found.rows.max() <= far.group * TILE_ROWS
+        once = readers == 1 and found.rows.max() <= passing.group * TILE_ROWS
         room = frame.room - MORE_STAGES * STAGE_BYTES - frame.code.scratch
-        if reach == "kShelf" and (passes or cut.shelf > room):
-            reach, cut = "kFar", far
+        if reach == "kHeld" and (once or cut.shelf > room or cut.block < depth):
+            reach, cut = "kPassing", passing
         held = Held(key, f"x{member}", cut)
         words = [*at, *([frame.scratch(cut.shelf)] if cut.shelf else [])]
         frame.line(f"auto {held.name} = factor<{dtype}, {columns}, {depth}, {reach}>(c, {', '.join(map(str, words))});")

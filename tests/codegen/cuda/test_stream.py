@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jax_mpk.codegen.cuda import generate
-from jax_mpk.codegen.cuda.pieces import STAGE_BYTES, pieces
+from jax_mpk.codegen.cuda.pieces import STAGE_BYTES, TILE_STAGES, pieces
 from jax_mpk.codegen.cuda.routine import WARPS
 from jax_mpk.codegen.cuda.stream import Rows, cut_rows, match
 from jax_mpk.graph import dtypes
@@ -67,7 +68,7 @@ def test_every_row_is_streamed_once_for_each_group_of_columns(dtype, columns: in
     assert (rows.first * item % 16 == 0).all()
     if rows.height:
         assert columns == 8 and dtype != jnp.float32
-        assert pieces(k, columns, item, "kFar").width * item * rows.height <= STAGE_BYTES
+        assert pieces(k, columns, item, "kPassing").width * item * rows.height <= STAGE_BYTES
     else:
         assert k // rows.parts * item * rows.chunk_rows <= STAGE_BYTES
 
@@ -139,7 +140,7 @@ def test_chunks(depth: int, item: int) -> None:
         assert (rows + 1) * depth * item > STAGE_BYTES
 
 
-@pytest.mark.parametrize("reach", ["kScratch", "kShelf", "kFar"])
+@pytest.mark.parametrize("reach", ["kScratch", "kHeld", "kPassing"])
 def test_the_kernel_cuts_tiles_alike(reach: str) -> None:
     lines = ['#include "jax_mpk.cuh"']
     for depth in (32, 96, 512, 1024, 1056, 1120, 2048, 4096, 12_288, 50_016):
@@ -153,16 +154,16 @@ def test_the_kernel_cuts_tiles_alike(reach: str) -> None:
             assert cut.group * WARPS * tiles * 512 <= cut.sums
             # What a thread does not hold in registers, it has on the shelf.
             lots = -(-cut.width // 32 // WARPS) * tiles
-            held = f"{cut.shelf} == (P::kStays ? (P::kCount - P::kHeld) * {lots * WARPS * 512} : 0)"
+            held = f"{cut.shelf} == (P::kStays ? (P::kCount - P::kKept) * {lots * WARPS * 512} : 0)"
             lines.append(f"namespace n{len(lines)} {{")
             lines.append(f"using P = mpk::Pieces<mpk::bf16, {columns}, {depth}, mpk::{reach}, {STAGE_BYTES}, {WARPS}>;")
             lines.append(
                 f"static_assert(P::kColumns == {cut.width} && P::kRows == {cut.rows} && P::kCount == {count});"
             )
-            lines.append(f"static_assert(P::kGroup == {cut.group} && P::kLots == {lots} && P::kLots * P::kHeld <= 18);")
+            lines.append(f"static_assert(P::kGroup == {cut.group} && P::kLots == {lots} && P::kLots * P::kKept <= 18);")
             lines.append(f"static_assert(P::kStays == {str(cut.block >= depth).lower()});")
             lines.append(f"static_assert(P::kBuffers * {WARPS * tiles * 512} == {cut.sums});")
-            if reach == "kShelf":
+            if reach == "kHeld":
                 lines.append(f"static_assert({held});")
             lines.append("}")
     nvrtc.compile_source("\n".join(lines) + '\nextern "C" __global__ void nothing() {}', "sm_90a")
@@ -178,6 +179,54 @@ def test_many_columns_go_to_tensor_cores(columns: int, dtype: Any) -> None:
     assert "stream_tiles(" in program.source
     compiled = nvrtc.compile_source(program.source, program.arch)
     assert compiled.resources.spill_bytes == 0
+
+
+def test_registers_suffice_for_three_tiles_of_columns() -> None:
+    """A piece that is held, the next one and two sets of sums."""
+
+    def gated(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
+        return (g := rows_of(x, w)) * jax.nn.sigmoid(g) * rows_of(x, v)
+
+    avals = [jax.ShapeDtypeStruct((n, 3584), jnp.bfloat16) for n in (24, 5280, 5280)]
+    program = generate(planned(gated, *avals))
+    assert "factor<bf16, 24, 3584, kPassing>" in program.source
+    assert nvrtc.compile_source(program.source, program.arch).resources.spill_bytes == 0
+
+
+def _beside_large_scratch(x: jax.Array, w: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return rows_of(x, w), jax.nn.softmax(jnp.tanh(z.astype(jnp.float32)), -1)
+
+
+def _beside_parts_of_rows(x: jax.Array, w: jax.Array, v: jax.Array, y: jax.Array, u: jax.Array) -> Any:
+    return rows_of(x, w) * rows_of(x, v), jnp.dot(y, u.T, preferred_element_type=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("function", "avals"),
+    [
+        pytest.param(_beside_large_scratch, ["32x1024", "8192x1024", "128x32000"], id="softmax of long rows"),
+        pytest.param(
+            _beside_parts_of_rows,
+            ["32x2048", *["12672x2048"] * 2, "8x2304", "198000x2304 float32"],
+            id="sums of parts of rows",
+        ),
+    ],
+)
+def test_what_is_held_leaves_room_for_a_ring(function: Callable[..., Any], avals: list[str]) -> None:
+    shapes = [aval.split() for aval in avals]
+    types = [s[1] if len(s) > 1 else "bfloat16" for s in shapes]
+    plan = planned(
+        function,
+        *(jax.ShapeDtypeStruct(tuple(map(int, s[0].split("x"))), t) for s, t in zip(shapes, types, strict=True)),
+    )
+    (stages,) = re.findall(r"kStages = (\d+),", generate(plan).source)
+    assert int(stages) >= TILE_STAGES
+
+
+@pytest.mark.parametrize(("columns", "depth", "flight"), [(16, 4096, 6), (64, 1024, 12), (64, 2048, 8)])
+def test_as_many_bytes_are_in_flight_whatever_pieces_leave_of_a_stage(columns: int, depth: int, flight: int) -> None:
+    plan, *_ = one(rows_of, (columns, depth), (8448, depth))
+    assert f"kFlight = {flight}," in generate(plan).source
 
 
 @pytest.mark.parametrize(("columns", "flight"), [(2048, 6), (4096, 6), (2560, 9)])

@@ -347,7 +347,7 @@ CASES: list[Case] = [
         "matmul_shelf",
         lambda x, w, v: jnp.einsum("bk,nk->bn", x, w) * jnp.einsum("bk,nk->bn", x, v),
         ["16x4096 bfloat16", *["600x4096 bfloat16"] * 2],
-        ["factor<bf16, 16, 4096, kHeld>(c, ", "stream_tiles(c, x0, "],
+        ["factor<bf16, 16, 4096, kHeld>(c, ", "stream_tiles("],
         True,
         (*RING, *CORES["bfloat16"]),
     ),

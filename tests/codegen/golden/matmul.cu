@@ -133,7 +133,7 @@ __device__ __forceinline__ void routine_1(C& c) {
   bf16* const g1 = c.template global<bf16>(9);
   bf16* const g2 = c.template global<bf16>(11);
   // contract bf16[16,1024] over 3072  functions.py:56: streams bf16 rows
-  auto x0 = factor<bf16, 8, 3072, kFar>(c, g1 + at0 * 3072, 3072);
+  auto x0 = factor<bf16, 8, 3072, kPassing>(c, g1 + at0 * 3072, 3072);
   stream_tiles(c, x0, 16,
       [&](int row, int m, f32 sum) {
         const int i1 = at1 + row;

@@ -73,6 +73,18 @@ class Kernel:
         return self.workers, self.threads, self.shared
 
 
+def decode_step(model: str, batch: int, cache_len: int) -> tuple[Any, ...]:
+    """The greedy decode step of a shape, and its arguments: shapes of weights and cache, tokens, position and seed."""
+    from models.generate import sampling_steps
+    from models.sampling import Sampling
+
+    config = SHAPES[model]
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    cache = jax.eval_shape(lambda: init_cache(config, batch, cache_len))
+    _, following = sampling_steps(graphdef, Sampling())
+    return following, params, cache, jnp.zeros(batch, jnp.int32), jnp.int32(0), jnp.uint32(0)
+
+
 def pack(
     model: str, batch: int, cache_len: int, position: int, target: str, name: str, folder: Path, loop: int = 0
 ) -> Path:
@@ -82,13 +94,9 @@ def pack(
     from jax_mpk.codegen.cuda import generate
     from jax_mpk.graph import dtypes
     from jax_mpk.runtime.cuda import compile_program
-    from models.generate import sampling_steps
-    from models.sampling import Sampling
 
     config = SHAPES[model]
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    cache = jax.eval_shape(lambda: init_cache(config, batch, cache_len))
-    _, following = sampling_steps(graphdef, Sampling())
+    following, params, cache, *scalars = decode_step(model, batch, cache_len)
 
     def steps(params: nnx.State, cache: Cache, tokens: jax.Array, pos: jax.Array, seed: jax.Array) -> Any:
         def body(_: jax.Array, carry: tuple[jax.Array, Cache, jax.Array]) -> tuple[jax.Array, Cache, jax.Array]:
@@ -98,7 +106,6 @@ def pack(
         return lax.fori_loop(0, loop, body, (tokens, cache, pos))
 
     step = jax_mpk.megakernelize(steps if loop else following, donate_argnums=1, target=target)
-    scalars = jnp.zeros(batch, jnp.int32), jnp.int32(0), jnp.uint32(0)
     plan = step.lower(*jax_mpk.place(step, params, cache, *scalars)).plan
     program, traced = generate(plan), generate(plan, trace=True)
     start, values = position - loop // 2, plan.graph.values

@@ -210,8 +210,10 @@ struct Producer {
           if (paced) ask_slowly(job);
           else ask(job);
         } else if ((Shape::kTiles & kHasColumns) != 0 && job.chunk_bytes >= kColumns) {
-          if (job.chunk_bytes == kColumns + kNarrowBlock) stream_columns<kNarrowBlock>(job);
-          else stream_columns<kWideBlock>(job);
+          if constexpr ((Shape::kTiles & kHasColumns) != 0) {
+            if (job.chunk_bytes == kColumns + kNarrowBlock) stream_columns<kNarrowBlock>(job);
+            else stream_columns<kWideBlock>(job);
+          }
         } else if ((Shape::kTiles & kHasTiles) != 0 && job.group != 0) {
           if (elected()) stream_tiles(job);
         } else {

@@ -342,6 +342,15 @@ CASES: list[Case] = [
         True,
         (*RING, *CORES["bfloat16"]),
     ),
+    # A stage holds two rows of 5 KB, or one of nearly 10.
+    Case(
+        "rows_of_any_length",
+        _mlp,
+        ["1x2560 bfloat16", "4864x2560 bfloat16", "2560x4864 bfloat16"],
+        ["stream_rows<bf16, bf16, 1, 2560>", "stream_rows<bf16, bf16, 1, 4864>"],
+        True,
+        RING,
+    ),
     # It is held for two contractions, in registers and on a shelf; or comes piece by piece, with registers for one.
     Case(
         "matmul_shelf",

@@ -234,7 +234,8 @@ __device__ __noinline__ f32 chunk_sums(u32 w_at, u32 x_at, int x_stride) {
     constexpr int kSets = sets_of(kResults * M);
     f32 acc[kResults][M][kSets][4] = {};
     const u32 last = rows == 1 ? w_at : w_at + (rows - 1) * S::kRowBytes - lane / 8 % 2 * (S::kRowBytes - S::after(0));
-    const auto block = [&](int i, int steps) {
+    // Block i, of those unrolled number j, which chooses the set of accumulators.
+    const auto block = [&](int i, int j, int steps) {
       Quad xs[M];
 #pragma unroll
       for (int m = 0; m < M; ++m) {
@@ -249,7 +250,7 @@ __device__ __noinline__ f32 chunk_sums(u32 w_at, u32 x_at, int x_stride) {
           const Quad a = load_matrices(w_at + 2 * p * S::kRowBytes + (2 * i + s) * S::kStepBytes);
 #pragma unroll
           for (int m = 0; m < M; ++m) {
-            matrix_multiply<W>(acc[p][m][(2 * i + s) % kSets], a.w[0], a.w[1], a.w[2], a.w[3], xs[m].w[2 * s],
+            matrix_multiply<W>(acc[p][m][(2 * j + s) % kSets], a.w[0], a.w[1], a.w[2], a.w[3], xs[m].w[2 * s],
                                xs[m].w[2 * s + 1]);
           }
         }
@@ -262,15 +263,19 @@ __device__ __noinline__ f32 chunk_sums(u32 w_at, u32 x_at, int x_stride) {
           if (s == steps) break;
 #pragma unroll
           for (int m = 0; m < M; ++m) {
-            matrix_multiply<W>(acc[kWhole + s][m][i % kSets], a.w[0], a.w[1], a.w[2], a.w[3], xs[m].w[2 * s],
+            matrix_multiply<W>(acc[kWhole + s][m][j % kSets], a.w[0], a.w[1], a.w[2], a.w[3], xs[m].w[2 * s],
                                xs[m].w[2 * s + 1]);
           }
         }
       }
     };
-#pragma unroll S::unrolled(M + 2 * kWhole + kOnly)
-    for (int i = 0; i < S::kSteps / 2; ++i) block(i, 2);
-    if constexpr (S::kSteps % 2 != 0) block(S::kSteps / 2, 1);
+    constexpr int kBlocks = S::unrolled(M + 2 * kWhole + kOnly);
+#pragma unroll 1
+    for (int i = 0; i < S::kSteps / 2; i += kBlocks) {
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) block(i + j, j, 2);
+    }
+    if constexpr (S::kSteps % 2 != 0) block(S::kSteps / 2, S::kSteps / 2, 1);
     f32 sums[S::kPairs * M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) {

@@ -70,6 +70,7 @@ class Code:
       columns: words that hold numbers: (word, int64 [tasks]).
       streams: in the order its members consume them.
       words: number of words, the first ones included.
+      stage: bytes of a stage of the ring; 0: nothing may stream.
       scratch: bytes of scratch.
       partials: bytes that members need to join the parts of one output.
       memory: bytes of device memory a worker needs for what does not fit in scratch.
@@ -80,6 +81,7 @@ class Code:
     columns: list[tuple[int, np.ndarray]] = field(default_factory=list)
     streams: list[Stream] = field(default_factory=list)
     words: int = FIRST_WORD
+    stage: int = 0
     scratch: int = 0
     partials: int = 0
     memory: int = 0

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_mpk.codegen.cuda.code import COLUMNS, Stream
-from jax_mpk.codegen.cuda.pieces import pieces
 from jax_mpk.codegen.cuda.routine import WARPS, Frame
 from jax_mpk.codegen.cuda.scalars import Term, product
-from jax_mpk.codegen.cuda.stream import Streamed, consecutive, decoded, factors, match, other_factor, row_partials
+from jax_mpk.codegen.cuda.stream import Streamed, consecutive, decoded, factors, match, other_factor
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest
@@ -101,27 +100,16 @@ def streamed(plan: Plan, op: Nest, boxes: np.ndarray) -> int | None:
     return None if found is None else op.operands[found.weight]
 
 
-def streamed_partials(plan: Plan, op: Nest, boxes: np.ndarray) -> tuple[int, bool]:
-    """Bytes that a contraction needs to join parts of outputs, and whether it streams tiles of rows."""
-    rows = match(plan, op, boxes)
-    if rows is not None and rows.height:
-        item = dtypes.itemsize(plan.graph.values[op.operands[rows.weight]].dtype)
-        return pieces(math.prod(op.rspace), rows.count, item, "kPassing").sums, True
-    if rows is not None:
-        return row_partials(rows), False
-    found = match_columns(plan, op, boxes)
-    return (0 if found is None else _sums_bytes(found)), found is not None
-
-
-def _sums_bytes(found: Columns) -> int:
+def block_partials(found: Columns) -> int:
+    """Bytes of what the warps have of a block's columns."""
     tiles = -(-found.count // 8)
     return WARPS * min(max(_SUM_TILES // tiles, 1), found.width // 16) * tiles * 16 * 8 * 4
 
 
 def stream_columns(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction as ``stream_columns``; False where it is none."""
-    found = match_columns(frame.plan, op, frame.boxes[member])
-    if found is None or not frame.streams:
+    found = match_columns(frame.plan, op, frame.boxes[member]) if frame.code.stage else None
+    if found is None:
         return False
     x = frame.array(op.operands[found.other])
     if x.kind not in ("local", "global"):
@@ -155,5 +143,5 @@ def stream_columns(frame: Frame, member: int, op: Nest) -> bool:
             storage, COLUMNS + found.width * item, found.first * item, found.widths * item, rows, found.stride * item
         )
     )
-    frame.code.partials = max(frame.code.partials, _sums_bytes(found))
+    frame.code.partials = max(frame.code.partials, block_partials(found))
     return True

@@ -12,7 +12,6 @@ from jax_mpk._version import __version__
 from jax_mpk.codegen.cuda.architectures import check_architecture, check_streams
 from jax_mpk.codegen.cuda.arrays import UNIT, buffer_count, buffer_of
 from jax_mpk.codegen.cuda.code import COLUMNS, PACED, Code, Stream, live_rows
-from jax_mpk.codegen.cuda.columns import streamed_partials
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
@@ -20,6 +19,7 @@ from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots,
 from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.pieces import PIECE_ROWS, STAGE_BYTES, TILE_STAGES
+from jax_mpk.codegen.cuda.ring import FEWEST_STAGES, NO_RING, wanted
 from jax_mpk.codegen.cuda.routine import WARPS, Frame, too_large
 from jax_mpk.codegen.cuda.rows import row_chain
 from jax_mpk.codegen.cuda.staging import Staging
@@ -31,8 +31,8 @@ from jax_mpk.graph.ir import Cumulative, Nest, Sort, Update
 from jax_mpk.plan.ir import WHOLE, LoopNode, Plan, Schedule, Segment, Target
 
 ENTRY = "jax_mpk_kernel"
-#: Most stages of the ring, fewest, and bytes in flight: docs/experiments.md.
-_STAGES, _FEWEST_STAGES, _FLIGHT_BYTES = 24, 4, 48 << 10
+#: Most stages of the ring, and bytes in flight: docs/experiments.md.
+_STAGES, _FLIGHT_BYTES = 24, 50 << 10
 #: More warps than this are not needed to keep up with memory.
 _ENOUGH_READERS = 8
 #: Dynamic shared memory of a CTA on sm_90.
@@ -106,8 +106,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
     staging = Staging(plan)
     slots = memory_slots(plan)
     out = []
-    reserved, tiles = _partials(plan, order, edges) if streams else (0, False)
-    fewest = TILE_STAGES if tiles else _FEWEST_STAGES
+    ring = wanted(plan, order, edges) if streams else NO_RING
     for number, (routine, (a, b)) in enumerate(zip(plan.routines, pairwise(edges), strict=True)):
         tasks = order[a:b]
         first = table["box"][tasks].astype(np.int64)
@@ -120,7 +119,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
         ops = inline_members(plan, routine, boxes)
         views = take_views(plan, routine, ops, boxes)
         memory = slots[table["worker"][tasks]]
-        room = _SHARED_BYTES - _OTHER_BYTES - (fewest * STAGE_BYTES if streams else 0) - reserved
+        room = _SHARED_BYTES - _OTHER_BYTES - ring.fewest * ring.stage - ring.partials
         room -= sum(scratch_bytes(op) for op in ops if isinstance(op, Sort))
         staged = staging.of(number, tasks)
         # Values whose live parts do not begin scratch: staged boxes begin where the plan says, others do not fit.
@@ -128,7 +127,7 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
         while True:
             live = live_members(plan, routine, ops, boxes, barred)
             copied = copies(plan, routine, live, boxes)
-            frame = Frame(plan, routine, live, boxes, staged, copied, memory, views, room=room, streams=streams)
+            frame = Frame(plan, routine, live, boxes, staged, copied, memory, views, room=room, stage=ring.stage)
             left = {v for v in live.shifts if not frame.brings(v)}
             if not left:
                 break
@@ -153,19 +152,6 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
     return out
 
 
-def _partials(plan: Plan, order: np.ndarray, edges: np.ndarray) -> tuple[int, bool]:
-    """Bytes that routines need to join parts: there is one place for those of all; and whether any streams tiles."""
-    first = plan.tasks.table["box"].astype(np.int64)
-    most, tiles = 0, False
-    for routine, (a, b) in zip(plan.routines, pairwise(edges), strict=True):
-        for m, member in enumerate(routine.members):
-            op = plan.ops[member.op]
-            if isinstance(op, Nest):
-                size, tiled = streamed_partials(plan, op, plan.tasks.boxes[first[order[a:b]] + m])
-                most, tiles = max(most, size), tiles or tiled
-    return most, tiles
-
-
 def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int] | None:
     """Sizes and offsets: the members of `Shape` in the generated text; None if there is too little shared memory."""
     at = 0
@@ -184,8 +170,9 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     streaming = [stream for code in codes for stream in code.streams if stream.chunk_bytes > PACED]
     columns = any(stream.chunk_bytes >= COLUMNS for stream in streaming)
     tiles = any(stream.together for stream in streaming)
-    room = (_SHARED_BYTES - at) // STAGE_BYTES
-    if at > _SHARED_BYTES or (streaming and room < (TILE_STAGES if tiles else _FEWEST_STAGES)):
+    stage = max((code.stage for code in codes), default=0) or STAGE_BYTES
+    room = (_SHARED_BYTES - at) // stage
+    if at > _SHARED_BYTES or (streaming and room < (TILE_STAGES if tiles else FEWEST_STAGES)):
         return None
     stages, readers = _ring(min(_STAGES, room)) if streaming else (0, 1)
     out["kRing"] = at
@@ -206,13 +193,13 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
         "kJobs": tables.jobs,
         "kStages": stages,
         "kReaders": readers,
-        "kStageBytes": STAGE_BYTES,
+        "kStageBytes": stage,
         "kFlight": min(_flight(streaming), max(stages - 1, 1)),
         "kLiveRows": len(live_rows(codes)),
         "kTiles": tiles + 2 * columns,
         "kPace": _pace(plan.target) if any(s.chunk_bytes == PACED for code in codes for s in code.streams) else 0,
         **out,
-        "shared": at + stages * STAGE_BYTES,
+        "shared": at + stages * stage,
     }
 
 

@@ -75,7 +75,7 @@ class Frame:
       memory: int64 [tasks]: number of the device memory that a task may use, or -1.
       views: local values that lie as another one.
       room: bytes of scratch for local values and for what is brought there. What does not fit is read where it is.
-      streams: weights may stream.
+      stage: bytes of a stage of the ring; 0: there is none, and nothing streams.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Frame:
         views: Mapping[int, View],
         *,
         room: int,
-        streams: bool,
+        stage: int,
     ):
         self.plan = plan
         self.routine = routine
@@ -98,11 +98,10 @@ class Frame:
         self.memory = memory
         self.views = views
         self.room = room
-        self.streams = streams
         self.live = live
         self.ops = [op for op in live.ops if op is not None]
         self._local_bytes = local_bytes(plan, routine)
-        self.code = Code(scratch=max((end for _, end in self._local_bytes.values()), default=0))
+        self.code = Code(stage=stage, scratch=max((end for _, end in self._local_bytes.values()), default=0))
         self.values = plan.graph.values
         self._local = {v: k for k, v in enumerate(routine.local_values)}
         self._maker = {v: m for m, op in enumerate(live.ops) if op is not None for v in op.outputs}

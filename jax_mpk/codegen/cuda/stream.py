@@ -78,25 +78,26 @@ def factors(graph: Graph, op: Nest, strides: dict[int, tuple[int, ...]] | None =
     return bodies.contract_code(op, layouts, len(op.operands) + len(op.outputs))
 
 
-def match(plan: Plan, op: Nest, boxes: np.ndarray) -> Rows | None:
+def match(plan: Plan, op: Nest, boxes: np.ndarray, stage: int = STAGE_BYTES) -> Rows | None:
     """How a contraction streams, or None where it does not.
 
     Args:
       plan: the plan.
       op: the contraction.
       boxes: int64 [tasks, 2, rank].
+      stage: bytes of a stage of the ring.
     """
     if op.kind != "contract" or op.acc != ("f32",):
         return None
     code = factors(plan.graph, op)
     if code is None or code.windows is not None:
         return None
-    found = [rows for swapped in (False, True) if (rows := _rows(plan, op, boxes, code, swapped)) is not None]
+    found = [rows for swapped in (False, True) if (rows := _rows(plan, op, boxes, code, swapped, stage))]
     # Where both factors are constant, the larger one is the weight.
     return max(found, key=lambda rows: math.prod(plan.graph.values[op.operands[rows.weight]].shape), default=None)
 
 
-def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, swapped: bool) -> Rows | None:
+def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, swapped: bool, stage: int) -> Rows | None:
     weight, other = (code.rhs, code.lhs) if swapped else (code.lhs, code.rhs)
     rank, depth = len(op.space), math.prod(op.rspace)
     values = plan.graph.values
@@ -126,7 +127,7 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     same = values[op.operands[other.slot]].dtype == dtype != "f32"
     tiles = same and wide and depth % TILE_STEP == 0 and _TILE_COLUMNS <= count <= _MOST_TILE_COLUMNS
     height = pieces(depth, count, item, "kPassing").rows if tiles else 0
-    cut = (0, 0) if height else cut_rows(depth, item)
+    cut = (0, 0) if height else cut_rows(depth, item, stage)
     if cut is None or (not height and (count > _MOST_COLUMNS or (cut[1] == 1 and cut[0] * count > 32))):
         return None
     if not consecutive(op, weight.strides, free, sizes, depth):
@@ -159,19 +160,19 @@ def consecutive(op: Nest, strides: tuple[int, ...], free: tuple[int, ...], sizes
     return True
 
 
-def cut_rows(depth: int, itemsize: int) -> tuple[int, int] | None:
+def cut_rows(depth: int, itemsize: int, stage: int = STAGE_BYTES) -> tuple[int, int] | None:
     """Rows of a chunk and parts of a row, or None where rows cannot be cut evenly: `Chunks` in contract.cuh."""
     for parts in range(1, _MOST_PARTS + 1):
         size = depth // parts * itemsize
-        if depth % parts == 0 and size % 16 == 0 and size <= STAGE_BYTES:
-            return (min(_MOST_ROWS, STAGE_BYTES // size) if parts == 1 else 1), parts
+        if depth % parts == 0 and size % 16 == 0 and size <= stage:
+            return (min(_MOST_ROWS, stage // size) if parts == 1 else 1), parts
     return None
 
 
 def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction as ``stream_rows`` or ``stream_tiles``; False where it is neither."""
-    found = match(frame.plan, op, frame.boxes[member])
-    if found is None or not frame.streams:
+    found = match(frame.plan, op, frame.boxes[member], frame.code.stage) if frame.code.stage else None
+    if found is None:
         return False
     x = frame.array(op.operands[found.other])
     if x.kind not in (("local", "global") if found.height else ("local",)):
@@ -253,7 +254,7 @@ def _held(frame: Frame, member: int, op: Nest, found: Rows, x: Array, at: tuple[
         # What passes once anyway comes piece by piece: nobody waits for all of it.
         readers = sum(isinstance(o, Nest) and o.kind == "contract" and value in o.operands for o in frame.ops)
         once = readers == 1 and found.rows.max() <= passing.group * TILE_ROWS
-        room = frame.room - MORE_STAGES * STAGE_BYTES - frame.code.scratch
+        room = frame.room - MORE_STAGES * frame.code.stage - frame.code.scratch
         if reach == "kHeld" and (once or cut.shelf > room or cut.block < depth):
             reach, cut = "kPassing", passing
         held = Held(key, f"x{member}", cut)

@@ -223,13 +223,34 @@ def test_what_is_held_leaves_room_for_a_ring(function: Callable[..., Any], avals
     assert int(stages) >= TILE_STAGES
 
 
-@pytest.mark.parametrize(("columns", "depth", "flight"), [(16, 4096, 6), (64, 1024, 12), (64, 2048, 8)])
+@pytest.mark.parametrize(("columns", "depth", "flight"), [(16, 4096, 6), (64, 1024, 12), (64, 2048, 9)])
 def test_as_many_bytes_are_in_flight_whatever_pieces_leave_of_a_stage(columns: int, depth: int, flight: int) -> None:
     plan, *_ = one(rows_of, (columns, depth), (8448, depth))
     assert f"kFlight = {flight}," in generate(plan).source
 
 
-@pytest.mark.parametrize(("columns", "flight"), [(2048, 6), (4096, 6), (2560, 9)])
+@pytest.mark.parametrize(
+    ("depths", "columns", "stage"),
+    [
+        pytest.param([2048], 1, 8, id="two rows"),
+        pytest.param([4096], 1, 8, id="one row"),
+        pytest.param([2560], 1, 10, id="two rows, of a larger one"),
+        pytest.param([5120], 1, 10, id="a row"),
+        pytest.param([3072], 2, 12, id="two rows of 6 KB"),
+        pytest.param([2560, 4096], 1, 8, id="as many rows that do not need it"),
+        pytest.param([2560], 8, 8, id="tiles are cut to fit"),
+    ],
+)
+def test_a_stage_is_as_large_as_rows_fill_it(depths: list[int], columns: int, stage: int) -> None:
+    def products(*args: jax.Array) -> list[jax.Array]:
+        return [rows_of(x, w) for x, w in zip(args[::2], args[1::2], strict=True)]
+
+    shapes = [shape for depth in depths for shape in ((columns, depth), (12672, depth))]
+    plan = planned(products, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes))
+    assert f"kStageBytes = {stage << 10}," in generate(plan).source
+
+
+@pytest.mark.parametrize(("columns", "flight"), [(2048, 6), (4096, 6), (2560, 5), (3584, 7)])
 def test_as_many_bytes_are_in_flight_whatever_rows_leave_of_a_stage(columns: int, flight: int) -> None:
     avals = [jax.ShapeDtypeStruct((n, columns), jnp.bfloat16) for n in (1, 12672)]
     plan = planned(lambda x, w: jnp.einsum("bk,nk->bn", x, w), *avals)

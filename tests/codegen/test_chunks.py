@@ -127,5 +127,5 @@ def test_matrices_are_loaded_as_they_lie(rows: int, depth: int, m: int, tmp_path
     assert compiled.resources.spill_bytes == 0
     found = instructions(compiled.cubin, tmp_path)
     assert found["LDSM.16.M88.4"] > 0 and found["LDS.128"] == 0
-    # Which sums a step adds to is known here. (Of more than sixteen, some pass through local memory on their way to lanes.)
+    # Which sums a step adds to is known. (Of more than sixteen, some pass through local memory on their way to lanes.)
     assert rows * m > 16 or not any(name.startswith(("LDL", "STL")) for name in found)

@@ -43,6 +43,9 @@ struct Pieces {
   static constexpr int kKept = !kStays ? 1 : kCount < kOwn ? kCount : kOwn;  // pieces in registers
   static constexpr int kBuffers = kTiles <= 2 ? 2 : 1;                       // tiles whose sums are kept
   static constexpr int kGroup = kStays ? 1 : kBuffers;
+  // One column of tiles is two chains of products. Where many registers are taken, there are none for rows of the next step.
+  static constexpr int kChains = kTiles == 1 ? 2 : 1;
+  static constexpr bool kCrowded = kKept * kLots > kRegisters / 2;
 };
 
 // x where a thread reads it: in scratch, or in device memory as another worker left it.
@@ -128,48 +131,50 @@ __device__ __forceinline__ int sum_at(int row, int n) {
   return ((n / 8 * 4 + row / 8 * 2 + n % 2) * 8 + row % 8) * 4 + n % 8 / 2;
 }
 
+// A warp's products of a piece of a tile with so many rows, which it waits for and gives back; x_at(u, t): what x has in the
+// warp's step u, columns 8t .. 8t+7. False: the launch gave up.
+template <class X, class C, class At>
+__device__ __forceinline__ bool multiply(C& c, bool running, int count, int piece,
+                                         f32 (&acc)[X::P::kTiles + X::P::kChains - 1][4], At&& x_at) {
+  using P = typename X::P;
+  using T = typename X::T;
+  const int lane = c.lane(), stages = quotient(count, P::kRows), steps = X::steps_of(piece);
+  const int low = min(lane / 4, count - 1), high = min(lane / 4 + 8, count - 1);
+  const auto row_byte = [&](int row) {
+    return Ring<typename C::Shape>::place(c.ring.next + row / P::kRows) + row % P::kRows * P::kPitch + lane % 4 * 16;
+  };
+  running = running && c.ring.wait_all(c, stages);
+  const int low_byte = row_byte(low), high_byte = row_byte(high);
+#pragma unroll
+  for (int u = 0; u < P::kSteps; ++u) {
+    const int s = c.warp() + u * C::kWarps;
+    if (s >= steps) continue;
+    if (P::kCrowded) asm volatile("" ::: "memory");
+    const Quad l = *shared_at<Quad>(low_byte + s * 64), h = *shared_at<Quad>(high_byte + s * 64);
+#pragma unroll
+    for (int t = 0; t < P::kTiles; ++t) {
+      const Quad v = x_at(u, t);
+      matrix_multiply<T>(acc[t], l.w[0], h.w[0], l.w[1], h.w[1], v.w[0], v.w[1]);
+      matrix_multiply<T>(acc[t + P::kChains - 1], l.w[2], h.w[2], l.w[3], h.w[3], v.w[2], v.w[3]);
+    }
+  }
+  __syncwarp();
+  if (lane < stages) c.ring.release_one(c.ring.next + lane);
+  c.ring.next += stages;
+  return running;
+}
+
 // finish(row, n, sum) once for every row and column. Rows that do not exist repeat others, as columns do.
 template <class C, class X, class Finish>
 __device__ __forceinline__ void stream_tiles(C& c, X& x, int rows, Finish&& finish) {
   using P = typename X::P;
-  using T = typename X::T;
-  using R = Ring<typename C::Shape>;
   static_assert(X::K % kTileStep == 0);
   constexpr int N = X::N, kSums = P::kTiles * 128, kHeight = static_cast<int>(kTileRows);
   const int lane = c.lane();
-  // One column of tiles is two chains of products. Many registers are taken: none for rows of the next step.
-  constexpr int kChains = P::kTiles == 1 ? 2 : 1;
-  constexpr bool kCrowded = P::kKept * P::kLots > P::kRegisters / 2;
   constexpr bool kAhead = P::kLots <= P::kRegisters / 2;
   f32* const sums = shared_at<f32>(C::Shape::kPartials);
   typename X::Piece following;
   bool running = true;
-  // One piece of a tile: waits for it, multiplies it and gives it back.
-  const auto multiply = [&](int count, int piece, f32 (&acc)[P::kTiles + kChains - 1][4], auto&& x_at) {
-    const int stages = quotient(count, P::kRows), steps = X::steps_of(piece);
-    const int low = min(lane / 4, count - 1), high = min(lane / 4 + 8, count - 1);
-    const auto row_byte = [&](int row) {
-      return R::place(c.ring.next + row / P::kRows) + row % P::kRows * P::kPitch + lane % 4 * 16;
-    };
-    running = running && c.ring.wait_all(c, stages);
-    const int low_byte = row_byte(low), high_byte = row_byte(high);
-#pragma unroll
-    for (int u = 0; u < P::kSteps; ++u) {
-      const int s = c.warp() + u * C::kWarps;
-      if (s >= steps) continue;
-      if (kCrowded) asm volatile("" ::: "memory");
-      const Quad l = *shared_at<Quad>(low_byte + s * 64), h = *shared_at<Quad>(high_byte + s * 64);
-#pragma unroll
-      for (int t = 0; t < P::kTiles; ++t) {
-        const Quad v = x_at(u, t);
-        matrix_multiply<T>(acc[t], l.w[0], h.w[0], l.w[1], h.w[1], v.w[0], v.w[1]);
-        matrix_multiply<T>(acc[t + kChains - 1], l.w[2], h.w[2], l.w[3], h.w[3], v.w[2], v.w[3]);
-      }
-    }
-    __syncwarp();
-    if (lane < stages) c.ring.release_one(c.ring.next + lane);
-    c.ring.next += stages;
-  };
   // All warps read every stage: none may be here while chunks of another kind of contraction are still to be waited for,
   // or the parity of a stage would not tell its rounds apart.
   c.sync();
@@ -178,12 +183,12 @@ __device__ __forceinline__ void stream_tiles(C& c, X& x, int rows, Finish&& fini
   for (int tile = 0; tile * kHeight < rows; tile += P::kGroup) {
     const int tiles = min(P::kGroup, quotient(rows, kHeight) - tile);
     const auto count_of = [&](int member) { return min(kHeight, rows - (tile + member) * kHeight); };
-    f32 acc[P::kGroup][P::kTiles + kChains - 1][4] = {};
+    f32 acc[P::kGroup][P::kTiles + P::kChains - 1][4] = {};
     if constexpr (P::kStays) {
 #pragma unroll
       for (int piece = 0; piece < P::kCount; ++piece) {
         if (piece == P::kKept && P::kKept < P::kCount) copies_wait();
-        multiply(count_of(0), piece, acc[0], [&](int u, int t) { return x.at(piece, u, t); });
+        running = multiply<X>(c, running, count_of(0), piece, acc[0], [&](int u, int t) { return x.at(piece, u, t); });
       }
     } else {
 #pragma unroll 1
@@ -197,7 +202,9 @@ __device__ __forceinline__ void stream_tiles(C& c, X& x, int rows, Finish&& fini
         }
 #pragma unroll
         for (int member = 0; member < P::kGroup; ++member) {
-          if (member < tiles) multiply(count_of(member), piece, acc[member], [&](int u, int t) { return x.held[0][u][t]; });
+          if (member >= tiles) continue;
+          running = multiply<X>(c, running, count_of(member), piece, acc[member],
+                                [&](int u, int t) { return x.held[0][u][t]; });
         }
       }
     }
@@ -205,7 +212,7 @@ __device__ __forceinline__ void stream_tiles(C& c, X& x, int rows, Finish&& fini
     for (int n = 0; n < P::kGroup * P::kTiles * 4; ++n) {
       const int member = n / (P::kTiles * 4), i = n % (P::kTiles * 4);
       f32* mine = sums + ((tile + member) % P::kBuffers * C::kWarps + c.warp()) * kSums;
-      mine[i * kWarp + lane] = kChains == 1 ? acc[member][i / 4][i % 4] : acc[member][0][i] + acc[member][1][i];
+      mine[i * kWarp + lane] = P::kChains == 1 ? acc[member][i / 4][i % 4] : acc[member][0][i] + acc[member][1][i];
     }
     c.sync();
 #pragma unroll 1

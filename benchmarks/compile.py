@@ -20,6 +20,7 @@ from pathlib import Path
 import jax_mpk
 from benchmarks import harness
 from benchmarks.kernel import decode_step
+from benchmarks.shapes import SHAPES
 
 COLUMNS = ("model", "batch", "disk_cache", "seconds", "trace", "graph", "plan", "verify", "codegen", "nvrtc", "cache")
 
@@ -33,7 +34,7 @@ def compile_step(model: str, batch: int, cache_len: int, target: str) -> harness
         cache_len: positions of the cache.
         target: the GPU that the kernel is for.
     """
-    step, *arguments = decode_step(model, batch, cache_len)
+    step, *arguments = decode_step(SHAPES[model], batch, cache_len)
     begin = time.perf_counter()
     compiled = jax_mpk.megakernelize(step, donate_argnums=1, target=target)
     compiled.lower(*jax_mpk.place(compiled, *arguments))

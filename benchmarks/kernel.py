@@ -31,7 +31,7 @@ from jax import lax
 from benchmarks import harness
 from benchmarks.driver import Gpu
 from benchmarks.shapes import SHAPES, step_bytes
-from models.decoder import Cache, Decoder, init_cache
+from models.decoder import Cache, Decoder, DecoderConfig, init_cache
 
 _BLOCK = 1 << 26  # bytes of random numbers
 _RECORD_BYTES = 64
@@ -73,12 +73,11 @@ class Kernel:
         return self.workers, self.threads, self.shared
 
 
-def decode_step(model: str, batch: int, cache_len: int) -> tuple[Any, ...]:
+def decode_step(config: DecoderConfig, batch: int, cache_len: int) -> tuple[Any, ...]:
     """The greedy decode step of a shape, and its arguments: shapes of weights and cache, tokens, position and seed."""
     from models.generate import sampling_steps
     from models.sampling import Sampling
 
-    config = SHAPES[model]
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     cache = jax.eval_shape(lambda: init_cache(config, batch, cache_len))
     _, following = sampling_steps(graphdef, Sampling())
@@ -96,7 +95,7 @@ def pack(
     from jax_mpk.runtime.cuda import compile_program
 
     config = SHAPES[model]
-    following, params, cache, *scalars = decode_step(model, batch, cache_len)
+    following, params, cache, *scalars = decode_step(config, batch, cache_len)
 
     def steps(params: nnx.State, cache: Cache, tokens: jax.Array, pos: jax.Array, seed: jax.Array) -> Any:
         def body(_: jax.Array, carry: tuple[jax.Array, Cache, jax.Array]) -> tuple[jax.Array, Cache, jax.Array]:

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from benchmarks import harness
+from benchmarks.kernel import decode_step
 from jax_mpk.capture import capture
 from jax_mpk.graph.build import build_graph
 from jax_mpk.graph.fuse import fuse
@@ -31,9 +31,7 @@ from jax_mpk.plan.ir import Plan, Target
 from jax_mpk.plan.planner import make_plan
 from jax_mpk.plan.report import PlanStats, explain, plan_stats
 from jax_mpk.plan.verify import verify_plan
-from models.decoder import Decoder, DecoderConfig, init_cache
-from models.generate import sampling_steps
-from models.sampling import Sampling
+from models.decoder import DecoderConfig
 
 STAGES = ("capture", "graph", "layouts", "fuse", "plan", "verify")
 #: At this price parts of attention are merged by their readers, and a layer has one phase less.
@@ -62,11 +60,8 @@ def config(layers: int) -> DecoderConfig:
 
 def trace(shape: DecoderConfig, cache_len: int) -> tuple[Any, frozenset[int], int]:
     """The jaxpr of a greedy decode step, the positions of the donated cache, and the bytes of the weights."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0))))
-    cache = jax.eval_shape(lambda: init_cache(shape, 1, cache_len))
-    _, step = sampling_steps(graphdef, Sampling())
-    token, pos, seed = (jax.ShapeDtypeStruct(s, d) for s, d in (((1,), jnp.int32), ((), jnp.int32), ((), jnp.uint32)))
-    jaxpr = jax.make_jaxpr(step)(params, cache, token, pos, seed)
+    step, params, cache, *scalars = decode_step(shape, 1, cache_len)
+    jaxpr = jax.make_jaxpr(step)(params, cache, *scalars)
     leaves = jax.tree.leaves(params)
     first, count = len(leaves), len(jax.tree.leaves(cache))
     return jaxpr, frozenset(range(first, first + count)), sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jax_mpk.codegen.cuda import generate
-from jax_mpk.codegen.cuda.routine import WARPS
+from jax_mpk.codegen.cuda.code import WARPS
 from jax_mpk.runtime import nvrtc
 from tests.codegen.cuda_cases import COPIES, CORES, MATRICES, RING, TRANSPOSED
 from tests.codegen.golden import functions

@@ -27,7 +27,7 @@ template <class T, int N, int K, Reach reach, int stage_bytes, int warps>
 struct Pieces {
   static constexpr int kTiles = quotient(N, 8), kLength = K * static_cast<int>(sizeof(T));
   static constexpr int kRegisters = 18, kShelfBytes = 68 << 10;  // lots of 16 bytes that a thread holds; bytes of a shelf
-  static constexpr int kFewest = quotient(K / kTileStep, kRegisters / kTiles * warps);  // pieces that registers can hold
+  static constexpr int kFewest = quotient(K / kTileStep, kRegisters / kTiles * warps);  // pieces, each of which registers can hold
   static constexpr bool kWhole = kLength <= stage_bytes / 2 && kFewest == 1;
   static constexpr int kSlices = quotient(kLength, stage_bytes / static_cast<int>(kPieceRows));
   static constexpr int kCount = kWhole ? 1 : kSlices > kFewest ? kSlices : kFewest;
@@ -43,7 +43,7 @@ struct Pieces {
   static constexpr int kKept = !kStays ? 1 : kCount < kOwn ? kCount : kOwn;  // pieces in registers
   static constexpr int kBuffers = kTiles <= 2 ? 2 : 1;                       // tiles whose sums are kept
   static constexpr int kGroup = kStays ? 1 : kBuffers;
-  // One column of tiles is two chains of products. Where many registers are taken, there are none for rows of the next step.
+  // One column of tiles is two chains of products. Where x takes many registers, rows of the next step have none.
   static constexpr int kChains = kTiles == 1 ? 2 : 1;
   static constexpr bool kCrowded = kKept * kLots > kRegisters / 2;
 };

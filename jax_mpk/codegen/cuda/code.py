@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+#: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
+WARPS = 11
 #: Words of a task before those its code reads: `TaskWords` in csrc/device/persistent.cuh.
 FIRST_WORD = 5
 #: Added to a job of the producer that names no size of chunks: rows known at run time, found in the first way; as often
@@ -70,7 +72,6 @@ class Code:
       columns: words that hold numbers: (word, int64 [tasks]).
       streams: in the order its members consume them.
       words: number of words, the first ones included.
-      stage: bytes of a stage of the ring; 0: nothing may stream.
       scratch: bytes of scratch.
       partials: bytes that members need to join the parts of one output.
       memory: bytes of device memory a worker needs for what does not fit in scratch.
@@ -81,7 +82,6 @@ class Code:
     columns: list[tuple[int, np.ndarray]] = field(default_factory=list)
     streams: list[Stream] = field(default_factory=list)
     words: int = FIRST_WORD
-    stage: int = 0
     scratch: int = 0
     partials: int = 0
     memory: int = 0

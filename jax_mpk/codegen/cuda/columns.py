@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_mpk.codegen.cuda.code import COLUMNS, Stream
-from jax_mpk.codegen.cuda.routine import WARPS, Frame
+from jax_mpk.codegen.cuda.code import COLUMNS, WARPS, Stream
+from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Term, product
 from jax_mpk.codegen.cuda.stream import Streamed, consecutive, decoded, factors, match, other_factor
 from jax_mpk.codegen.cuda.texts import loader, stores, title
@@ -108,7 +108,7 @@ def block_partials(found: Columns) -> int:
 
 def stream_columns(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction as ``stream_columns``; False where it is none."""
-    found = match_columns(frame.plan, op, frame.boxes[member]) if frame.code.stage else None
+    found = match_columns(frame.plan, op, frame.boxes[member]) if frame.stage else None
     if found is None:
         return False
     x = frame.array(op.operands[found.other])

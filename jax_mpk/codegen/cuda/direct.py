@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array
-from jax_mpk.codegen.cuda.code import PACED, Stream
-from jax_mpk.codegen.cuda.routine import WARPS, Frame
+from jax_mpk.codegen.cuda.code import PACED, WARPS, Stream
+from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, product
 from jax_mpk.codegen.cuda.texts import loader, stores, title
 from jax_mpk.codegen.cuda.wide import WIDTH, consecutive, corner

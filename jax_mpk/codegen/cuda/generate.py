@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from jax_mpk._version import __version__
 from jax_mpk.codegen.cuda.architectures import check_architecture, check_streams
 from jax_mpk.codegen.cuda.arrays import UNIT, buffer_count, buffer_of
-from jax_mpk.codegen.cuda.code import COLUMNS, PACED, Code, Stream, live_rows
+from jax_mpk.codegen.cuda.code import COLUMNS, PACED, WARPS, Code, Stream, live_rows
 from jax_mpk.codegen.cuda.copies import copies
 from jax_mpk.codegen.cuda.inline import inline_members
 from jax_mpk.codegen.cuda.ir import CudaProgram
@@ -19,8 +18,8 @@ from jax_mpk.codegen.cuda.lines import emit_cumulative, emit_sort, memory_slots,
 from jax_mpk.codegen.cuda.live import live_members
 from jax_mpk.codegen.cuda.members import emit_contract, emit_map, emit_reduce
 from jax_mpk.codegen.cuda.pieces import PIECE_ROWS, STAGE_BYTES, TILE_STAGES
-from jax_mpk.codegen.cuda.ring import FEWEST_STAGES, NO_RING, wanted
-from jax_mpk.codegen.cuda.routine import WARPS, Frame, too_large
+from jax_mpk.codegen.cuda.ring import FEWEST_STAGES, NO_RING, Wanted, tasks_by_routine, wanted
+from jax_mpk.codegen.cuda.routine import Frame, too_large
 from jax_mpk.codegen.cuda.rows import row_chain
 from jax_mpk.codegen.cuda.staging import Staging
 from jax_mpk.codegen.cuda.tables import State, Tables, build_tables, segments, state_layout
@@ -58,7 +57,7 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
     # What streams needs a ring beside the scratch of all tasks; where there is no room for one, nothing streams.
     made = _made(plan, streams=True) or _made(plan, streams=False)
     if made is None:
-        needs = [code.scratch + code.partials for code in routine_codes(plan, streams=False)]
+        needs = [code.scratch + code.partials for code in routine_codes(plan, NO_RING)]
         most = int(np.argmax(needs))
         reason = f"its scratch takes {needs[most]} of the {_SHARED_BYTES} bytes of shared memory that an SM has"
         raise too_large(plan, plan.routines[most], reason)
@@ -85,7 +84,8 @@ def generate(plan: Plan, *, trace: bool = False) -> CudaProgram:
 
 def _made(plan: Plan, *, streams: bool) -> _Made | None:
     """Everything of a program but its text; None if it needs more shared memory than there is."""
-    codes = routine_codes(plan, streams=streams)
+    ring = wanted(plan) if streams else NO_RING
+    codes = routine_codes(plan, ring)
     streaming = [r for r, code in enumerate(codes) if any(stream.chunk_bytes > PACED for stream in code.streams)]
     check_streams(plan.target, [_label(plan, r) for r in streaming])
     bodies: dict[tuple[str, ...], int] = {}
@@ -94,21 +94,17 @@ def _made(plan: Plan, *, streams: bool) -> _Made | None:
     memory = max((code.memory for code in codes), default=0)
     state = state_layout(plan, count, memory, int(memory_slots(plan).max(initial=-1)) + 1)
     tables = build_tables(plan, state, case, codes)
-    shape = _shape(plan, codes, state, tables, count)
+    shape = _shape(plan, codes, state, tables, count, ring.stage or STAGE_BYTES)
     return None if shape is None else (codes, case, bodies, state, tables, shape)
 
 
-def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
-    """What becomes of each routine; ``streams``: whether constant rows may stream."""
+def routine_codes(plan: Plan, ring: Wanted) -> list[Code]:
+    """What becomes of each routine beside such a ring."""
     table = plan.tasks.table
-    order = np.argsort(table["routine"], kind="stable")
-    edges = np.searchsorted(table["routine"][order], np.arange(len(plan.routines) + 1))
     staging = Staging(plan)
     slots = memory_slots(plan)
     out = []
-    ring = wanted(plan, order, edges) if streams else NO_RING
-    for number, (routine, (a, b)) in enumerate(zip(plan.routines, pairwise(edges), strict=True)):
-        tasks = order[a:b]
+    for number, (routine, tasks) in enumerate(zip(plan.routines, tasks_by_routine(plan), strict=True)):
         first = table["box"][tasks].astype(np.int64)
         boxes = np.stack([plan.tasks.boxes[first + m] for m in range(len(routine.members))])
         if any(member.stage != WHOLE for member in routine.members):
@@ -152,7 +148,9 @@ def routine_codes(plan: Plan, *, streams: bool = True) -> list[Code]:
     return out
 
 
-def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int) -> dict[str, int] | None:
+def _shape(
+    plan: Plan, codes: list[Code], state: State, tables: Tables, segment_count: int, stage: int
+) -> dict[str, int] | None:
     """Sizes and offsets: the members of `Shape` in the generated text; None if there is too little shared memory."""
     at = 0
     out: dict[str, int] = {}
@@ -170,7 +168,6 @@ def _shape(plan: Plan, codes: list[Code], state: State, tables: Tables, segment_
     streaming = [stream for code in codes for stream in code.streams if stream.chunk_bytes > PACED]
     columns = any(stream.chunk_bytes >= COLUMNS for stream in streaming)
     tiles = any(stream.together for stream in streaming)
-    stage = max((code.stage for code in codes), default=0) or STAGE_BYTES
     room = (_SHARED_BYTES - at) // stage
     if at > _SHARED_BYTES or (streaming and room < (TILE_STAGES if tiles else FEWEST_STAGES)):
         return None

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_mpk.codegen.cuda.code import WARPS
 from jax_mpk.codegen.cuda.members import accumulated, combined
-from jax_mpk.codegen.cuda.routine import WARPS, Frame
+from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Term
 from jax_mpk.codegen.cuda.texts import accumulator, accumulators, loader, partials, stores, title
 from jax_mpk.graph import dtypes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jax_mpk.codegen.cuda.routine import WARPS
+from jax_mpk.codegen.cuda.code import WARPS
 
 #: Bytes of a stage of the ring; a chunk fits into one.
 STAGE_BYTES = 8 << 10

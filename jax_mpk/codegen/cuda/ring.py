@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_mpk.codegen.cuda.columns import block_partials, match_columns
 from jax_mpk.codegen.cuda.pieces import STAGE_BYTES, TILE_STAGES, pieces
-from jax_mpk.codegen.cuda.stream import Rows, match, row_partials
+from jax_mpk.codegen.cuda.stream import Rows, cut_for, match, row_partials
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest
 from jax_mpk.plan.ir import Plan
@@ -42,60 +42,59 @@ class Wanted:
 NO_RING = Wanted(stage=0, fewest=0, partials=0)
 
 
-def wanted(plan: Plan, order: np.ndarray, edges: np.ndarray) -> Wanted:
-    """What the routines of a plan want.
+def tasks_by_routine(plan: Plan) -> list[np.ndarray]:
+    """int64 [tasks of it], per routine."""
+    routine = plan.tasks.table["routine"]
+    order = np.argsort(routine, kind="stable")
+    edges = np.searchsorted(routine[order], np.arange(len(plan.routines) + 1))
+    return [order[a:b] for a, b in pairwise(edges)]
 
-    Args:
-      plan: the plan.
-      order: int64 [tasks]: tasks by routine.
-      edges: int64 [routines + 1]: where those of each routine begin there.
-    """
+
+def wanted(plan: Plan) -> Wanted:
+    """What the routines of a plan want."""
     first = plan.tasks.table["box"].astype(np.int64)
-    whole: list[tuple[Nest, np.ndarray, Rows]] = []
-    partials, tiles, others = 0, False, False
-    for routine, (a, b) in zip(plan.routines, pairwise(edges), strict=True):
+    whole: list[tuple[Rows, int, int]] = []  # with elements of a row, and bytes of each
+    partials, cut_to_fit = 0, False
+    for routine, tasks in zip(plan.routines, tasks_by_routine(plan), strict=True):
         for m, member in enumerate(routine.members):
             op = plan.ops[member.op]
             if not isinstance(op, Nest):
                 continue
-            boxes = plan.tasks.boxes[first[order[a:b]] + m]
-            if (rows := match(plan, op, boxes)) is None:
-                if (columns := match_columns(plan, op, boxes)) is not None:
-                    partials, others = max(partials, block_partials(columns)), True
-            elif rows.height:
-                partials, tiles = max(partials, pieces(*_size(plan, op, rows), "kPassing").sums), True
-            else:
-                whole.append((op, boxes, rows))
-    stage = STAGE_BYTES if tiles or others else _stage(plan, whole)
-    for op, boxes, rows in whole:
-        cut = rows if stage == STAGE_BYTES else match(plan, op, boxes, stage)
+            boxes = plan.tasks.boxes[first[tasks] + m]
+            if (rows := match(plan, op, boxes)) is not None:
+                depth = math.prod(op.rspace)
+                item = dtypes.itemsize(plan.graph.values[op.operands[rows.weight]].dtype)
+                if rows.height:
+                    partials, cut_to_fit = max(partials, pieces(depth, rows.count, item, "kPassing").sums), True
+                else:
+                    whole.append((rows, depth, item))
+            elif (columns := match_columns(plan, op, boxes)) is not None:
+                partials, cut_to_fit = max(partials, block_partials(columns)), True
+    stage = STAGE_BYTES if cut_to_fit else _stage(whole)
+    for rows, depth, item in whole:
+        cut = cut_for(depth, item, rows.count, stage)
         assert cut is not None
-        partials = max(partials, row_partials(cut))
-    return Wanted(stage, TILE_STAGES if tiles or others else FEWEST_STAGES, partials)
+        partials = max(partials, row_partials(rows, cut[1]))
+    return Wanted(stage, TILE_STAGES if cut_to_fit else FEWEST_STAGES, partials)
 
 
-def _size(plan: Plan, op: Nest, rows: Rows) -> tuple[int, int, int]:
-    """Elements of a row, columns of the other factor, bytes of an element."""
-    return math.prod(op.rspace), rows.count, dtypes.itemsize(plan.graph.values[op.operands[rows.weight]].dtype)
-
-
-def _stage(plan: Plan, whole: list[tuple[Nest, np.ndarray, Rows]]) -> int:
+def _stage(whole: list[tuple[Rows, int, int]]) -> int:
     """Bytes of a stage that whole rows fill best, or the usual ones."""
-    best, most = STAGE_BYTES, _fill(plan, whole, STAGE_BYTES) * _BETTER
+    best, most = STAGE_BYTES, _fill(whole, STAGE_BYTES) * _BETTER
     for stage in _OTHER_STAGES:
-        if (fill := _fill(plan, whole, stage)) > most:
+        if (fill := _fill(whole, stage)) > most:
             best, most = stage, fill
     return best
 
 
-def _fill(plan: Plan, whole: list[tuple[Nest, np.ndarray, Rows]], stage: int) -> float:
+def _fill(whole: list[tuple[Rows, int, int]], stage: int) -> float:
     """The part of stages of that size that rows fill; 0 where some would not stream."""
     nbytes = chunks = 0
-    for op, boxes, rows in whole:
-        cut = match(plan, op, boxes, stage)
+    for rows, depth, item in whole:
+        cut = cut_for(depth, item, rows.count, stage)
         if cut is None:
             return 0.0
-        depth, _, item = _size(plan, op, rows)
+        chunk_rows, parts = cut
         nbytes += int(rows.rows.sum()) * depth * item
-        chunks += int((-(-rows.rows // cut.chunk_rows)).sum()) * cut.parts
+        chunks += int((-(-rows.rows // chunk_rows)).sum()) * parts
     return nbytes / (chunks * stage) if chunks else 0.0

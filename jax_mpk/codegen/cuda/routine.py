@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import UNIT, Array, buffer_of, is_wide, local_bytes, register, row_major
-from jax_mpk.codegen.cuda.code import PREFETCH, Code, Operand, Stream
+from jax_mpk.codegen.cuda.code import PREFETCH, WARPS, Code, Operand, Stream
 from jax_mpk.codegen.cuda.live import Live
 from jax_mpk.codegen.cuda.meetings import Meetings, Place, overlap
+from jax_mpk.codegen.cuda.pieces import Held
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, offset, product
 from jax_mpk.codegen.cuda.staging import Copied, Staged, shares
 from jax_mpk.codegen.cuda.views import View
@@ -20,11 +21,6 @@ from jax_mpk.errors import TaskTooLargeError, task_too_large
 from jax_mpk.graph import dtypes
 from jax_mpk.plan.ir import Plan, Routine
 
-if TYPE_CHECKING:
-    from jax_mpk.codegen.cuda.pieces import Held
-
-#: Consumer warps; one more warp produces. Twelve in all leave each thread 168 registers, thirteen only 128.
-WARPS = 11
 _ALIGN = 128
 #: Rows of fewer elements are brought by element.
 _SHORT = 32
@@ -98,10 +94,11 @@ class Frame:
         self.memory = memory
         self.views = views
         self.room = room
+        self.stage = stage
         self.live = live
         self.ops = [op for op in live.ops if op is not None]
         self._local_bytes = local_bytes(plan, routine)
-        self.code = Code(stage=stage, scratch=max((end for _, end in self._local_bytes.values()), default=0))
+        self.code = Code(scratch=max((end for _, end in self._local_bytes.values()), default=0))
         self.values = plan.graph.values
         self._local = {v: k for k, v in enumerate(routine.local_values)}
         self._maker = {v: m for m, op in enumerate(live.ops) if op is not None for v in op.outputs}

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array, register
+from jax_mpk.codegen.cuda.code import WARPS
 from jax_mpk.codegen.cuda.members import accumulated, combined, nothing
-from jax_mpk.codegen.cuda.routine import WARPS, Frame
+from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Scalars, Term, fixed, product
 from jax_mpk.codegen.cuda.texts import loader, rounded, stores, title
 from jax_mpk.graph.ir import Nest, Op

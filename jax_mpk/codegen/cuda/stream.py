@@ -127,8 +127,8 @@ def _rows(plan: Plan, op: Nest, boxes: np.ndarray, code: bodies.ContractCode, sw
     same = values[op.operands[other.slot]].dtype == dtype != "f32"
     tiles = same and wide and depth % TILE_STEP == 0 and _TILE_COLUMNS <= count <= _MOST_TILE_COLUMNS
     height = pieces(depth, count, item, "kPassing").rows if tiles else 0
-    cut = (0, 0) if height else cut_rows(depth, item, stage)
-    if cut is None or (not height and (count > _MOST_COLUMNS or (cut[1] == 1 and cut[0] * count > 32))):
+    cut = (0, 0) if height else cut_for(depth, item, count, stage)
+    if cut is None:
         return None
     if not consecutive(op, weight.strides, free, sizes, depth):
         return None
@@ -169,9 +169,16 @@ def cut_rows(depth: int, itemsize: int, stage: int = STAGE_BYTES) -> tuple[int, 
     return None
 
 
+def cut_for(depth: int, itemsize: int, columns: int, stage: int) -> tuple[int, int] | None:
+    """The same, or None where a warp cannot multiply a chunk with so many columns either."""
+    cut = cut_rows(depth, itemsize, stage)
+    fits = cut is not None and columns <= _MOST_COLUMNS and (cut[1] > 1 or cut[0] * columns <= 32)
+    return cut if fits else None
+
+
 def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     """Writes a contraction as ``stream_rows`` or ``stream_tiles``; False where it is neither."""
-    found = match(frame.plan, op, frame.boxes[member], frame.code.stage) if frame.code.stage else None
+    found = match(frame.plan, op, frame.boxes[member], frame.stage) if frame.stage else None
     if found is None:
         return False
     x = frame.array(op.operands[found.other])
@@ -224,13 +231,13 @@ def stream_rows(frame: Frame, member: int, op: Nest) -> bool:
     if cut is not None:
         frame.code.partials = max(frame.code.partials, cut.sums)
     else:
-        frame.code.partials = max(frame.code.partials, row_partials(found))
+        frame.code.partials = max(frame.code.partials, row_partials(found, found.parts))
     return True
 
 
-def row_partials(rows: Rows) -> int:
-    """Bytes that join the parts of whole rows."""
-    return int(rows.rows.max()) * rows.parts * rows.count * 4 if rows.parts > 1 else 0
+def row_partials(rows: Rows, parts: int) -> int:
+    """Bytes that join so many parts of whole rows."""
+    return int(rows.rows.max()) * parts * rows.count * 4 if parts > 1 else 0
 
 
 def _held(frame: Frame, member: int, op: Nest, found: Rows, x: Array, at: tuple[str, int]) -> Held:
@@ -254,7 +261,7 @@ def _held(frame: Frame, member: int, op: Nest, found: Rows, x: Array, at: tuple[
         # What passes once anyway comes piece by piece: nobody waits for all of it.
         readers = sum(isinstance(o, Nest) and o.kind == "contract" and value in o.operands for o in frame.ops)
         once = readers == 1 and found.rows.max() <= passing.group * TILE_ROWS
-        room = frame.room - MORE_STAGES * frame.code.stage - frame.code.scratch
+        room = frame.room - MORE_STAGES * frame.stage - frame.code.scratch
         if reach == "kHeld" and (once or cut.shelf > room or cut.block < depth):
             reach, cut = "kPassing", passing
         held = Held(key, f"x{member}", cut)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_mpk.codegen.cuda.arrays import Array
-from jax_mpk.codegen.cuda.routine import WARPS, Frame
+from jax_mpk.codegen.cuda.code import WARPS
+from jax_mpk.codegen.cuda.routine import Frame
 from jax_mpk.codegen.cuda.scalars import Load, Scalars, Term, fixed, product
 from jax_mpk.codegen.cuda.texts import group, loader, rounded, stores, title
 from jax_mpk.graph.fuse_maps import work

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jax_mpk.codegen.cuda import generate
+from jax_mpk.codegen.cuda.code import WARPS
 from jax_mpk.codegen.cuda.pieces import STAGE_BYTES, TILE_STAGES, pieces
-from jax_mpk.codegen.cuda.routine import WARPS
 from jax_mpk.codegen.cuda.stream import Rows, cut_rows, match
 from jax_mpk.graph import dtypes
 from jax_mpk.graph.ir import Nest

@@ -12,6 +12,7 @@ import pytest
 from jax_mpk.codegen.cuda.arrays import UNIT, buffer_of
 from jax_mpk.codegen.cuda.code import FIRST_WORD, LIVE, Code, live_rows
 from jax_mpk.codegen.cuda.generate import routine_codes
+from jax_mpk.codegen.cuda.ring import wanted
 from jax_mpk.codegen.cuda.tables import (
     EVENT_BYTES,
     HEADER_BYTES,
@@ -43,7 +44,7 @@ MEMORY_BYTES, MEMORIES = 1000, 3
 @functools.cache
 def made(name: str) -> tuple[Plan, list[Code], State, Tables]:
     planned = plan(name) if name in SAMPLES else make_plan(fuse(graphs.case(name).graph), targets.H100)
-    codes = routine_codes(planned)
+    codes = routine_codes(planned, wanted(planned))
     state = state_layout(planned, len(segments(planned.schedule)), MEMORY_BYTES, MEMORIES)
     return planned, codes, state, build_tables(planned, state, case_of(codes), codes)
 
@@ -202,7 +203,7 @@ def test_results_to_poison(name: str) -> None:
 def test_live_rows_of_the_cache_are_asked_for_ahead(steps: int) -> None:
     """Also in a loop, where the position is a value that its tasks write."""
     planned = decoder_plan(dataclasses.replace(Shape(), layers=1), steps)
-    reads = [code for code in routine_codes(planned) if any(stream.live for stream in code.streams)]
+    reads = [code for code in routine_codes(planned, wanted(planned)) if any(stream.live for stream in code.streams)]
     assert reads
     for code in reads:
         assert sum(bool(stream.live) for stream in code.streams) == 2  # keys and values

@@ -175,12 +175,22 @@ struct Ring {
 template <class Shape>
 struct Producer {
   using R = Ring<Shape>;
+  static_assert(Shape::kFlight > 1, "two chunks are sent at a time");
+
+  // A stage whose turn it is, and the parity of its round before.
+  struct Turn {
+    u32 stage, before;
+
+    __device__ __forceinline__ Turn after() const {
+      const bool last = stage + 1 == Shape::kStages;
+      return {last ? 0 : stage + 1, before ^ last};
+    }
+  };
 
   const typename Shape::Launch& launch;
   const u32 base = afresh(shared_base());
   int lane = threadIdx.x % 32;
-  u32 stage = 0;   // of the next chunk; only the elected lane knows
-  u32 before = 1;  // the parity of that stage's round before, known likewise
+  Turn next = {0, 1};  // of the next chunk; only the elected lane knows
   u32 decisions = 0;
 
   __device__ explicit Producer(const typename Shape::Launch& l) : launch(l) {}
@@ -194,13 +204,15 @@ struct Producer {
     if (lane < count) ahead = jobs[lane];
 #pragma unroll 1
     for (u32 base = 0; base < count; base += 32) {
-      const StreamJob mine = ahead;
+      StreamJob mine = ahead;
+      // All lanes' at once: each is a parameter that has not been loaded before.
+      if (base + lane < count) mine.offset += reinterpret_cast<u64>(launch.buffers[mine.buffer]);
       if (base + 32 + lane < count) ahead = jobs[base + 32 + lane];
 #pragma unroll 1
       for (u32 j = 0; j < min(32u, count - base); ++j) {
         StreamJob job;
-        job.buffer = __shfl_sync(~0u, mine.buffer, j), job.chunk_bytes = __shfl_sync(~0u, mine.chunk_bytes, j);
-        job.offset = __shfl_sync(~0u, mine.offset, j), job.bytes = __shfl_sync(~0u, mine.bytes, j);
+        job.chunk_bytes = __shfl_sync(~0u, mine.chunk_bytes, j), job.offset = __shfl_sync(~0u, mine.offset, j);
+        job.bytes = __shfl_sync(~0u, mine.bytes, j);
         job.rows = __shfl_sync(~0u, mine.rows, j), job.stride = __shfl_sync(~0u, mine.stride, j);
         if (job.chunk_bytes <= kPaced || job.chunk_bytes >= kLiveRows) {
           const bool paced = Shape::kPace != 0 && job.chunk_bytes % kLiveRows == kPaced;
@@ -241,10 +253,10 @@ struct Producer {
   // microseconds; what does not must not keep a launch from ending that gave up because of it.
   __device__ void drain() {
     if (!elected()) return;
+    const u64 start = nanoseconds();
 #pragma unroll 1
-    for (int n = 0; n < Shape::kFlight; ++n, advance()) {
-      const u64 start = nanoseconds();
-      while (!landed()) {
+    for (int n = 0; n < Shape::kStages; ++n, next = next.after()) {
+      while (!barrier_done(full(next), next.before)) {
         if (aborted() && nanoseconds() - start > 1000000) break;
       }
     }
@@ -299,44 +311,50 @@ struct Producer {
     }
   }
 
-  __device__ const char* at(const StreamJob& job) const {
-    return static_cast<const char*>(launch.buffers[job.buffer]) + job.offset;
+  __device__ static const char* at(const StreamJob& job) {
+    return reinterpret_cast<const char*>(job.offset);
   }
 
-  // Whether the chunk has landed that is kFlight before the next one. One that was never sent has: a new barrier has a
-  // phase of parity 1 behind it.
-  __device__ __forceinline__ bool landed() const {
-    const u32 wraps = stage < Shape::kFlight;
-    return barrier_done(base + R::full(stage + wraps * Shape::kStages - Shape::kFlight), before ^ wraps ^ 1);
-  }
+  // What is computed before a wait, `afresh`, does not keep a load waiting.
+  __device__ __forceinline__ u32 full(const Turn& turn) const { return afresh(base + R::full(turn.stage)); }
+  __device__ __forceinline__ u32 held(const Turn& turn) const { return afresh(base + R::held(turn.stage)); }
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == Shape::kStages) stage = 0, before ^= 1;
-  }
-
-  // Waits until the next stage is free and few enough chunks are in flight; false: the launch gave up. What is computed
-  // before, `afresh`, does not keep a load waiting.
-  __device__ __forceinline__ bool room() const {
-    return until([&] { return barrier_done_now(base + R::empty(stage), before); }) && until([&] { return landed(); });
+  // Waits until a chunk's stage is free, and the chunk has landed that is kFlight before it, so that few are in flight; false:
+  // the launch gave up. One that was never sent has landed: a new barrier has a phase of parity 1 behind it.
+  __device__ __forceinline__ bool room(const Turn& turn) const {
+    const u32 wraps = turn.stage < Shape::kFlight;
+    const u32 earlier = base + R::full(turn.stage + wraps * Shape::kStages - Shape::kFlight);
+    return until([&] { return barrier_done_now(base + R::empty(turn.stage), turn.before); }) &&
+           until([&] { return barrier_done_now(earlier, turn.before ^ wraps ^ 1); });
   }
 
   // Bulk loads of so many bytes follow.
-  __device__ __forceinline__ void expect(u32 full, u32 bytes) const {
+  __device__ __forceinline__ void expect(u32 filled, u32 bytes) const {
     if constexpr ((Shape::kTiles & kHasColumns) != 0) bulk_loads_follow();
-    barrier_expect(full, bytes);
+    barrier_expect(filled, bytes);
   }
 
+  // Two chunks at a time: the producer is ready for the next ones sooner.
   __device__ void stream(const StreamJob& job) {
     constexpr u32 kUnit = 16;  // of all that bulk loads move: 32 bits are enough to count them
+    const u32 whole = job.chunk_bytes / kUnit;
     const char* from = at(job);
 #pragma unroll 1
-    for (u32 left = static_cast<u32>(job.bytes / kUnit), units; left != 0; left -= units, advance()) {
-      units = min(job.chunk_bytes / kUnit, left);
-      const u32 size = afresh(units * kUnit), full = afresh(base + R::full(stage)), to = afresh(base + R::held(stage));
-      if (!room()) return;
-      expect(full, size);
-      bulk_load(to, from, size, full, kEvictFirst);
-      from += size;
+    for (u32 left = static_cast<u32>(job.bytes / kUnit), units; left != 0; left -= units) {
+      units = min(2 * whole, left);
+      const u32 size = afresh(min(whole, units) * kUnit), more = afresh(units * kUnit - size);
+      const Turn second = next.after();
+      const u32 at_first = full(next), to_first = held(next), at_second = full(second), to_second = held(second);
+      if (!room(next) || (more != 0 && !room(second))) return;
+      expect(at_first, size);
+      bulk_load(to_first, from, size, at_first, kEvictFirst);
+      next = second;
+      if (more != 0) {
+        expect(at_second, more);
+        bulk_load(to_second, from + size, more, at_second, kEvictFirst);
+        next = next.after();
+      }
+      from += size + more;
     }
   }
 
@@ -358,13 +376,14 @@ struct Producer {
             const u32 size = min(pitch, right - done);
             const char* from = left + done;
 #pragma unroll 1
-            for (u32 row = 0; row < count; row += kPieceRows, from += u64(kPieceRows) * length, advance()) {
+            for (u32 row = 0; row < count; row += kPieceRows, from += u64(kPieceRows) * length, next = next.after()) {
               const u32 rows = min(count - row, kPieceRows);
-              const u32 nbytes = afresh(size * rows), full = afresh(base + R::full(stage));
-              const u32 to = afresh(base + R::held(stage));
-              if (!room()) return;
-              expect(full, nbytes);
-              const auto send = [&](u32 k) { bulk_load(to + k * pitch, from + u64(k) * length, size, full, kEvictFirst); };
+              const u32 nbytes = afresh(size * rows), filled = full(next), to = held(next);
+              if (!room(next)) return;
+              expect(filled, nbytes);
+              const auto send = [&](u32 k) {
+                bulk_load(to + k * pitch, from + u64(k) * length, size, filled, kEvictFirst);
+              };
               if (rows == kPieceRows) {  // addresses of all of them at once, not one after the other
 #pragma unroll
                 for (u32 k = 0; k < kPieceRows; ++k) send(k);
@@ -387,29 +406,29 @@ struct Producer {
     constexpr u32 kUnits = width / 16, kRows = 32 / kUnits, kHeight = Shape::kStageBytes / width;
     const u32 unit = lane % kUnits, first = lane / kUnits;  // of the rows that are copied at a time
     const int leader = __ffs(__ballot_sync(~0u, elected())) - 1;
-    stage = __shfl_sync(~0u, stage, leader), before = __shfl_sync(~0u, before, leader);
+    next = {__shfl_sync(~0u, next.stage, leader), __shfl_sync(~0u, next.before, leader)};
 #pragma unroll 1
     for (u32 done = 0; done < static_cast<u32>(job.bytes); done += width) {
       const char* from = at(job) + done + u64(first) * job.stride + unit * 16;
 #pragma unroll 1
-      for (u32 row = 0; row < job.rows; row += kHeight, advance()) {
-        const bool go = !elected() || room();
+      for (u32 row = 0; row < job.rows; row += kHeight, next = next.after()) {
+        const bool go = !elected() || room(next);
         if (!__all_sync(~0u, go)) return;
         __syncwarp();  // a vote orders no memory: the stage's readers are done for all lanes
         const u32 end = min(kHeight, job.rows - row);
 #pragma unroll 4
         for (u32 k = 0; k < end; k += 8) {
           // In eight rows from k on the swizzle differs in row % 2 only, which all rows of a lane have in common.
-          const u32 to = base + R::held(stage) + k * width + first * width + (unit ^ first % 2 ^ block_swizzle(k)) * 16;
+          const u32 to = base + R::held(next.stage) + k * width + first * width + (unit ^ first % 2 ^ block_swizzle(k)) * 16;
 #pragma unroll
           for (u32 r = 0; r < 8; r += kRows, from += u64(kRows) * job.stride) {
             copy_async(to + r * width, from, kEvictFirst);
           }
         }
-        const u32 full = base + R::full(stage);
-        copies_arrive(full);
+        const u32 filled = full(next);
+        copies_arrive(filled);
         __syncwarp();
-        if (lane == 0) barrier_arrive(full);
+        if (lane == 0) barrier_arrive(filled);
       }
     }
   }

@@ -74,9 +74,9 @@ class Faulty:
 
 _SIGNAL = "add_release(events() + "
 _STORE = "store_relaxed(words + i, Word("
-_LOAD = "bulk_load(to, from, size"
+_LOAD = "bulk_load(to_"
 _TILE_LOAD = "bulk_load(to + k * pitch, from"
-_COPIES = "if (lane == 0) barrier_arrive(full);"
+_COPIES = "if (lane == 0) barrier_arrive(filled);"
 _DECIDED = "barrier_arrive(shared_base() + decided());"
 _DALLY = (
     "for (const u64 begin = nanoseconds(); nanoseconds() - begin < c.launch.deadline_ns / 100;) "
@@ -114,7 +114,7 @@ FAULTY = (
         _mlp,
         _MLP,
         _LOAD,
-        f"if (!(FAULT && blockIdx.x == {WORKER} && stage == {CHUNK})) {_LOAD}",
+        f"if (!(FAULT && blockIdx.x == {WORKER} && next.stage == {CHUNK})) {_LOAD}",
         rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
     ),
     Faulty(
@@ -123,7 +123,7 @@ FAULTY = (
         _mlp,
         _TILES,
         _TILE_LOAD,
-        f"if (!(FAULT && blockIdx.x == {WORKER} && stage == {CHUNK})) {_TILE_LOAD}",
+        f"if (!(FAULT && blockIdx.x == {WORKER} && next.stage == {CHUNK})) {_TILE_LOAD}",
         rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
     ),
     Faulty(
@@ -132,7 +132,7 @@ FAULTY = (
         _by_default,
         ("2x512 bfloat16", "512x1024 bfloat16", "1024x512 bfloat16"),
         _COPIES,
-        f"if (!(FAULT && blockIdx.x == {WORKER} && stage == {CHUNK})) {_COPIES}",
+        f"if (!(FAULT && blockIdx.x == {WORKER} && next.stage == {CHUNK})) {_COPIES}",
         rf"SM {WORKER} {_TASK}, " r"bulk load \d+: expected (\d+), seen (?!\1;)\d+;",
     ),
     *(
@@ -181,7 +181,7 @@ def edited(program: CudaProgram, *edits: tuple[str, str]) -> CudaProgram:
     """A program with other text in some places, each of which must be there."""
     text = program.source
     for old, new in edits:
-        assert text.count(old) == 1, f"{text.count(old)} times in the program: {old}"
+        assert old in text, f"not in the program: {old}"
         text = text.replace(old, new)
     return dataclasses.replace(program, source=text)
 

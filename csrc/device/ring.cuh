@@ -175,7 +175,9 @@ struct Ring {
 template <class Shape>
 struct Producer {
   using R = Ring<Shape>;
+  // A chunk waits for room for the one behind it, which readers give who must not wait for the first of these.
   static_assert(Shape::kFlight > 1, "two chunks are sent at a time");
+  static_assert((Shape::kTiles & kHasTiles) == 0 || Shape::kStages > kTileRows / kPieceRows, "a piece is read at once");
 
   // A stage whose turn it is, and the parity of its round before.
   struct Turn {

@@ -175,7 +175,7 @@ struct Ring {
 template <class Shape>
 struct Producer {
   using R = Ring<Shape>;
-  // A chunk waits for room for the one behind it, which readers give who must not wait for the first of these.
+  // The first of two chunks is not sent before there is room for the second: nobody may need it to give back that stage.
   static_assert(Shape::kFlight > 1, "two chunks are sent at a time");
   static_assert((Shape::kTiles & kHasTiles) == 0 || Shape::kStages > kTileRows / kPieceRows, "a piece is read at once");
 
@@ -207,7 +207,7 @@ struct Producer {
 #pragma unroll 1
     for (u32 base = 0; base < count; base += 32) {
       StreamJob mine = ahead;
-      // All lanes' at once: each is a parameter that has not been loaded before.
+      // From here on an offset is an address. All lanes' at once: each is a parameter that has not been loaded before.
       if (base + lane < count) mine.offset += reinterpret_cast<u64>(launch.buffers[mine.buffer]);
       if (base + 32 + lane < count) ahead = jobs[base + 32 + lane];
 #pragma unroll 1
@@ -348,14 +348,13 @@ struct Producer {
       const Turn second = next.after();
       const u32 at_first = full(next), to_first = held(next), at_second = full(second), to_second = held(second);
       if (!room(next) || (more != 0 && !room(second))) return;
-      expect(at_first, size);
-      bulk_load(to_first, from, size, at_first, kEvictFirst);
-      next = second;
-      if (more != 0) {
-        expect(at_second, more);
-        bulk_load(to_second, from + size, more, at_second, kEvictFirst);
+      const auto send = [&](u32 to, const char* start, u32 nbytes, u32 filled) {
+        expect(filled, nbytes);
+        bulk_load(to, start, nbytes, filled, kEvictFirst);
         next = next.after();
-      }
+      };
+      send(to_first, from, size, at_first);
+      if (more != 0) send(to_second, from + size, more, at_second);
       from += size + more;
     }
   }

@@ -74,7 +74,7 @@ class Faulty:
 
 _SIGNAL = "add_release(events() + "
 _STORE = "store_relaxed(words + i, Word("
-_LOAD = "bulk_load(to_"
+_LOAD = "bulk_load(to, start, nbytes"
 _TILE_LOAD = "bulk_load(to + k * pitch, from"
 _COPIES = "if (lane == 0) barrier_arrive(filled);"
 _DECIDED = "barrier_arrive(shared_base() + decided());"
@@ -181,7 +181,7 @@ def edited(program: CudaProgram, *edits: tuple[str, str]) -> CudaProgram:
     """A program with other text in some places, each of which must be there."""
     text = program.source
     for old, new in edits:
-        assert old in text, f"not in the program: {old}"
+        assert text.count(old) == 1, f"{text.count(old)} times in the program: {old}"
         text = text.replace(old, new)
     return dataclasses.replace(program, source=text)
 

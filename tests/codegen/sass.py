@@ -38,16 +38,16 @@ def instructions(cubin: bytes, folder: Path) -> collections.Counter[str]:
 
 
 def loops_around(cubin: bytes, name: str, folder: Path) -> list[list[str]]:
-    """The instructions of the loops around the first one whose name begins so, shortest loop first.
+    """The instructions of the loops around all those whose names begin so, shortest loop first.
 
     Among the longer ones are some that are none: code that is kept elsewhere for rare cases branches back, too.
     """
     lines = _listing(cubin, folder).splitlines()
     names = [found[1] if (found := _INSTRUCTION.match(line)) else "" for line in lines]
-    at = next(n for n, found in enumerate(names) if found.startswith(name))
+    wanted = [n for n, found in enumerate(names) if found.startswith(name)]
     labels = {line.removesuffix(":"): n for n, line in enumerate(lines) if line.startswith(".L_")}
-    back = [(labels[found[1]], n) for n, line in enumerate(lines) if n > at and (found := _BRANCH.search(line))]
-    loops = [[found for found in names[a : b + 1] if found] for a, b in back if a <= at]
+    back = [(labels[found[1]], n) for n, line in enumerate(lines) if n > wanted[-1] and (found := _BRANCH.search(line))]
+    loops = [[found for found in names[a : b + 1] if found] for a, b in back if a <= wanted[0]]
     return sorted(loops, key=len)
 
 

@@ -222,7 +222,7 @@ def _flight(streaming: Sequence[Stream]) -> int:
         whole = STAGE_BYTES if columns else stream.chunk_bytes * (PIECE_ROWS if stream.block else 1)
         size = int((stream.size * stream.rows).sum())
         chunks, nbytes = chunks - (-size // whole), nbytes + size
-    return _FLIGHT_BYTES * chunks // nbytes if nbytes else 2
+    return _FLIGHT_BYTES * chunks // nbytes if nbytes else 1
 
 
 def _pace(target: Target) -> int:

@@ -53,6 +53,7 @@ def test_the_code_of_a_step_is_the_same(programs: tuple[CudaProgram, CudaProgram
     def read_by_chunk(made: nvrtc.Compiled) -> list[Any]:
         chunk, *_ = loops_around(made.cubin, "UBLKCP.", tmp_path)
         assert "ELECT" not in chunk  # as in a loop over lanes that may have something to load
+        assert sum(name.startswith("UBLKCP.") for name in chunk) == 2  # all that there are: two chunks at a time
         return sorted(name for name in chunk if name.startswith(("S2", "LD", "ST", "UBLKCP")))
 
     assert read_by_chunk(call) == read_by_chunk(loop)
